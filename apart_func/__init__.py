@@ -1,0 +1,37 @@
+"""APART, adversarially perturbed batch normalization, as pure functions on pytrees of tensors."""
+
+from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
+from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
+from apart_func.perturbation import PerturbedStats, Rule, perturbed_stats, sign_perturbation
+from apart_func.pytrees import AdversarialOutput, BatchStats, Perturbation, ProxyOutput, StepOutput
+from apart_func.step import ApartStep, Precision, adversarial_pass, make_apart_step, proxy_pass
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdversarialOutput",
+    "ApartError",
+    "ApartStep",
+    "BatchError",
+    "BatchStats",
+    "FunctionalModel",
+    "ModelError",
+    "Perturbation",
+    "PerturbedStats",
+    "Precision",
+    "ProxyOutput",
+    "Rule",
+    "SettingError",
+    "StateError",
+    "StepOutput",
+    "UsageError",
+    "adversarial_pass",
+    "assign_grads_",
+    "functionalize",
+    "load_state_",
+    "make_apart_step",
+    "perturbed_stats",
+    "proxy_pass",
+    "sign_perturbation",
+    "split_state",
+]

@@ -1,0 +1,198 @@
+"""The layer: batch norm with perturbed statistics, on tensors alone.
+
+With batch mean μ, biased variance σ², s = sqrt(σ² + eps), x̂ = (x − μ)/s and sg = stop-gradient,
+
+    y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β                                              (DESIGN section 2)
+
+for every channel of every ghost group. Ghost groups are channels of their own: `(b g) c -> b (g c)`. So one
+kernel serves both passes, and a perturbed layer costs what a plain one costs.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from apart_func.autodiff import is_traced
+from apart_func.pytrees import BatchStats, Perturbation
+
+
+class RunningStats(NamedTuple):
+    """The statistics that a layer keeps for evaluation.
+
+    Attributes:
+        mean: running mean `(C,)`.
+        var: running variance `(C,)`, unbiased.
+        count: `num_batches_tracked`, 0-d, integer.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of moments for activations of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def perturbed_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    perturbation: Perturbation,
+    *,
+    groups: int = 1,
+    at_zero: bool = False,
+) -> tuple[Tensor, BatchStats]:
+    """Normalise by batch statistics that are shifted by a perturbation.
+
+    Args:
+        x: activations `(N, C, ...)`; row i is in ghost group i mod `groups`.
+        weight: scale γ `(C,)`; None is 1.
+        bias: shift β `(C,)`; None is 0.
+        eps: BN's constant, added to the variance.
+        perturbation: relative shifts (δμ, δσ), `(C,)` for all groups or `(groups, C)` for each.
+        groups: number of ghost groups G ≥ 1, a divisor of N.
+        at_zero: promises that the perturbation is zero and only there to be differentiated, which saves arithmetic.
+
+    Returns:
+        The output, of `x`'s shape and dtype, and the groups' statistics without the perturbation, `(C,)` for one
+        group, `(groups, C)` else, in at least float32.
+    """
+    dtype = statistics_dtype(x.dtype)
+    weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
+    bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
+    folded = fold_groups(x, groups)
+    layer = _layer_of_ops if is_traced() or x.device.type not in _NATIVE_DEVICES else _NativeLayer.apply
+    y, mean, var = layer(folded, weight, bias, perturbation.mean.to(dtype), perturbation.var.to(dtype), eps, at_zero)
+    if groups > 1:
+        mean, var = mean.view(groups, -1), var.view(groups, -1)
+    return unfold_groups(y, groups), BatchStats(mean, var)
+
+
+def fold_groups(x: Tensor, groups: int) -> Tensor:
+    """Make channels of the ghost groups: sample i is in group i mod `groups`."""
+    return x if groups == 1 else rearrange(x, "(b g) c ... -> b (g c) ...", g=groups)
+
+
+def unfold_groups(x: Tensor, groups: int) -> Tensor:
+    """Undo `fold_groups`."""
+    return x if groups == 1 else rearrange(x, "b (g c) ... -> (b g) c ...", g=groups)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, in at least float32; where a reduction over ranks belongs."""
+    dtype = statistics_dtype(x.dtype)
+    # Running statistics of a wider dtype are what makes the kernel accumulate half precision in float32.
+    blank = None if x.dtype == dtype else x.new_zeros(x.shape[1], dtype=dtype)
+    mean, var = torch.batch_norm_update_stats(x, blank, blank, 0.0)
+    return mean, var
+
+
+# Where batch_norm_update_stats and native_batch_norm exist as kernels.
+_NATIVE_DEVICES = ("cpu", "cuda")
+
+
+class _NativeLayer(torch.autograd.Function):
+    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G·C,)` vectors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, at_zero: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = batch_moments(x)
+        invstd = torch.rsqrt(var + eps)
+        # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
+        centre, gamma, beta = mean, weight, bias
+        if not at_zero:
+            centre = _per_group(1 + shift, mean) * mean
+            gamma = _per_group((1 + scale) * weight, mean)
+            beta = _per_group(bias, mean)
+        y = torch.native_batch_norm(x, gamma, beta, centre, var, False, 0.0, eps)[0]
+        ctx.eps, ctx.at_zero = eps, at_zero
+        ctx.save_for_backward(x, weight, gamma, shift, scale, mean, invstd)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_x, grad_scale, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, gamma, None, None, mean, invstd, True, ctx.eps, [wanted[0], True, True]
+        )
+        grad_shift = None
+        if wanted[3] or not ctx.at_zero:
+            grad_offset = grad_bias * mean * invstd  # ∂loss/∂(−offset), offset = γ(1 + δσ) δμ μ/s
+            if wanted[3]:
+                grad_shift = _like(-gamma * grad_offset, shift)
+            if not ctx.at_zero:
+                grad_scale = grad_scale - _per_group(shift, mean) * grad_offset
+        return (
+            grad_x,
+            _like(grad_scale if ctx.at_zero else _per_group(1 + scale, mean) * grad_scale, weight) if wanted[1] else None,
+            _like(grad_bias, weight) if wanted[2] else None,
+            grad_shift,
+            _like(_per_group(weight, mean) * grad_scale, scale) if wanted[4] else None,
+            None,
+            None,
+        )
+
+
+def _layer_of_ops(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, at_zero: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer in operators that every transform, compiler and device knows.
+
+    Compiled, the moments below and those inside batch_norm are one computation, and the perturbation a fused one.
+    """
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x.to(weight.dtype), dims, correction=0, keepdim=True)
+    var, mean = var.flatten(), mean.flatten()
+    gamma = _per_group((1 + scale) * weight, mean)
+    offset = gamma * _per_group(shift, mean) * (mean * torch.rsqrt(var + eps)).detach()
+    y = F.batch_norm(x, None, None, gamma, _per_group(bias, mean) - offset, True, 0.0, eps)
+    return y, mean, var
+
+
+def _per_group(vector: Tensor, moments: Tensor) -> Tensor:
+    """`(C,)` or `(G, C)` as the `(G·C,)` of the moments."""
+    if vector.numel() == moments.numel():
+        return vector.reshape(-1)
+    return vector.repeat(moments.numel() // vector.numel())
+
+
+def _like(grad: Tensor, vector: Tensor) -> Tensor:
+    """Sum a `(G·C,)` gradient to the shape of the `(C,)` or `(G, C)` vector it belongs to."""
+    if grad.shape == vector.shape:
+        return grad
+    if grad.numel() == vector.numel():
+        return grad.reshape(vector.shape)
+    return grad.reshape(-1, vector.shape[-1]).sum(0)
+
+
+def advance_running_stats(running: RunningStats, stats: BatchStats, size: int, momentum: float | None) -> RunningStats:
+    """Move running statistics by one batch, as plain batch norm does.
+
+    Args:
+        running: the values before.
+        stats: batch statistics, `(C,)` each.
+        size: values a channel in the batch; the running variance takes the unbiased estimate.
+        momentum: weight of this batch; None weighs all batches alike (cumulative average).
+
+    Returns:
+        The values after, in the dtypes they had.
+    """
+    count = running.count + 1
+    weight = torch.reciprocal(count.to(stats.mean.dtype)) if momentum is None else momentum
+
+    def moved(old: Tensor, new: Tensor) -> Tensor:
+        return torch.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+
+    return RunningStats(moved(running.mean, stats.mean), moved(running.var, stats.var * (size / (size - 1))), count)

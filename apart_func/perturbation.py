@@ -1,0 +1,96 @@
+"""Rules: how far, and which way, the statistics of the adversarial pass are moved.
+
+A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from apart_func.autodiff import is_traced
+from apart_func.errors import SettingError, StateError
+from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree
+
+
+class Rule(Protocol):
+    """A function from statistics and their gradients to a perturbation of every layer in `stat_grads`."""
+
+    def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+        """See `sign_perturbation`."""
+
+
+def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    """Push every statistic to its radius, in the direction that raises the loss.
+
+    The L∞ ascent step δ = ε · sign(∂L_p/∂δ), layer by layer.
+
+    Args:
+        stats: batch statistics of the proxy pass. This rule ignores them; rules that scale by them do not.
+        stat_grads: gradient of the proxy loss with respect to the relative shifts, `(C,)` each.
+        epsilon: perturbation radius, 0-d, ≥ 0, as a fraction of the statistic.
+
+    Returns:
+        A perturbation for every layer in `stat_grads`: |δ| ≤ ε, and 0 where the gradient is 0.
+    """
+    return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.var.sign()) for layer, g in stat_grads.items()}
+
+
+class PerturbedStats(NamedTuple):
+    """The statistics that a perturbed layer normalises by.
+
+    Attributes:
+        mean: μ' = μ(1 + δμ), of the statistics' shape.
+        std: s' = s / (1 + δσ) with s = sqrt(σ² + eps).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def perturbed_stats(
+    stats: StatTree, perturbation: PerturbationTree, eps: float | Mapping[str, float] = 1e-5
+) -> dict[str, PerturbedStats]:
+    """Apply a perturbation to batch statistics.
+
+    With |δ| ≤ ε this bounds what an adversarial pass sees: |μ' − μ| ≤ ε|μ| and |s/s' − 1| ≤ ε.
+
+    Args:
+        stats: batch statistics by layer, `(C,)` or `(K, C)`.
+        perturbation: relative shifts of those layers, `(C,)`.
+        eps: BN's constant, one for all layers or one for each.
+
+    Returns:
+        μ' and s' for every layer in `stats`.
+
+    Raises:
+        SettingError: a |δσ| ≥ 1, where the standard deviation would be infinite or negative.
+        StateError: a layer in `stats` has no perturbation, or one of another width.
+    """
+    return {
+        layer: _perturbed(layer, moments, perturbation, eps[layer] if isinstance(eps, Mapping) else eps)
+        for layer, moments in stats.items()
+    }
+
+
+def _perturbed(layer: str, stats: BatchStats, perturbation: PerturbationTree, eps: float) -> PerturbedStats:
+    if layer not in perturbation:
+        raise StateError(f"layer {layer!r} has statistics and no perturbation. Pass the tree that a rule made for them.")
+    shift = perturbation[layer]
+    if shift.mean.shape[-1] != stats.mean.shape[-1]:
+        raise StateError(
+            f"layer {layer!r} has {stats.mean.shape[-1]} channels, and its perturbation {shift.mean.shape[-1]}."
+        )
+    radius = _concrete_maximum(shift.var)
+    if radius is not None and radius >= 1:
+        raise SettingError(
+            f"layer {layer!r} has |δσ| up to {radius:g}, and s' = s/(1 + δσ) needs |δσ| < 1. Use a radius below 1."
+        )
+    std = torch.sqrt(stats.var + eps)
+    return PerturbedStats(stats.mean * (1 + shift.mean), std / (1 + shift.var))
+
+
+def _concrete_maximum(values: Tensor) -> Any:
+    """The largest magnitude, or None where a transform or compiler hides the values."""
+    return None if is_traced() else values.abs().max().item()

@@ -1,0 +1,148 @@
+"""The trees that travel between the parts: statistics, perturbations, batches, and what a pass or step returns.
+
+Every tree is a `dict` keyed by layer or tensor name, or a `NamedTuple`, so that `torch.func` and `torch.compile`
+see through it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from apart_func.errors import BatchError
+
+Tensors: TypeAlias = dict[str, Tensor]
+
+
+class BatchStats(NamedTuple):
+    """Batch statistics of one BN layer, or the loss's gradient with respect to their relative shifts.
+
+    Attributes:
+        mean: batch mean μ, `(C,)`, or `(K, C)` for a layer called K > 1 times in one forward.
+        var: biased batch variance σ², of the same shape.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+
+class Perturbation(NamedTuple):
+    """Relative shifts of one BN layer's statistics: μ' = μ(1 + mean) and s' = s / (1 + var).
+
+    Attributes:
+        mean: δμ, `(C,)`, or `(G, C)` for one shift in each ghost group.
+        var: δσ, of the same shape.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+
+StatTree: TypeAlias = dict[str, BatchStats]
+PerturbationTree: TypeAlias = dict[str, Perturbation]
+
+
+class ProxyOutput(NamedTuple):
+    """What the proxy pass returns.
+
+    Attributes:
+        loss: L_p, 0-d.
+        output: the model's output.
+        grads: ∇L_p, keyed as `params`.
+        buffers: the buffers after the pass.
+        stats: batch statistics of every BN layer that was called.
+        stat_grads: ∂L_p/∂δ of every BN layer in training mode, `(C,)` each.
+    """
+
+    loss: Tensor
+    output: Any
+    grads: Tensors
+    buffers: Tensors
+    stats: StatTree
+    stat_grads: StatTree
+
+
+class AdversarialOutput(NamedTuple):
+    """What the adversarial pass returns.
+
+    Attributes:
+        loss: L_a, 0-d.
+        output: the model's output for the samples of the pass.
+        grads: ∇L_a, keyed as `params`.
+    """
+
+    loss: Tensor
+    output: Any
+    grads: Tensors
+
+
+class StepOutput(NamedTuple):
+    """What a step returns.
+
+    With `microbatches` k > 1, losses and gradients are means over the micro-batches, outputs are concatenated, and
+    `stats`, `stat_grads` and `perturbation` gain a leading dimension of size k.
+
+    Attributes:
+        grads: r ∇L_p + (1 − r) ∇L_a, keyed as `params`.
+        buffers: the buffers after the step, or those that came in where `all_finite` is False.
+        loss: L_p, the clean loss, 0-d.
+        adversarial_loss: L_a, 0-d.
+        output: the model's output in the proxy pass.
+        stats: batch statistics of the proxy pass.
+        stat_grads: gradients of L_p with respect to the relative shifts.
+        perturbation: δ of the adversarial pass.
+        all_finite: 0-d bool, whether both losses and all gradients are finite.
+    """
+
+    grads: Tensors
+    buffers: Tensors
+    loss: Tensor
+    adversarial_loss: Tensor
+    output: Any
+    stats: StatTree
+    stat_grads: StatTree
+    perturbation: PerturbationTree
+    all_finite: Tensor
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples M: the length that every tensor with a dimension shares.
+
+    Raises:
+        BatchError: there is no such tensor, or their lengths differ.
+    """
+    lengths = [leaf.shape[0] for leaf in tree_flatten(batch)[0] if _is_cut(leaf)]
+    if not lengths:
+        raise BatchError("the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target).")
+    if any(length != lengths[0] for length in lengths):
+        raise BatchError(
+            f"the tensors of the batch have lengths {lengths} on dim 0, and must agree: one entry a sample. "
+            "Pass what belongs to no sample as a 0-d tensor or in the loss function's closure."
+        )
+    return int(lengths[0])
+
+
+def cut_batch(batch: Any, start: int, stop: int) -> Any:
+    """Samples `start` to `stop` of a batch; leaves without a dimension are passed whole."""
+    return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
+
+
+def stack_trees(trees: list[Any]) -> Any:
+    """One tree of stacked leaves, with a new leading dimension, from trees of one structure."""
+    return _merge_trees(trees, torch.stack)
+
+
+def concatenate_trees(trees: list[Any]) -> Any:
+    """One tree of leaves joined on dim 0, from trees of one structure; leaves without a dimension are stacked."""
+    return _merge_trees(trees, lambda leaves: torch.cat(leaves) if leaves[0].dim() else torch.stack(leaves))
+
+
+def _merge_trees(trees: list[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+    leaves = [tree_flatten(tree)[0] for tree in trees]
+    return tree_unflatten([merge(list(same)) for same in zip(*leaves, strict=True)], tree_flatten(trees[0])[1])
+
+
+def _is_cut(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0

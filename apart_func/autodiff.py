@@ -20,10 +20,9 @@ Pass = Callable[..., AbstractContextManager[tuple[Tensor, Any]]]
 
 def is_compiling() -> bool:
     """Whether Dynamo is tracing this call."""
-    compiler: Any = getattr(torch, "compiler", None)
-    if not hasattr(compiler, "is_compiling"):  # torch 2.0
-        compiler = torch._dynamo
-    return bool(compiler.is_compiling())
+    if hasattr(torch, "compiler"):
+        return bool(torch.compiler.is_compiling())
+    return bool(torch._utils.is_compiling())  # torch 2.0
 
 
 def is_traced() -> bool:

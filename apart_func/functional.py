@@ -250,14 +250,15 @@ def _plain_batch_norm(name: str, x: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensors:
-    if not params.keys().isdisjoint(buffers.keys()):
-        raise StateError(f"{sorted(params.keys() & buffers.keys())} are in params and in buffers. Keep each in one.")
+    both = sorted(set(params) & set(buffers))
+    if both:
+        raise StateError(f"{both} are in params and in buffers. Keep each in one.")
     return {**params, **buffers}
 
 
 def _check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
-    if expected.keys() != given.keys():
-        missing, unexpected = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    missing, unexpected = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing or unexpected:
         raise StateError(
             f"the tensors do not fit the model: missing {missing}, unexpected {unexpected}. "
             "Take them from split_state(model) of the same model."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from apart_func.autodiff import gradient, is_traced
+from apart_func.autodiff import gradient, is_compiling, is_traced
 from apart_func.batch_norm import RunningStats, advance_running_stats, perturbed_batch_norm
 from apart_func.errors import BatchError, ModelError, SettingError, UsageError
 from apart_func.functional import FunctionalModel, functionalize
@@ -459,9 +459,9 @@ def _check_input(name: str, x: Tensor, channels: int, groups: int, samples: int)
 
 
 def _check_perturbation(fmodel: FunctionalModel, perturbation: PerturbationTree, groups: int) -> None:
-    if perturbation.keys() != fmodel.layers.keys():
-        missing = sorted(fmodel.layers.keys() - perturbation.keys())
-        unexpected = sorted(perturbation.keys() - fmodel.layers.keys())
+    missing = sorted(set(fmodel.layers) - set(perturbation))
+    unexpected = sorted(set(perturbation) - set(fmodel.layers))
+    if missing or unexpected:
         raise SettingError(
             f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
             "A rule returns one entry for every layer in stat_grads."
@@ -476,7 +476,7 @@ def _check_perturbation(fmodel: FunctionalModel, perturbation: PerturbationTree,
 
 
 def _checked_state(fmodel: FunctionalModel, params: Tensors, buffers: Tensors) -> Tensors:
-    if torch.is_inference_mode_enabled():
+    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
         raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
     return fmodel.check_state(params, buffers)
 

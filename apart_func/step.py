@@ -257,10 +257,10 @@ def make_apart_step(
         radius = default_epsilon if epsilon is None else epsilon
         _check_epsilon(radius)
         like = next(iter(_zero_shifts(fmodel, {**params, **buffers}).values())).mean
-        radius = torch.as_tensor(radius, dtype=like.dtype, device=like.device)
-        if loss_scale is not None:
-            loss_scale = torch.as_tensor(loss_scale, dtype=torch.float32, device=like.device)
-        precision = Precision(autocast_dtype, loss_scale)
+        radius = _scalar(radius, like.dtype, like.device)
+        precision = Precision(
+            autocast_dtype, None if loss_scale is None else _scalar(loss_scale, torch.float32, like.device)
+        )
         outputs, moved = [], buffers
         for part in _parts(batch, microbatches):
             outputs.append(one_batch(params, moved, part, radius, precision))
@@ -327,6 +327,12 @@ def _autocast(precision: Precision, batch: Any) -> AbstractContextManager[Any]:
         return nullcontext()
     device = next(leaf.device.type for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
     return torch.autocast(device, dtype=precision.autocast)
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _scaled(loss: Tensor, precision: Precision) -> Tensor:

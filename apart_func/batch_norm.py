@@ -67,12 +67,10 @@ def perturbed_batch_norm(
     dtype = statistics_dtype(x.dtype)
     weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
     bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
-    folded = fold_groups(x, groups)
+    shift, scale = (vector.to(dtype) for vector in perturbation)
     layer = _layer_of_ops if is_traced() or x.device.type not in _NATIVE_DEVICES else _NativeLayer.apply
-    y, mean, var = layer(folded, weight, bias, perturbation.mean.to(dtype), perturbation.var.to(dtype), eps, at_zero)
-    if groups > 1:
-        mean, var = mean.view(groups, -1), var.view(groups, -1)
-    return unfold_groups(y, groups), BatchStats(mean, var)
+    y, mean, var = layer(x, weight, bias, shift, scale, eps, groups, at_zero)
+    return y, BatchStats(mean, var) if groups == 1 else BatchStats(mean.view(groups, -1), var.view(groups, -1))
 
 
 def fold_groups(x: Tensor, groups: int) -> Tensor:
@@ -103,9 +101,18 @@ class _NativeLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, at_zero: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        eps: float,
+        groups: int,
+        at_zero: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = batch_moments(x)
+        folded = fold_groups(x, groups)
+        mean, var = batch_moments(folded)
         invstd = torch.rsqrt(var + eps)
         # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
         centre, gamma, beta = mean, weight, bias
@@ -113,19 +120,20 @@ class _NativeLayer(torch.autograd.Function):
             centre = _per_group(1 + shift, mean) * mean
             gamma = _per_group((1 + scale) * weight, mean)
             beta = _per_group(bias, mean)
-        y = torch.native_batch_norm(x, gamma, beta, centre, var, False, 0.0, eps)[0]
-        ctx.eps, ctx.at_zero = eps, at_zero
+        y = torch.native_batch_norm(folded, gamma, beta, centre, var, False, 0.0, eps)[0]
+        ctx.eps, ctx.groups, ctx.at_zero = eps, groups, at_zero
         ctx.save_for_backward(x, weight, gamma, shift, scale, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return _unfold_fresh(y, x), mean, var
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        folded, grad = fold_groups(x, ctx.groups), fold_groups(grad, ctx.groups)
         grad_x, grad_scale, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, gamma, None, None, mean, invstd, True, ctx.eps, [wanted[0], True, True]
+            grad, folded, gamma, None, None, mean, invstd, True, ctx.eps, [wanted[0], True, True]
         )
         grad_shift = None
         if wanted[3] or not ctx.at_zero:
@@ -135,30 +143,40 @@ class _NativeLayer(torch.autograd.Function):
             if not ctx.at_zero:
                 grad_scale = grad_scale - _per_group(shift, mean) * grad_offset
         return (
-            grad_x,
+            _unfold_fresh(grad_x, x) if wanted[0] else None,
             _like(grad_scale if ctx.at_zero else _per_group(1 + scale, mean) * grad_scale, weight) if wanted[1] else None,
             _like(grad_bias, weight) if wanted[2] else None,
             grad_shift,
             _like(_per_group(weight, mean) * grad_scale, scale) if wanted[4] else None,
             None,
             None,
+            None,
         )
 
 
 def _layer_of_ops(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, at_zero: bool
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int, at_zero: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in operators that every transform, compiler and device knows.
 
     Compiled, the moments below and those inside batch_norm are one computation, and the perturbation a fused one.
     """
+    folded = fold_groups(x, groups)
     dims = [0, *range(2, x.dim())]
-    var, mean = torch.var_mean(x.to(weight.dtype), dims, correction=0, keepdim=True)
+    var, mean = torch.var_mean(folded.to(weight.dtype), dims, correction=0, keepdim=True)
     var, mean = var.flatten(), mean.flatten()
     gamma = _per_group((1 + scale) * weight, mean)
     offset = gamma * _per_group(shift, mean) * (mean * torch.rsqrt(var + eps)).detach()
-    y = F.batch_norm(x, None, None, gamma, _per_group(bias, mean) - offset, True, 0.0, eps)
-    return y, mean, var
+    y = F.batch_norm(folded, None, None, gamma, _per_group(bias, mean) - offset, True, 0.0, eps)
+    return unfold_groups(y, groups), mean, var
+
+
+def _unfold_fresh(y: Tensor, x: Tensor) -> Tensor:
+    """Undo `fold_groups` on a tensor nobody else holds.
+
+    Autograd must not see a view here: an in-place activation after it would copy gradients.
+    """
+    return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
 
 
 def _per_group(vector: Tensor, moments: Tensor) -> Tensor:

@@ -1,18 +1,17 @@
 """A model as a function of its tensors: `functionalize`, and the way in and out of a module's state.
 
-`functionalize` keeps private copies of the model that own no memory: their parameters and buffers are placeholders
-on the meta device, replaced by the caller's tensors for the time of a call. The caller's model is never run.
+`functionalize` keeps private copies of the model that own no tensor: they hold the caller's parameters and buffers for
+the time of a call. The caller's model is never run.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from apart_func.errors import ModelError, StateError
@@ -157,87 +156,108 @@ class FunctionalModel:
                 self._route.handler = None
 
 
-class _Slot(NamedTuple):
-    """One place of a module that holds a tensor."""
-
-    place: dict[str, Any]
-    key: str
-    name: str
-    placeholder: Tensor
-
-
 class _PrivateCopy:
-    """A copy of a model that owns no memory, and holds the caller's tensors while it runs.
+    """A copy of a model that owns no tensor, and holds the caller's while it runs.
 
     Assigning to the modules' own dicts takes 6 µs for ten layers, where `torch.func.functional_call` takes 200 µs to
-    walk the module tree. It also keeps the buffers that a forward replaces instead of changing.
+    walk the module tree. It also reaches tensors that a module keeps in a list (as LSTM does), and keeps the buffers
+    that a forward replaces instead of changing.
 
     Attributes:
         module: the copy.
         shapes: what every tensor must look like, by name.
     """
 
-    def __init__(self, model: nn.Module, perturbed: Any) -> None:
-        self.module = _copy_to_meta(model)
-        names = {id(tensor): name for name, tensor in _named_tensors(self.module)}
-        statistics = {f"{layer}.{key}" for layer in perturbed for key in ("running_mean", "running_var")}
+    def __init__(self, model: nn.Module, perturbed: Iterable[str]) -> None:
+        self.module = _copy_without_tensors(model)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
+        perturbed = list(perturbed)
         counters = {f"{layer}.num_batches_tracked" for layer in perturbed}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(self.module)}
-        self._given: list[_Slot] = []
-        self._cloned: list[_Slot] = []
-        self._counters: list[_Slot] = []
-        for module in self.module.modules():
-            for place in (module._parameters, module._buffers):
-                for key, tensor in place.items():
-                    if tensor is None:
-                        continue
-                    slot = _Slot(place, key, names[id(tensor)], tensor)
-                    if slot.name in counters:
-                        self._counters.append(slot)
-                    elif slot.name not in statistics:
-                        (self._given if place is module._parameters else self._cloned).append(slot)
+        statistics = {f"{layer}.{key}" for layer in perturbed for key in ("running_mean", "running_var")}
+        buffers = {name for name, _ in model.named_buffers()}
+        slots = _slots(self.module)
+        for slot in slots:
+            slot.place[slot.key] = slot.at_rest
+        self._counters = [slot for slot in slots if slot.name in counters]
+        self._cloned = [slot for slot in slots if slot.name in buffers - counters - statistics]
+        self._given = [slot for slot in slots if slot.name not in buffers]
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[nn.Module]:
         """Hold the caller's parameters, copies of its buffers, and no running statistics of perturbed layers."""
+        clones = {name: tensors[name].clone() for name in {slot.name for slot in self._cloned}}
         for slot in self._given:
             slot.place[slot.key] = tensors[slot.name]
-        clones: Tensors = {}
         for slot in self._cloned:
-            if slot.name not in clones:
-                clones[slot.name] = tensors[slot.name].clone()
             slot.place[slot.key] = clones[slot.name]
-        for slot in self._counters:
+        for slot in self._counters:  # layers with a forward of their own count on it
             slot.place[slot.key] = torch.zeros((), dtype=torch.long)
         try:
             yield self.module
         finally:
             for slot in (*self._given, *self._cloned, *self._counters):
-                slot.place[slot.key] = slot.placeholder
+                slot.place[slot.key] = slot.at_rest
 
     def own_buffers(self) -> Tensors:
         """The buffers that the model changes itself, as they are now."""
         return {slot.name: slot.place[slot.key] for slot in self._cloned}
 
 
+class _Absent:
+    """Stands where a copied module has a parameter or buffer, and complains when it is computed with."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __torch_function__(self, *_: Any) -> Any:
+        raise ModelError(
+            f"the model reached {self.name!r} through something that is neither a module's attribute nor a list or dict "
+            "of tensors in one, so the caller's tensor could not be put there. Keep it as a module attribute."
+        )
+
+
+class _Slot(NamedTuple):
+    """A place in a module, a dict or list, where a tensor belongs."""
+
+    place: Any
+    key: Any
+    name: str
+    at_rest: _Absent | None  # modules and compilers expect a tensor or None in a module's own registers
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    """Every place that refers to a parameter or buffer of the copied module."""
+    slots: list[_Slot] = []
+    seen: set[int] = set()
+    registers = {id(place) for submodule in module.modules() for place in (submodule._parameters, submodule._buffers)}
+
+    def visit(place: Any) -> None:
+        if id(place) in seen:
+            return
+        seen.add(id(place))
+        for key, value in place.items() if isinstance(place, dict) else enumerate(place):
+            if isinstance(value, _Absent):
+                slots.append(_Slot(place, key, value.name, None if id(place) in registers else value))
+            elif isinstance(value, dict | list):
+                visit(value)
+
+    for submodule in module.modules():
+        visit(vars(submodule))
+    return slots
+
+
 def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _copy_to_meta(model: nn.Module) -> nn.Module:
-    """Copy a model without copying a tensor; tied tensors stay tied."""
+def _copy_without_tensors(model: nn.Module) -> nn.Module:
+    """Copy a model, with one `_Absent` for each tensor; what was tied stays tied."""
     lazy = [name for name, tensor in _named_tensors(model) if is_lazy(tensor)]
     if lazy:
         raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
-    placeholders: dict[int, Any] = {
-        id(tensor): torch.empty_like(tensor, device="meta") for _, tensor in model.named_buffers()
-    }
-    for parameter in model.parameters():
-        placeholders[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
+    copies: dict[int, Any] = {id(tensor): _Absent(name) for name, tensor in _named_tensors(model)}
     try:
-        return copy.deepcopy(model, placeholders)
+        return copy.deepcopy(model, copies)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}). Replace old-style weight_norm and spectral_norm by those "

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from apart_func.autodiff import gradient, is_compiling, is_traced
 from apart_func.batch_norm import RunningStats, advance_running_stats, perturbed_batch_norm
-from apart_func.errors import BatchError, ModelError, SettingError, UsageError
+from apart_func.errors import BatchError, SettingError, UsageError
 from apart_func.functional import FunctionalModel, functionalize
 from apart_func.perturbation import Rule, sign_perturbation
 from apart_func.pytrees import (
@@ -302,6 +302,9 @@ class _Record:
 def _forward(
     module: nn.Module, loss_fn: LossFunction, batch: tuple[Any, Any], precision: Precision
 ) -> tuple[Tensor, Any]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+        raise BatchError(f"the batch is {given}; expected (input, target).")
     inputs, target = batch
     with _autocast(precision, batch):
         if isinstance(inputs, tuple):
@@ -314,11 +317,6 @@ def _forward(
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
         given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
         raise UsageError(f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean().")
-    if loss.device.type == "meta":
-        raise ModelError(
-            "the model computed with a parameter that is reached through something else than a module attribute, such "
-            "as a list of tensors. Register it: nn.ParameterList, or assign it to an attribute of a module."
-        )
     return loss, output
 
 
@@ -494,7 +492,7 @@ def _check_settings(epsilon: Any, groups: int, ratio: float, remainder: str, mic
         raise SettingError(f"ratio={ratio}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass.")
     if remainder not in ("error", "drop"):
         raise SettingError(f"remainder={remainder!r}; expected 'error' or 'drop'.")
-    if microbatches < 1:
+    if not isinstance(microbatches, int) or microbatches < 1:
         raise SettingError(f"microbatches={microbatches}; expected a positive number of parts.")
 
 

@@ -1,0 +1,29 @@
+"""Small models and batches that several tests share."""
+
+import torch
+from torch import Tensor, nn
+
+CLASSES = 3
+
+
+def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Two convolutions with batch norm and an in-place activation, seeded, in training mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4, momentum=momentum),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 5, 3, padding=1, bias=False),
+        nn.BatchNorm2d(5, momentum=momentum),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, CLASSES),
+    ).to(dtype)
+
+
+def images(samples: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """A batch for `convolutional`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(CLASSES, (samples,), generator=generator)

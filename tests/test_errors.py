@@ -1,0 +1,361 @@
+"""Bad input is told what was given, what was expected, where, and how to mend it; and it changes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import convolutional, images
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm, weight_norm
+
+from apart_func import (
+    ApartError,
+    Perturbation,
+    adversarial_pass,
+    assign_grads_,
+    functionalize,
+    load_state_,
+    make_apart_step,
+    proxy_pass,
+    sign_perturbation,
+    split_state,
+)
+
+
+def step(model: nn.Module | None = None, batch: Any = None, loss_fn: Any = F.cross_entropy, **options: Any) -> Any:
+    """Make a step and take it, and check that a failure leaves everything as it was."""
+    model = convolutional() if model is None else model
+    params, buffers = split_state(model)
+    batch = images() if batch is None else batch
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        return make_apart_step(model, loss_fn, **options)(params, buffers, batch)
+    finally:
+        torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+        assert not torch.overrides._get_current_function_mode_stack()
+
+
+def changed(tree: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    """A copy of a dict with some keys set (`__` for `.`), or removed where the value is None."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return {k: v for k, v in {**tree, **changes}.items() if v is not None}
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5, float("nan")])
+def test_a_ratio_outside_its_range(ratio: float) -> None:
+    with pytest.raises(ApartError, match=r"ratio=.*expected 0 < ratio ≤ 1"):
+        step(ratio=ratio)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.tensor(float("nan"))])
+def test_a_radius_that_is_negative_or_not_finite(epsilon: float | Tensor) -> None:
+    with pytest.raises(ApartError, match=r"epsilon=.*expected a finite radius ≥ 0"):
+        step(epsilon=epsilon)
+    model = convolutional()
+    apart_step = make_apart_step(model, F.cross_entropy)
+    with pytest.raises(ApartError, match=r"epsilon=.*expected a finite radius ≥ 0"):
+        apart_step(*split_state(model), images(), epsilon=epsilon)
+
+
+def test_a_radius_with_a_dimension() -> None:
+    with pytest.raises(ApartError, match=r"epsilon has shape \(3,\).*0-d tensor.*vmap"):
+        step(epsilon=torch.zeros(3))
+
+
+def test_fewer_than_minus_one_groups() -> None:
+    with pytest.raises(ApartError, match=r"groups=-2; expected a positive number, 0 for one group, or -1"):
+        step(groups=-2)
+
+
+@pytest.mark.parametrize(("option", "value"), [("remainder", "ignore"), ("microbatches", 0), ("microbatches", 2.5)])
+def test_other_settings_out_of_range(option: str, value: Any) -> None:
+    with pytest.raises(ApartError, match=rf"{option}={value!r}; expected"):
+        step(**{option: value})
+
+
+# The batch.
+
+
+def test_groups_that_do_not_divide_the_adversarial_samples() -> None:
+    with pytest.raises(ApartError, match=r"groups=3 does not divide the 8 samples.*drop_last=True.*remainder='drop'"):
+        step(groups=3)
+
+
+def test_a_ratio_that_leaves_no_sample() -> None:
+    with pytest.raises(ApartError, match=r"ratio=0.1 and groups=0 leave no sample of a batch of 8"):
+        step(ratio=0.1)
+
+
+def test_microbatches_that_do_not_divide_the_batch() -> None:
+    with pytest.raises(ApartError, match=r"microbatches=3 does not divide the batch of 8 samples"):
+        step(microbatches=3)
+
+
+def test_leaves_of_different_length() -> None:
+    x, y = images()
+    with pytest.raises(ApartError, match=r"lengths \[8, 7\] on dim 0, and must agree"):
+        step(batch=(x, y[:7]))
+
+
+def test_a_batch_without_samples() -> None:
+    with pytest.raises(ApartError, match=r"no tensor with a dimension, so it has no samples"):
+        step(batch=(torch.tensor(1.0), torch.tensor(1)))
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(8, 2), (torch.zeros(8, 2, 4, 4),)])
+def test_a_batch_that_is_no_pair(batch: Any) -> None:
+    with pytest.raises(ApartError, match=r"the batch is .*expected \(input, target\)"):
+        step(batch=batch)
+
+
+def test_a_layer_that_sees_one_value_a_channel() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2), nn.Flatten()).double()
+    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel \(1 samples, 1×1 positions\)"):
+        step(model, images(1))
+
+
+def test_a_layer_that_sees_one_value_a_channel_in_each_group() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3)).double()
+    with pytest.raises(
+        ApartError,
+        match=r"layer '1' sees one value a channel in each of 8 groups \(8 samples, 1×1 positions\).*"
+        r"groups=4 leaves two",
+    ):
+        step(model, images(8), groups=-1)
+
+
+def test_a_layer_with_input_of_another_rank_or_width() -> None:
+    with pytest.raises(ApartError, match=r"layer '0' \(BatchNorm1d\) got input of shape \(8, 2, 4, 4\)"):
+        step(nn.Sequential(nn.BatchNorm1d(2), nn.Flatten()).double())
+    with pytest.raises(ApartError, match=r"layer '0' got input of shape \(8, 2, 4, 4\); expected \(N, 5, ...\)"):
+        step(nn.Sequential(nn.BatchNorm2d(5), nn.Flatten()).double())
+
+
+# The loss.
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "given"),
+    [
+        (lambda output, target: F.cross_entropy(output, target, reduction="none"), r"shape \(8,\)"),
+        (lambda output, target: output.argmax(), r"int64"),
+        (lambda output, target: 0.5, r"float"),
+    ],
+)
+def test_a_loss_that_is_no_scalar(loss_fn: Callable[..., Any], given: str) -> None:
+    with pytest.raises(ApartError, match=rf"loss_fn returned .*{given}.*expected a 0-d floating-point tensor"):
+        step(loss_fn=loss_fn)
+
+
+def test_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(ApartError, match=r"inference_mode is on.*no_grad is fine"):
+        step()
+
+
+# The state.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"0__weight": None}, r"missing \['0.weight'\], unexpected \[\]"),
+        ({"9__weight": torch.zeros(1)}, r"missing \[\], unexpected \['9.weight'\]"),
+        ({"0__weight": torch.zeros(4, 2, 3, 4)}, r"'0.weight' has shape \(4, 2, 3, 4\).*expects \(4, 2, 3, 3\)"),
+        ({"0__weight": torch.zeros(4, 2, 3, 3, dtype=torch.long)}, r"params\['0.weight'\] has dtype torch.int64"),
+        ({"1__running_mean": torch.zeros(4)}, r"\['1.running_mean'\] are in params and in buffers"),
+    ],
+)
+def test_params_that_do_not_fit_the_model(changes: dict[str, Any], message: str) -> None:
+    model = convolutional()
+    params, buffers = split_state(model)
+    with pytest.raises(ApartError, match=message):
+        make_apart_step(model, F.cross_entropy)(changed(params, **changes), buffers, images())
+
+
+@pytest.mark.parametrize("changes", [{"1__running_mean": None}, {"1__running_mean": torch.zeros(3)}])
+def test_buffers_that_do_not_fit_the_model(changes: dict[str, Any]) -> None:
+    model = convolutional()
+    params, buffers = split_state(model)
+    with pytest.raises(ApartError, match=r"'1.running_mean'"):
+        make_apart_step(model, F.cross_entropy)(params, changed(buffers, **changes), images())
+    with pytest.raises(ApartError, match=r"'1.running_mean'"):
+        functionalize(model)(params, changed(buffers, **changes), images()[0])
+
+
+def test_a_state_that_does_not_fit_is_not_loaded_in_part() -> None:
+    model, other = convolutional(), convolutional()
+    params, buffers = split_state(other)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    doubled = {name: 2 * tensor for name, tensor in params.items()}
+    with pytest.raises(ApartError, match=r"'8.bias' has shape"):
+        load_state_(model, {**doubled, "8.bias": torch.zeros(99)}, buffers)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_gradients_that_do_not_fit_are_not_assigned_in_part() -> None:
+    model = convolutional()
+    params, _ = split_state(model)
+    with pytest.raises(ApartError, match=r"unexpected \['nobody'\]"):
+        assign_grads_(model, {**params, "nobody": torch.zeros(1)})
+    with pytest.raises(ApartError, match=r"'8.bias' has shape \(99,\)"):
+        assign_grads_(model, {**params, "8.bias": torch.zeros(99)})
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# The model.
+
+
+def test_a_model_without_batch_norm() -> None:
+    with pytest.raises(ApartError, match=r"Sequential has no batch-norm layer"):
+        step(nn.Sequential(nn.Flatten(), nn.Linear(32, 3)))
+
+
+def test_a_model_with_no_batch_norm_in_training_mode() -> None:
+    with pytest.raises(ApartError, match=r"none of the 2 batch-norm layers.*model.train\(\)"):
+        step(convolutional().eval())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_model_with_old_style_weight_norm_cannot_be_copied() -> None:
+    model = convolutional()
+    model[0] = weight_norm(model[0])
+    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
+        make_apart_step(model, F.cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
+def test_a_model_with_old_style_spectral_norm_cannot_be_copied_after_a_forward() -> None:
+    model = convolutional()
+    model[0] = spectral_norm(model[0])
+    model(images()[0])
+    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
+        make_apart_step(model, F.cross_entropy)
+
+
+def test_a_lazy_model_before_its_first_forward() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten())
+    with pytest.raises(ApartError, match=r"'0.weight' has no shape yet.*Run one forward"):
+        make_apart_step(model, F.cross_entropy)
+
+
+class ByHand(nn.BatchNorm2d):
+    """A layer that normalises by itself, and moves its buffers in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        self.running_mean.mul_(0.9).add_(mean.detach(), alpha=0.1)
+        return (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()
+
+
+class ByHandUntracked(ByHand):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.std()
+
+
+@pytest.mark.parametrize("layer", [ByHand, ByHandUntracked])
+def test_a_layer_that_bypasses_batch_norm(layer: type[nn.Module]) -> None:
+    model = convolutional()
+    model[4] = layer(5).double()
+    with pytest.raises(ApartError, match=rf"layer '4' \({layer.__name__}\) ran without calling .*batch_norm"):
+        step(model)
+
+
+
+
+class Hidden(nn.Module):
+    """Computes with a parameter that it reaches through a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.BatchNorm2d(2)
+        self.linear = nn.Linear(32, 3)
+        self.tensors = (self.linear.weight,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.layer(x).flatten(1), self.tensors[0])
+
+
+def test_a_parameter_that_is_reached_by_no_module() -> None:
+    with pytest.raises(ApartError, match=r"the model reached 'linear.weight' through something that is neither"):
+        step(Hidden().double())
+
+
+class Raises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("a user's own error")
+
+
+def test_an_error_of_the_model_itself_is_passed_on_and_the_step_can_be_used_again() -> None:
+    model = convolutional()
+    guard = nn.Sequential(model, nn.Identity())
+    apart_step = make_apart_step(guard, F.cross_entropy)
+    params, buffers = split_state(guard)
+    x, y = images()
+    with pytest.raises(RuntimeError, match="expected input"):
+        apart_step(params, buffers, (x[:, :1], y))
+    assert apart_step(params, buffers, (x, y)).all_finite
+    with pytest.raises(KeyError, match="a user's own error"):
+        step(nn.Sequential(model, Raises()))
+
+
+# The perturbation.
+
+
+@pytest.mark.parametrize(
+    ("shifts", "message"),
+    [
+        ({}, r"missing \['1', '4'\]"),
+        ({"1": (4,), "4": (5,), "7": (1,)}, r"unexpected \['7'\]"),
+        ({"1": (4,), "4": (4,)}, r"layer '4' has shape \(4,\); expected \(5,\), or \(2, 5\)"),
+        ({"1": (4, 4), "4": (5,)}, r"layer '1' has shape \(4, 4\); expected \(4,\), or \(2, 4\)"),
+    ],
+)
+def test_a_perturbation_that_does_not_fit_the_layers(shifts: dict[str, tuple[int, ...]], message: str) -> None:
+    model = convolutional()
+    tree = {name: Perturbation(torch.zeros(shape), torch.zeros(shape)) for name, shape in shifts.items()}
+    with pytest.raises(ApartError, match=message):
+        adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), images(), tree, groups=2)
+
+
+def test_statistics_without_a_perturbation() -> None:
+    model = convolutional()
+    proxy = proxy_pass(functionalize(model), F.cross_entropy, *split_state(model), images())
+    shifts = sign_perturbation(proxy.stats, proxy.stat_grads, torch.tensor(0.1))
+    from apart_func import perturbed_stats
+
+    with pytest.raises(ApartError, match=r"layer '4' has statistics and no perturbation"):
+        perturbed_stats(proxy.stats, {"1": shifts["1"]})
+    with pytest.raises(ApartError, match=r"layer '4' has 5 channels, and its perturbation 4"):
+        perturbed_stats(proxy.stats, {"1": shifts["1"], "4": shifts["1"]})
+
+
+# Not an error.
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_reported_and_the_buffers_stay(bad: float) -> None:
+    model = convolutional()
+    params, buffers = split_state(model)
+    out = make_apart_step(model, lambda *a: bad * F.cross_entropy(*a))(params, buffers, images())
+    assert out.all_finite.shape == ()
+    assert out.all_finite.dtype == torch.bool
+    assert not out.all_finite
+    torch.testing.assert_close(out.buffers, buffers, rtol=0, atol=0)
+    assert not out.grads["0.weight"].isfinite().all()
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_reported() -> None:
+    model = convolutional()
+    params, buffers = split_state(model)
+    # The square root of an exact zero: a finite loss, and an infinite slope.
+    loss_fn = lambda output, target: F.cross_entropy(output, target) + (output[0, 0] * 0).abs().sqrt()  # noqa: E731
+    out = make_apart_step(model, loss_fn)(params, buffers, images())
+    assert out.loss.isfinite()
+    assert not out.all_finite
+    torch.testing.assert_close(out.buffers, buffers, rtol=0, atol=0)

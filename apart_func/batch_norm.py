@@ -115,11 +115,12 @@ class _NativeLayer(torch.autograd.Function):
         mean, var = batch_moments(folded)
         invstd = torch.rsqrt(var + eps)
         # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
-        centre, gamma, beta = mean, weight, bias
+        centre, gamma = mean, weight
         if not at_zero:
-            centre = _per_group(1 + shift, mean) * mean
-            gamma = _per_group((1 + scale) * weight, mean)
-            beta = _per_group(bias, mean)
+            by_group = mean.view(groups, -1)
+            centre = torch.addcmul(by_group, by_group, shift).view(-1)
+            gamma = torch.addcmul(weight, weight, scale)
+        gamma, beta = (_for_each_group(vector, groups) for vector in (gamma, bias))
         y = torch.native_batch_norm(folded, gamma, beta, centre, var, False, 0.0, eps)[0]
         ctx.eps, ctx.groups, ctx.at_zero = eps, groups, at_zero
         ctx.save_for_backward(x, weight, gamma, shift, scale, mean, invstd)
@@ -130,28 +131,25 @@ class _NativeLayer(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        folded, grad = fold_groups(x, ctx.groups), fold_groups(grad, ctx.groups)
-        grad_x, grad_scale, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, folded, gamma, None, None, mean, invstd, True, ctx.eps, [wanted[0], True, True]
+        for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
+        # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad for every group.
+        grad_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
+            fold_groups(grad, ctx.groups),
+            fold_groups(x, ctx.groups),
+            gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True],
+        )  # fmt: skip
+        g_gamma, g_beta, gamma, mean, invstd = (v.view(ctx.groups, -1) for v in (g_gamma, g_beta, gamma, mean, invstd))
+        if for_shift or not ctx.at_zero:
+            g_offset = g_beta * mean * invstd  # y holds −γ(1 + δσ) δμ · offset, offset = sg(μ/s)
+        if not ctx.at_zero:
+            g_gamma = g_gamma - shift * g_offset
+        grads = (
+            (g_gamma if ctx.at_zero else g_gamma + g_gamma * scale).sum_to_size(weight.shape) if for_weight else None,
+            g_beta.sum_to_size(weight.shape) if for_bias else None,
+            (-gamma * g_offset).sum_to_size(shift.shape) if for_shift else None,
+            (weight * g_gamma).sum_to_size(scale.shape) if for_scale else None,
         )
-        grad_shift = None
-        if wanted[3] or not ctx.at_zero:
-            grad_offset = grad_bias * mean * invstd  # ∂loss/∂(−offset), offset = γ(1 + δσ) δμ μ/s
-            if wanted[3]:
-                grad_shift = _like(-gamma * grad_offset, shift)
-            if not ctx.at_zero:
-                grad_scale = grad_scale - _per_group(shift, mean) * grad_offset
-        return (
-            _unfold_fresh(grad_x, x) if wanted[0] else None,
-            _like(grad_scale if ctx.at_zero else _per_group(1 + scale, mean) * grad_scale, weight) if wanted[1] else None,
-            _like(grad_bias, weight) if wanted[2] else None,
-            grad_shift,
-            _like(_per_group(weight, mean) * grad_scale, scale) if wanted[4] else None,
-            None,
-            None,
-            None,
-        )
+        return (_unfold_fresh(grad_x, x) if for_x else None, *grads, None, None, None)
 
 
 def _layer_of_ops(
@@ -165,9 +163,10 @@ def _layer_of_ops(
     dims = [0, *range(2, x.dim())]
     var, mean = torch.var_mean(folded.to(weight.dtype), dims, correction=0, keepdim=True)
     var, mean = var.flatten(), mean.flatten()
-    gamma = _per_group((1 + scale) * weight, mean)
-    offset = gamma * _per_group(shift, mean) * (mean * torch.rsqrt(var + eps)).detach()
-    y = F.batch_norm(folded, None, None, gamma, _per_group(bias, mean) - offset, True, 0.0, eps)
+    gamma = _for_each_group(weight * (1 + scale), groups)
+    offset = (mean * torch.rsqrt(var + eps)).detach()
+    beta = _for_each_group(bias, groups) - gamma * _for_each_group(shift, groups) * offset
+    y = F.batch_norm(folded, None, None, gamma, beta, True, 0.0, eps)
     return unfold_groups(y, groups), mean, var
 
 
@@ -179,20 +178,9 @@ def _unfold_fresh(y: Tensor, x: Tensor) -> Tensor:
     return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
 
 
-def _per_group(vector: Tensor, moments: Tensor) -> Tensor:
-    """`(C,)` or `(G, C)` as the `(G·C,)` of the moments."""
-    if vector.numel() == moments.numel():
-        return vector.reshape(-1)
-    return vector.repeat(moments.numel() // vector.numel())
-
-
-def _like(grad: Tensor, vector: Tensor) -> Tensor:
-    """Sum a `(G·C,)` gradient to the shape of the `(C,)` or `(G, C)` vector it belongs to."""
-    if grad.shape == vector.shape:
-        return grad
-    if grad.numel() == vector.numel():
-        return grad.reshape(vector.shape)
-    return grad.reshape(-1, vector.shape[-1]).sum(0)
+def _for_each_group(vector: Tensor, groups: int) -> Tensor:
+    """`(C,)` or `(G, C)` as `(G·C,)`."""
+    return vector if groups == 1 and vector.dim() == 1 else vector.expand(groups, -1).reshape(-1)
 
 
 def advance_running_stats(running: RunningStats, stats: BatchStats, size: int, momentum: float | None) -> RunningStats:

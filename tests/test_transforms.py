@@ -1,0 +1,275 @@
+"""The step under `torch.func.grad`, `vmap` and `torch.compile`, and the two paths of the layer against each other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import convolutional, images
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, stack_module_state, vmap
+from torch.utils._pytree import tree_map
+
+from apart_func import (
+    ApartStep,
+    BatchStats,
+    Perturbation,
+    StepOutput,
+    adversarial_pass,
+    functionalize,
+    make_apart_step,
+    proxy_pass,
+    split_state,
+)
+from apart_func.batch_norm import _layer_of_ops, _NativeLayer
+
+# The compared computations differ in the order of float64 sums only.
+ROUNDING = {"rtol": 1e-8, "atol": 1e-12}
+BATCH = images()
+
+
+def small_step(**options: Any) -> tuple[ApartStep, dict[str, Tensor], dict[str, Tensor]]:
+    model = convolutional()
+    return make_apart_step(model, F.cross_entropy, **options), *split_state(model)
+
+
+def assert_same(one: StepOutput, other: StepOutput) -> None:
+    torch.testing.assert_close(one._asdict(), other._asdict(), **ROUNDING)
+
+
+# Two paths, one function.
+
+LAYER_INPUTS = [(6, 3), (6, 3, 5), (6, 3, 4, 2), (6, 3, 2, 2, 2)]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    shape=st.sampled_from(LAYER_INPUTS),
+    groups=st.sampled_from([1, 2, 3]),
+    one_for_each=st.booleans(),
+    at_zero=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    seed=st.integers(0, 1000),
+)
+def test_the_native_layer_and_the_layer_of_operators_agree(
+    shape: tuple[int, ...], groups: int, one_for_each: bool, at_zero: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=dtype)
+
+    size = (groups, 3) if one_for_each else (3,)
+    shift, scale = (torch.zeros(size, dtype=dtype) if at_zero else 0.3 * draw(*size) for _ in range(2))
+    inputs = [draw(*shape), draw(3), draw(3), shift, scale]
+    upstream = draw(*shape)
+    results = []
+    for layer in (_NativeLayer.apply, _layer_of_ops):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        y, mean, var = layer(*leaves, 1e-5, groups, at_zero)
+        results.append([y, mean, var, *torch.autograd.grad(y, leaves, upstream)])
+    tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(results[0], results[1], **tolerance)
+
+
+def test_gradients_of_the_native_layer_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((6, 2, 3), (2,), (2,)))
+    zero = torch.zeros(2, dtype=torch.float64)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return _NativeLayer.apply(*tensors, 1e-5, 2, True)[0]
+
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: layer(*t, zero, zero), inputs)
+
+
+# torch.func
+
+
+def test_a_step_can_be_differentiated() -> None:
+    """The slope of the adversarial loss along a direction, against finite differences of the same step."""
+    step, params, buffers = small_step(epsilon=0.1, groups=2)
+    batch = BATCH
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
+
+    def clean_loss(p: dict[str, Tensor]) -> Tensor:
+        return step(p, buffers, batch).loss
+
+    slopes = grad(clean_loss)(params)
+    analytic = sum((slopes[name] * direction[name]).sum() for name in params)
+    h = 1e-6
+    plus, minus = (clean_loss({name: p + s * h * direction[name] for name, p in params.items()}) for s in (1, -1))
+    torch.testing.assert_close(analytic, (plus - minus) / (2 * h), rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_can_be_differentiated_twice_through_its_gradients() -> None:
+    """∇θ ½‖∇L_p‖² at a zero radius, against finite differences; the kind of thing meta-learning asks for."""
+    step, params, buffers = small_step(epsilon=0.0)
+    batch = BATCH
+
+    def energy(weight: Tensor) -> Tensor:
+        return step({**params, "8.weight": weight}, buffers, batch).grads["8.weight"].square().sum() / 2
+
+    weight = params["8.weight"]
+    direction = torch.ones_like(weight)
+    h = 1e-6
+    numeric = (energy(weight + h * direction) - energy(weight - h * direction)) / (2 * h)
+    torch.testing.assert_close((grad(energy)(weight) * direction).sum(), numeric, rtol=1e-6, atol=1e-10)
+
+
+def test_the_step_under_a_transform_equals_the_eager_one() -> None:
+    step, params, buffers = small_step(epsilon=0.1, groups=2, ratio=0.5)
+    traced = vmap(lambda x, y: step(params, buffers, (x, y)))(*(t[None] for t in BATCH))
+    assert_same(tree_map(lambda t: t[0], traced), step(params, buffers, BATCH))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_vmap_over_models_equals_the_models_one_by_one(momentum: float | None) -> None:
+    models = [convolutional(momentum) for _ in range(3)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    step = make_apart_step(models[0], F.cross_entropy, epsilon=0.1, groups=2)
+    params, buffers = stack_module_state(models)
+    params = tree_map(Tensor.detach, params)
+    together = vmap(lambda p, b: step(p, b, BATCH))(params, buffers)
+    for i, model in enumerate(models):
+        assert_same(tree_map(lambda t, i=i: t[i], together), step(*split_state(model), BATCH))
+
+
+def test_vmap_over_the_radius_equals_the_radii_one_by_one() -> None:
+    step, params, buffers = small_step(groups=2)
+    radii = torch.tensor([0.0, 0.05, 0.2], dtype=torch.float64)
+    together = vmap(lambda e: step(params, buffers, BATCH, epsilon=e))(radii)
+    for i, radius in enumerate(radii):
+        assert_same(tree_map(lambda t, i=i: t[i], together), step(params, buffers, BATCH, epsilon=radius))
+
+
+def test_vmap_over_models_and_radii() -> None:
+    step, params, buffers = small_step(groups=2)
+    radii = torch.tensor([0.0, 0.2], dtype=torch.float64)
+    scaled = {name: torch.stack([p, 1.1 * p]) for name, p in params.items()}
+    over_radii = lambda p: vmap(lambda e: step(p, buffers, BATCH, epsilon=e))(radii)  # noqa: E731
+    together = vmap(over_radii)(scaled)
+    for i, factor in enumerate((1.0, 1.1)):
+        for j, radius in enumerate(radii):
+            one = step({name: factor * p for name, p in params.items()}, buffers, BATCH, epsilon=radius)
+            assert_same(tree_map(lambda t, i=i, j=j: t[i, j], together), one)
+
+
+def test_a_bad_radius_under_a_transform_is_reported() -> None:
+    step, params, buffers = small_step()
+    radii = torch.tensor([0.1, -0.1, float("nan")], dtype=torch.float64)
+    out = vmap(lambda e: step(params, buffers, BATCH, epsilon=e))(radii)
+    assert out.all_finite.tolist() == [True, False, False]
+    torch.testing.assert_close(out.buffers["1.running_mean"][1], buffers["1.running_mean"], rtol=0, atol=0)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("options", [{"groups": 4}, {"groups": 0, "ratio": 0.5, "microbatches": 2}])
+def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(options: dict[str, Any]) -> None:
+    model = convolutional(momentum=None, dtype=torch.float32)
+    step = make_apart_step(model, F.cross_entropy, **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    params, buffers = split_state(model)
+    expected_buffers = buffers
+    for t in range(4):
+        batch = images(seed=t, dtype=torch.float32)
+        call = {"epsilon": torch.tensor(0.1 + 0.05 * t), "loss_scale": torch.tensor(2.0**t)}
+        out, expected = compiled(params, buffers, batch, **call), step(params, expected_buffers, batch, **call)
+        # float32 sums in another order; the nets are small
+        torch.testing.assert_close(out.grads, expected.grads, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(out.buffers, expected.buffers, rtol=1e-4, atol=1e-5)
+        buffers, expected_buffers = out.buffers, expected.buffers
+        params = {name: p - 0.1 * out.grads[name] for name, p in params.items()}
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_a_step_compiled_by_inductor_equals_the_eager_one() -> None:
+    step, params, buffers = small_step(epsilon=0.1, groups=2)
+    compiled = torch.compile(step, fullgraph=True)
+    assert_same(compiled(params, buffers, BATCH), step(params, buffers, BATCH))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_vmapped_step_equals_the_models_one_by_one() -> None:
+    step, params, buffers = small_step(epsilon=0.1, groups=2)
+    stacked = {name: torch.stack([p, 1.1 * p]) for name, p in params.items()}
+    together = torch.compile(vmap(lambda p: step(p, buffers, BATCH)), backend="aot_eager", fullgraph=True)(stacked)
+    for i, factor in enumerate((1.0, 1.1)):
+        one = step({name: factor * p for name, p in params.items()}, buffers, BATCH)
+        assert_same(tree_map(lambda t, i=i: t[i], together), one)
+
+
+# The parts.
+
+
+def test_the_parts_make_the_step() -> None:
+    step, params, buffers = small_step(epsilon=0.1, groups=2)
+    fmodel, batch = functionalize(convolutional()), BATCH
+    out = step(params, buffers, batch)
+    proxy = proxy_pass(fmodel, F.cross_entropy, params, buffers, batch)
+    adversarial = adversarial_pass(fmodel, F.cross_entropy, params, buffers, batch, out.perturbation, groups=2)
+    for name, g in out.grads.items():
+        torch.testing.assert_close(g, (proxy.grads[name] + adversarial.grads[name]) / 2, **ROUNDING)
+    torch.testing.assert_close(out.stat_grads, proxy.stat_grads, rtol=0, atol=0)
+
+
+def test_another_rule_takes_the_place_of_the_sign() -> None:
+    def halved(
+        stats: dict[str, BatchStats], stat_grads: dict[str, BatchStats], epsilon: Tensor
+    ) -> dict[str, Perturbation]:
+        return {layer: Perturbation(epsilon * g.mean, epsilon * g.var / 2) for layer, g in stat_grads.items()}
+
+    step, params, buffers = small_step(epsilon=0.5, rule=halved)
+    out = step(params, buffers, BATCH)
+    for layer, g in out.stat_grads.items():
+        torch.testing.assert_close(out.perturbation[layer], Perturbation(0.5 * g.mean, 0.25 * g.var))
+
+
+def run_under_no_grad(step: Callable[[], StepOutput]) -> StepOutput:
+    with torch.no_grad():
+        return step()
+
+
+def test_outputs_are_detached_also_from_parameters_that_require_gradients() -> None:
+    step, params, buffers = small_step(groups=2)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    out = step(leaves, buffers, BATCH)
+    assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(out._asdict()))
+    assert_same(out, run_under_no_grad(lambda: step(params, buffers, BATCH)))
+
+
+def test_dropout_draws_from_the_default_generator() -> None:
+    model = nn.Sequential(convolutional(), nn.Dropout(0.5)).double()
+    step = make_apart_step(model, F.cross_entropy)
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(step(*split_state(model), BATCH).output)
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    # each mapped model draws for itself, once the user says so
+    out = vmap(lambda e: step(*split_state(model), BATCH, epsilon=e), randomness="different")(torch.zeros(2))
+    assert not torch.equal(out.output[0], out.output[1])

@@ -1,21 +1,51 @@
-"""Gradient of a pass with respect to pytrees of tensors, eagerly or under a transform.
+"""Gradient of a pass with respect to dicts of tensors, eagerly or under a transform.
 
 `torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time.
 So where neither a `torch.func` transform nor a compiler is active, gradients come from `torch.autograd.grad` on
 fresh leaves, and from `torch.func.grad_and_value` otherwise. `is_traced` is the one place that decides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
-# A pass takes trees of tensors, opens, yields (loss, auxiliary values) and closes. While it is open, all that its
-# forward needed is in place, so that layers can be run again during the backward (activation checkpointing).
-Pass = Callable[..., AbstractContextManager[tuple[Tensor, Any]]]
+
+class Opened(NamedTuple):
+    """A pass between its forward and its end.
+
+    Attributes:
+        loss: what is differentiated, 0-d.
+        aux: a pytree of further results.
+        taps: tensors that were made during the forward and are differentiated by as well. Only an eager pass can have
+            them, since a transform differentiates by arguments.
+    """
+
+    loss: Tensor
+    aux: Any
+    taps: Sequence[Tensor] = ()
+
+
+# A pass takes dicts of tensors, runs its forward, opens, and closes. While it is open, all that its forward needed is
+# in place, so that layers can be run again during the backward (activation checkpointing).
+Pass = Callable[..., AbstractContextManager[Opened]]
+
+
+class Gradient(NamedTuple):
+    """What `gradient` returns; outside transforms everything is detached.
+
+    Attributes:
+        grads: a dict for each argument of the pass, zero where the loss does not depend on the tensor.
+        aux: the pass's further results.
+        tap_grads: a gradient for every tap.
+    """
+
+    grads: tuple[dict[Any, Any], ...]
+    aux: Any
+    tap_grads: list[Tensor]
 
 
 def is_compiling() -> bool:
@@ -30,38 +60,26 @@ def is_traced() -> bool:
     return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def gradient(run: Pass, *inputs: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
-    """Differentiate a pass with respect to every tensor of `inputs`.
-
-    Args:
-        run: the pass, called as `run(*inputs)`.
-        *inputs: pytrees of floating-point tensors.
-
-    Returns:
-        The gradients, a tree for each of `inputs`, zero where the loss does not depend on the tensor; the loss; and
-        the auxiliary values. Outside transforms all of them are detached.
-    """
-    return _gradient_traced(run, *inputs) if is_traced() else _gradient_eager(run, *inputs)
+def gradient_eager(run: Pass, inputs: dict[str, Tensor]) -> Gradient:
+    """Differentiate a pass with respect to `inputs` and to what it taps, by `torch.autograd.grad`."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    with torch.enable_grad(), run(leaves) as (loss, aux, taps):
+        wanted = [*leaves.values(), *taps]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+    grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
+    return Gradient((dict(zip(leaves, grads, strict=False)),), tree_map(_detached, aux), grads[len(leaves) :])
 
 
-def _gradient_eager(run: Pass, *inputs: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
-    tensors, structure = tree_flatten(inputs)
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    with torch.enable_grad(), run(*tree_unflatten(leaves, structure)) as (loss, aux):
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
-    filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(tensors, grads, strict=True)]
-    return tree_unflatten(filled, structure), loss.detach(), tree_map(detached, aux)
+def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:
+    """Differentiate a pass with respect to every tensor in `inputs`, by `torch.func`."""
 
-
-def _gradient_traced(run: Pass, *inputs: Any) -> tuple[tuple[Any, ...], Tensor, Any]:
     def value(*trees: Any) -> tuple[Tensor, Any]:
-        with run(*trees) as result:
-            return result
+        with run(*trees) as (loss, aux, _):
+            return loss, aux
 
-    grads, (loss, aux) = torch.func.grad_and_value(value, argnums=tuple(range(len(inputs))), has_aux=True)(*inputs)
-    return grads, loss, aux
+    grads, (_, aux) = torch.func.grad_and_value(value, argnums=tuple(range(len(inputs))), has_aux=True)(*inputs)
+    return Gradient(grads, aux, [])
 
 
-def detached(leaf: Any) -> Any:
-    """A tensor cut from the graph; anything else as it is."""
+def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -17,7 +17,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from apart_func.autodiff import is_traced
+from apart_func.errors import BatchError, SettingError
 from apart_func.pytrees import BatchStats, Perturbation
+
+
+class Taps(NamedTuple):
+    """The affine parameters of one call of a layer: what the loss is differentiated by for `statistic_gradients`.
+
+    Attributes:
+        weight: scale γ of this call, `(C,)`.
+        bias: shift β of this call, `(C,)`.
+    """
+
+    weight: Tensor
+    bias: Tensor
 
 
 class RunningStats(NamedTuple):
@@ -26,17 +39,64 @@ class RunningStats(NamedTuple):
     Attributes:
         mean: running mean `(C,)`.
         var: running variance `(C,)`, unbiased.
-        count: `num_batches_tracked`, 0-d, integer.
+        batches: `num_batches_tracked`, 0-d, integer.
     """
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    batches: Tensor
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of moments for activations of `dtype`: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def clean_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, BatchStats, Taps]:
+    """Plain training-mode batch norm, by PyTorch's own call, and what the method wants to know of it. Eager only.
+
+    Args:
+        x: activations `(N, C, ...)`.
+        weight: scale γ `(C,)`; None is 1.
+        bias: shift β `(C,)`; None is 0.
+        eps: BN's constant, added to the variance.
+
+    Returns:
+        The output, of `x`'s shape and dtype; batch statistics, `(C,)`, in at least float32; and the taps.
+    """
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    taps = Taps(_tap(weight, 1.0, channels, dtype, x.device), _tap(bias, 0.0, channels, dtype, x.device))
+    # Running statistics that start from nothing and take the batch whole are the batch's.
+    mean, var = torch.zeros(2, channels, dtype=dtype, device=x.device)
+    y = F.batch_norm(x, mean, var, *taps, True, 1.0, eps)
+    size = x.numel() // channels
+    return y, BatchStats(mean, var * ((size - 1) / size)), taps
+
+
+def _tap(vector: Tensor | None, default: float, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this call alone, which the loss can be differentiated by."""
+    if vector is None:
+        return torch.full((channels,), default, dtype=dtype, device=device, requires_grad=True)
+    if vector.requires_grad:
+        return vector.to(dtype).view_as(vector)
+    return vector.to(dtype).detach().requires_grad_()
+
+
+def statistic_gradients(stats: BatchStats, eps: float, weight: Tensor, grads: Taps) -> BatchStats:
+    """The gradient by the relative shifts at zero, which BN's backward yields on the way.
+
+    From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
+
+    Args:
+        stats: batch statistics of a call, `(C,)`.
+        eps: BN's constant.
+        weight: scale γ of the call, `(C,)`.
+        grads: gradient of the loss by the taps of the call.
+    """
+    weight = weight.detach()
+    return BatchStats(-weight * stats.mean * torch.rsqrt(stats.var + eps) * grads.bias, weight * grads.weight)
 
 
 def perturbed_batch_norm(
@@ -71,6 +131,50 @@ def perturbed_batch_norm(
     layer = _layer_of_ops if is_traced() or x.device.type not in _NATIVE_DEVICES else _NativeLayer.apply
     y, mean, var = layer(x, weight, bias, shift, scale, eps, groups, at_zero)
     return y, BatchStats(mean, var) if groups == 1 else BatchStats(mean.view(groups, -1), var.view(groups, -1))
+
+
+def number_of_groups(groups: int, samples: int) -> int:
+    """G for a setting of `groups` (0: one, -1: one a sample).
+
+    Raises:
+        SettingError: `groups` is no such setting.
+        BatchError: G does not divide the samples.
+    """
+    if groups < -1:
+        raise SettingError(f"groups={groups}; expected a positive number, 0 for one group, or -1 for one a sample.")
+    if groups == -1:
+        return samples
+    if groups > 1 and samples % groups:
+        raise BatchError(
+            f"groups={groups} does not divide the {samples} samples of the adversarial pass. Use a batch size and "
+            "ratio that give a multiple, drop_last=True in the data loader, or remainder='drop'."
+        )
+    return max(groups, 1)
+
+
+def check_input(name: str, x: Tensor, channels: int, groups: int = 1) -> None:
+    """Make sure that every group has a variance in a layer.
+
+    Raises:
+        BatchError: naming the layer.
+    """
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise BatchError(f"layer {name!r} got input of shape {tuple(x.shape)}; expected (N, {channels}, ...).")
+    rows = x.shape[0]
+    if rows % groups:
+        raise BatchError(f"layer {name!r} sees {rows} rows, which groups={groups} does not divide. Use another number.")
+    if x.numel() > groups * channels:
+        return
+    positions = "×".join(map(str, x.shape[2:])) or "1"
+    if groups == 1:
+        raise BatchError(
+            f"layer {name!r} sees one value a channel ({rows} samples, {positions} positions), so it has no variance. "
+            "Use a larger batch, or put the layer in evaluation mode."
+        )
+    raise BatchError(
+        f"layer {name!r} sees one value a channel in each of {groups} groups ({rows} samples, {positions} positions), "
+        f"so it has no variance. Use fewer groups (groups={max(rows // 2, 1)} leaves two) or a larger batch."
+    )
 
 
 def fold_groups(x: Tensor, groups: int) -> Tensor:
@@ -123,19 +227,19 @@ class _NativeLayer(torch.autograd.Function):
         gamma, beta = (_for_each_group(vector, groups) for vector in (gamma, bias))
         y = torch.native_batch_norm(folded, gamma, beta, centre, var, False, 0.0, eps)[0]
         ctx.eps, ctx.groups, ctx.at_zero = eps, groups, at_zero
-        ctx.save_for_backward(x, weight, gamma, shift, scale, mean, invstd)
+        ctx.save_for_backward(folded, weight, gamma, shift, scale, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
         return _unfold_fresh(y, x), mean, var
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
+        folded, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
         for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
         # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad for every group.
         grad_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
             fold_groups(grad, ctx.groups),
-            fold_groups(x, ctx.groups),
+            folded,
             gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True],
         )  # fmt: skip
         g_gamma, g_beta, gamma, mean, invstd = (v.view(ctx.groups, -1) for v in (g_gamma, g_beta, gamma, mean, invstd))
@@ -149,7 +253,7 @@ class _NativeLayer(torch.autograd.Function):
             (-gamma * g_offset).sum_to_size(shift.shape) if for_shift else None,
             (weight * g_gamma).sum_to_size(scale.shape) if for_scale else None,
         )
-        return (_unfold_fresh(grad_x, x) if for_x else None, *grads, None, None, None)
+        return (_unfold_fresh(grad_x, grad) if for_x else None, *grads, None, None, None)
 
 
 def _layer_of_ops(
@@ -170,12 +274,12 @@ def _layer_of_ops(
     return unfold_groups(y, groups), mean, var
 
 
-def _unfold_fresh(y: Tensor, x: Tensor) -> Tensor:
+def _unfold_fresh(y: Tensor, like: Tensor) -> Tensor:
     """Undo `fold_groups` on a tensor nobody else holds.
 
     Autograd must not see a view here: an in-place activation after it would copy gradients.
     """
-    return y if y.shape == x.shape else torch.ops.aten._unsafe_view(y, x.shape)
+    return y if y.shape == like.shape else torch.ops.aten._unsafe_view(y, like.shape)
 
 
 def _for_each_group(vector: Tensor, groups: int) -> Tensor:
@@ -195,10 +299,10 @@ def advance_running_stats(running: RunningStats, stats: BatchStats, size: int, m
     Returns:
         The values after, in the dtypes they had.
     """
-    count = running.count + 1
-    weight = torch.reciprocal(count.to(stats.mean.dtype)) if momentum is None else momentum
+    batches = running.batches + 1
+    weight = torch.reciprocal(batches.to(stats.mean.dtype)) if momentum is None else momentum
 
     def moved(old: Tensor, new: Tensor) -> Tensor:
         return torch.lerp(old.to(new.dtype), new, weight).to(old.dtype)
 
-    return RunningStats(moved(running.mean, stats.mean), moved(running.var, stats.var * (size / (size - 1))), count)
+    return RunningStats(moved(running.mean, stats.mean), moved(running.var, stats.var * (size / (size - 1))), batches)

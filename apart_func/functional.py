@@ -97,7 +97,9 @@ class FunctionalModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = {
-            name: LayerSpec(layer.num_features, layer.momentum, layer.track_running_stats and layer.running_mean is not None)
+            name: LayerSpec(
+                layer.num_features, layer.momentum, layer.track_running_stats and layer.running_mean is not None
+            )
             for name, layer in training_layers(model).items()
         }
         self._evaluation = _PrivateCopy(model, ())
@@ -109,9 +111,7 @@ class FunctionalModel:
         self._route = Route(layers)
         self._route.attach()
 
-    def __call__(
-        self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any
-    ) -> Any:
+    def __call__(self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any) -> Any:
         """Run the model on `inputs`; buffers that the forward changes are dropped.
 
         Args:
@@ -142,7 +142,9 @@ class FunctionalModel:
         _check_tensors(self._training.shapes, tensors)
         for name, tensor in params.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
-                raise StateError(f"params[{name!r}] has dtype {tensor.dtype}, which has no gradient. Put it in buffers.")
+                raise StateError(
+                    f"params[{name!r}] has dtype {tensor.dtype}, which has no gradient. Put it in buffers."
+                )
         return tensors
 
     @contextmanager
@@ -211,8 +213,8 @@ class _Absent:
 
     def __torch_function__(self, *_: Any) -> Any:
         raise ModelError(
-            f"the model reached {self.name!r} through something that is neither a module's attribute nor a list or dict "
-            "of tensors in one, so the caller's tensor could not be put there. Keep it as a module attribute."
+            f"the model reached {self.name!r} through something that is neither a module's attribute nor a list or "
+            "dict of tensors in one, so the caller's tensor could not be put there. Keep it as a module attribute."
         )
 
 
@@ -260,8 +262,9 @@ def _copy_without_tensors(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, copies)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({error}). Replace old-style weight_norm and spectral_norm by those "
-            "in torch.nn.utils.parametrizations, and pass the module inside a wrapper such as DistributedDataParallel."
+            f"{type(model).__name__} cannot be copied ({error}). Replace old-style weight_norm and spectral_norm by "
+            "those in torch.nn.utils.parametrizations, and pass the module that a wrapper such as "
+            "DistributedDataParallel holds."
         ) from error
 
 

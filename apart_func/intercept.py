@@ -127,14 +127,16 @@ def _used_arguments(
 
 def _check_dimensions(name: str, layer: _BatchNorm, x: Tensor) -> None:
     try:
-        layer._check_input_dim(x)
+        layer._check_input_dim(x)  # type: ignore[no-untyped-call]
     except ValueError as error:
-        raise BatchError(f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}: {error}.") from error
+        raise BatchError(
+            f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
+        ) from error
 
 
 def _bypassed(name: str, layer: nn.Module) -> ModelError:
     return ModelError(
-        f"layer {name!r} ({type(layer).__name__}) ran without calling torch.nn.functional.batch_norm, so its statistics "
-        "cannot be perturbed. Let its forward call F.batch_norm, or put the layer in evaluation mode to leave it as it "
-        "is. (SyncBatchNorm bypasses it while it synchronises.)"
+        f"layer {name!r} ({type(layer).__name__}) ran without calling torch.nn.functional.batch_norm, so its "
+        "statistics cannot be perturbed. Let its forward call F.batch_norm, or put the layer in evaluation mode "
+        "to leave it as it is. (SyncBatchNorm bypasses it while it synchronises.)"
     )

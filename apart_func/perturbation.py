@@ -76,7 +76,9 @@ def perturbed_stats(
 
 def _perturbed(layer: str, stats: BatchStats, perturbation: PerturbationTree, eps: float) -> PerturbedStats:
     if layer not in perturbation:
-        raise StateError(f"layer {layer!r} has statistics and no perturbation. Pass the tree that a rule made for them.")
+        raise StateError(
+            f"layer {layer!r} has statistics and no perturbation. Pass the tree that a rule made for them."
+        )
     shift = perturbation[layer]
     if shift.mean.shape[-1] != stats.mean.shape[-1]:
         raise StateError(

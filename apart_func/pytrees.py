@@ -115,7 +115,9 @@ def batch_size(batch: Any) -> int:
     """
     lengths = [leaf.shape[0] for leaf in tree_flatten(batch)[0] if _is_cut(leaf)]
     if not lengths:
-        raise BatchError("the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target).")
+        raise BatchError(
+            "the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target)."
+        )
     if any(length != lengths[0] for length in lengths):
         raise BatchError(
             f"the tensors of the batch have lengths {lengths} on dim 0, and must agree: one entry a sample. "

@@ -15,6 +15,7 @@ LAYERS = [
     {"batch_norm", "perturbation", "distributed"},
     {"intercept"},
     {"functional"},
+    {"passes"},
     {"step", "module"},
     {"sam"},
     {"__init__"},

@@ -1,0 +1,309 @@
+"""The two passes of the method: functions from parameters, buffers and a batch to losses and gradients.
+
+    proxy_pass        plain training at δ = 0    →  ∇L_p, the statistics, and g = ∂L_p/∂δ
+    adversarial_pass  statistics pushed by δ     →  ∇L_a
+
+A pass gives every BN layer of the functional model something else to do, and differentiates what comes out.
+"""
+
+from __future__ import annotations  # Dynamo would trace the annotations of the functions below
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_compiling, is_traced
+from apart_func.batch_norm import (
+    RunningStats,
+    Taps,
+    advance_running_stats,
+    check_input,
+    clean_batch_norm,
+    number_of_groups,
+    perturbed_batch_norm,
+    statistic_gradients,
+)
+from apart_func.errors import BatchError, SettingError, UsageError
+from apart_func.functional import FunctionalModel
+from apart_func.pytrees import (
+    AdversarialOutput,
+    BatchStats,
+    Perturbation,
+    PerturbationTree,
+    ProxyOutput,
+    StatTree,
+    Tensors,
+    batch_size,
+    stack_trees,
+)
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class Precision(NamedTuple):
+    """How a pass computes.
+
+    Attributes:
+        autocast: dtype of an autocast region around the forward; None opens none.
+        loss_scale: 0-d factor on the loss during the backward, divided out of all gradients; None is 1.
+    """
+
+    autocast: torch.dtype | None = None
+    loss_scale: Tensor | None = None
+
+
+FULL_PRECISION = Precision()
+
+
+def proxy_pass(
+    fmodel: FunctionalModel,
+    loss_fn: LossFunction,
+    params: Tensors,
+    buffers: Tensors,
+    batch: tuple[Any, Any],
+    *,
+    precision: Precision = FULL_PRECISION,
+) -> ProxyOutput:
+    """Run plain training's forward and backward, and differentiate by the batch statistics as well.
+
+    Args:
+        fmodel: the model, from `functionalize`.
+        loss_fn: `(output, target) -> scalar`.
+        params: trained tensors by name.
+        buffers: all other tensors by name.
+        batch: `(input, target)`, pytrees. A tuple input is splatted into the model, a dict passed as keywords.
+        precision: mixed-precision settings.
+
+    Returns:
+        Loss, output, gradients, new buffers, batch statistics, and their gradients.
+
+    Raises:
+        ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
+    """
+    tensors = _checked_state(fmodel, params, buffers)
+    like = statistics_like(tensors)
+    record = _Record(fmodel, like)
+
+    @contextmanager
+    def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
+        record.shifts = shifts
+        with fmodel.opened({**tensors, **trained}, record) as (module, copy):
+            loss, output = _forward(module, loss_fn, batch, precision)
+            record.closed = True
+            moved = {**buffers, **copy.own_buffers(), **_advanced(fmodel, tensors, record.calls)}
+            results = (loss, output, {name: moved[name] for name in buffers}, record.stats())
+            yield Opened(_scaled(loss, precision), results, record.taps())
+
+    if is_traced():
+        shifts = zero_shifts(fmodel, like)
+        (grads, shift_grads), (loss, output, buffers, stats), _ = gradient_traced(run, params, shifts)
+        stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
+    else:
+        (grads,), (loss, output, buffers, stats), tap_grads = gradient_eager(run, params)
+        stat_grads = record.statistic_gradients(tap_grads)
+    if precision.loss_scale is not None:
+        grads = _unscaled(grads, precision.loss_scale)
+        scale = precision.loss_scale
+        stat_grads = {layer: BatchStats(g.mean / scale, g.var / scale) for layer, g in stat_grads.items()}
+    return ProxyOutput(loss, output, grads, buffers, stats, stat_grads)
+
+
+def adversarial_pass(
+    fmodel: FunctionalModel,
+    loss_fn: LossFunction,
+    params: Tensors,
+    buffers: Tensors,
+    batch: tuple[Any, Any],
+    perturbation: PerturbationTree,
+    *,
+    groups: int = 0,
+    precision: Precision = FULL_PRECISION,
+) -> AdversarialOutput:
+    """Run a forward and backward with perturbed statistics, in ghost groups. No buffer moves.
+
+    Args:
+        fmodel: the model, from `functionalize`.
+        loss_fn: `(output, target) -> scalar`.
+        params: trained tensors by name.
+        buffers: all other tensors by name.
+        batch: `(input, target)` with the N samples of this pass.
+        perturbation: relative shifts of every BN layer, `(C,)`, or `(groups, C)` for one in each group. A constant:
+            nothing is differentiated by it.
+        groups: number of ghost groups; sample i is in group i mod `groups`. 0 and 1 make one group of the whole
+            batch, -1 makes a group of every sample.
+        precision: mixed-precision settings.
+
+    Returns:
+        Loss, output and gradients.
+
+    Raises:
+        ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
+    """
+    tensors = _checked_state(fmodel, params, buffers)
+    groups = number_of_groups(groups, batch_size(batch))
+    _check_perturbation(fmodel, perturbation, groups)
+
+    def layer(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        check_input(name, x, fmodel.layers[name].channels, groups)
+        return perturbed_batch_norm(x, weight, bias, eps, perturbation[name], groups=groups)[0]
+
+    @contextmanager
+    def run(trained: Tensors) -> Iterator[Opened]:
+        with fmodel.opened({**tensors, **trained}, layer) as (module, _):
+            loss, output = _forward(module, loss_fn, batch, precision)
+            yield Opened(_scaled(loss, precision), (loss, output))
+
+    (grads,), (loss, output), _ = gradient_traced(run, params) if is_traced() else gradient_eager(run, params)
+    if precision.loss_scale is not None:
+        grads = _unscaled(grads, precision.loss_scale)
+    return AdversarialOutput(loss, output, grads)
+
+
+def statistics_like(tensors: Tensors) -> Tensor:
+    """A 0-d zero with the device and dtype of this model's statistics: float64 in a float64 model, float32 else."""
+    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    wide = any(tensor.dtype == torch.float64 for tensor in floating)
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=floating[0].device)
+
+
+def zero_shifts(fmodel: FunctionalModel, like: Tensor) -> PerturbationTree:
+    """The point at which the proxy loss is differentiated."""
+    return {
+        name: Perturbation(like.new_zeros(layer.channels), like.new_zeros(layer.channels))
+        for name, layer in fmodel.layers.items()
+    }
+
+
+class _Call(NamedTuple):
+    """One call of a layer in the proxy pass; `size` values a channel, and `taps` where the pass is eager."""
+
+    stats: BatchStats
+    size: int
+    eps: float
+    taps: Taps | None
+
+
+class _Record:
+    """The layer of the proxy pass: batch norm at δ = 0 that is written down, to be differentiated by δ.
+
+    An eager pass taps each call's scale and shift, whose gradients BN's backward has at hand. A transform
+    differentiates by arguments, so there the pass takes the zero shifts as one.
+    """
+
+    def __init__(self, fmodel: FunctionalModel, like: Tensor) -> None:
+        self.fmodel, self.like = fmodel, like
+        self.shifts: PerturbationTree | None = None
+        self.calls: dict[str, list[_Call]] = {}
+        self.closed = False  # layers that are run again during the backward add nothing
+
+    def __call__(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        check_input(name, x, self.fmodel.layers[name].channels)
+        taps = None
+        if self.shifts is None:
+            y, stats, taps = clean_batch_norm(x, weight, bias, eps)
+        else:
+            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name], at_zero=True)
+        if not self.closed:
+            self.calls.setdefault(name, []).append(_Call(self._cast(stats), x.numel() // x.shape[1], eps, taps))
+        return y
+
+    def stats(self) -> StatTree:
+        trees = {layer: [call.stats for call in calls] for layer, calls in self.calls.items()}
+        return {layer: calls[0] if len(calls) == 1 else stack_trees(calls) for layer, calls in trees.items()}
+
+    def taps(self) -> list[Tensor]:
+        return [tap for calls in self.calls.values() for call in calls for tap in call.taps or ()]
+
+    def statistic_gradients(self, tap_grads: list[Tensor]) -> StatTree:
+        """Sum over the calls of each layer, from gradients in the order of `taps`."""
+        pairs = iter(zip(tap_grads[::2], tap_grads[1::2], strict=True))
+        found: StatTree = {}
+        for layer, spec in self.fmodel.layers.items():
+            for call in self.calls.get(layer, []):
+                assert call.taps is not None
+                g = self._cast(statistic_gradients(call.stats, call.eps, call.taps.weight, Taps(*next(pairs))))
+                found[layer] = BatchStats(found[layer].mean + g.mean, found[layer].var + g.var) if layer in found else g
+            found.setdefault(layer, BatchStats(self.like.new_zeros(spec.channels), self.like.new_zeros(spec.channels)))
+        return found
+
+    def _cast(self, stats: BatchStats) -> BatchStats:
+        return BatchStats(stats.mean.to(self.like.dtype), stats.var.to(self.like.dtype))
+
+
+def _forward(
+    module: nn.Module, loss_fn: LossFunction, batch: tuple[Any, Any], precision: Precision
+) -> tuple[Tensor, Any]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+        raise BatchError(f"the batch is {given}; expected (input, target).")
+    inputs, target = batch
+    with _autocast(precision, batch):
+        if isinstance(inputs, tuple):
+            output = module(*inputs)
+        elif isinstance(inputs, Mapping):
+            output = module(**inputs)
+        else:
+            output = module(inputs)
+        loss = loss_fn(output, target)
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
+        raise UsageError(
+            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
+        )
+    return loss, output
+
+
+def _autocast(precision: Precision, batch: Any) -> AbstractContextManager[Any]:
+    if precision.autocast is None:
+        return nullcontext()
+    device = next(leaf.device.type for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
+    return torch.autocast(device, dtype=precision.autocast)
+
+
+def _scaled(loss: Tensor, precision: Precision) -> Tensor:
+    return loss if precision.loss_scale is None else loss * precision.loss_scale
+
+
+def _unscaled(grads: Tensors, loss_scale: Tensor) -> Tensors:
+    return {name: grad / loss_scale for name, grad in grads.items()}
+
+
+def _advanced(fmodel: FunctionalModel, tensors: Tensors, record: dict[str, list[_Call]]) -> Tensors:
+    """The running statistics after every recorded call."""
+    moved: Tensors = {}
+    for layer, calls in record.items():
+        if not fmodel.layers[layer].tracked:
+            continue
+        names = [f"{layer}.running_mean", f"{layer}.running_var", f"{layer}.num_batches_tracked"]
+        running = RunningStats(*(tensors[name] for name in names))
+        for call in calls:
+            running = advance_running_stats(running, call.stats, call.size, fmodel.layers[layer].momentum)
+        moved.update(zip(names, running, strict=True))
+    return moved
+
+
+def _check_perturbation(fmodel: FunctionalModel, perturbation: PerturbationTree, groups: int) -> None:
+    missing = sorted(set(fmodel.layers) - set(perturbation))
+    unexpected = sorted(set(perturbation) - set(fmodel.layers))
+    if missing or unexpected:
+        raise SettingError(
+            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
+            "A rule returns one entry for every layer in stat_grads."
+        )
+    for layer, spec in fmodel.layers.items():
+        for shift in perturbation[layer]:
+            if tuple(shift.shape) not in ((spec.channels,), (groups, spec.channels)):
+                raise SettingError(
+                    f"the perturbation of layer {layer!r} has shape {tuple(shift.shape)}; expected ({spec.channels},), "
+                    f"or ({groups}, {spec.channels}) for one in each group."
+                )
+
+
+def _checked_state(fmodel: FunctionalModel, params: Tensors, buffers: Tensors) -> Tensors:
+    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
+        raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
+    return fmodel.check_state(params, buffers)

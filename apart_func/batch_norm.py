@@ -283,8 +283,8 @@ def _unfold_fresh(y: Tensor, like: Tensor) -> Tensor:
 
 
 def _for_each_group(vector: Tensor, groups: int) -> Tensor:
-    """`(C,)` or `(G, C)` as `(G·C,)`."""
-    return vector if groups == 1 and vector.dim() == 1 else vector.expand(groups, -1).reshape(-1)
+    """`(C,)` or `(G, C)` as `(G·C,)`, contiguous in memory: the kernels do not look at strides."""
+    return (vector if vector.dim() == 2 else vector.expand(groups, -1)).contiguous().view(-1)
 
 
 def advance_running_stats(running: RunningStats, stats: BatchStats, size: int, momentum: float | None) -> RunningStats:

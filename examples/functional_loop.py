@@ -1,0 +1,60 @@
+"""The APART step in a loop of your own, on scikit-learn's digits: `python examples/functional_loop.py`.
+
+Parameters and buffers go into the step, gradients and new buffers come out, and any `torch.optim` optimizer does
+the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import tyro
+from data import load, shuffled_batches
+from models import small_resnet
+from rich.progress import Progress
+from torch import Tensor
+
+from apart_func import assign_grads_, load_state_, make_apart_step, split_state
+
+
+def main(epochs: int = 60, seed: int = 0) -> float:
+    """Train a small ResNet with APART and measure it.
+
+    Args:
+        epochs: passes over the 256 training images.
+        seed: of the initial weights and the batches.
+
+    Returns:
+        The accuracy on the test images, from 0 to 1.
+    """
+    torch.manual_seed(seed)
+    digits = load("digits")
+    model = small_resnet(in_channels=1, classes=digits.classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    batches = torch.Generator().manual_seed(seed)
+
+    params, buffers = split_state(model)  # the model's own tensors: the optimizer's updates show in `params`
+    apart_step = make_apart_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    with Progress() as progress:
+        task = progress.add_task("training", total=epochs)
+        for _ in range(epochs):
+            for images, labels in shuffled_batches(digits.train, 64, batches):
+                out = apart_step(params, buffers, (images, labels))
+                buffers = out.buffers
+                assign_grads_(model, out.grads)
+                optimizer.step()
+            schedule.step()
+            progress.update(task, advance=1, description=f"loss {out.loss:.3f}, adversarial {out.adversarial_loss:.3f}")
+    load_state_(model, params, buffers)
+
+    model.eval()
+    with torch.no_grad():
+        scores: Tensor = model(digits.test.images)
+    accuracy = (scores.argmax(dim=1) == digits.test.labels).float().mean().item()
+    print(f"test accuracy: {accuracy:.2%} of {len(digits.test.labels)} images")
+    return accuracy
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

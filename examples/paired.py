@@ -1,0 +1,76 @@
+"""Statistics of paired runs: how far two methods lie apart when each seed was run with both.
+
+A seed fixes the initial weights and the batches, so the difference within a seed is freed of the spread between
+seeds. The interval is Student's, over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: the mean.
+        standard_error: its standard error.
+    """
+
+    mean: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean difference within pairs and its confidence interval.
+
+    Attributes:
+        mean: mean of first − second.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        confidence: the interval's level.
+    """
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of at least two values, with its standard error.
+
+    Args:
+        values: one a seed.
+
+    Returns:
+        Mean and standard error.
+    """
+    return Estimate(float(np.mean(values)), float(stats.sem(values)))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+    """The mean of first − second over at least two pairs, with Student's interval.
+
+    Args:
+        first: one value a seed.
+        second: one value a seed, in the same order.
+        confidence: level of the interval.
+
+    Returns:
+        The mean difference and its interval.
+    """
+    difference = estimate(np.subtract(first, second).tolist())
+    half_width = float(stats.t.ppf((1 + confidence) / 2, df=len(first) - 1)) * difference.standard_error
+    return PairedDifference(difference.mean, difference.mean - half_width, difference.mean + half_width, confidence)

@@ -2,14 +2,17 @@
 
 from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
+from apart_func.module import APART
 from apart_func.passes import Precision, adversarial_pass, proxy_pass
 from apart_func.perturbation import PerturbedStats, Rule, perturbed_stats, sign_perturbation
 from apart_func.pytrees import AdversarialOutput, BatchStats, Perturbation, ProxyOutput, StepOutput
+from apart_func.sam import make_apart_sam_step
 from apart_func.step import ApartStep, make_apart_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APART",
     "AdversarialOutput",
     "ApartError",
     "ApartStep",
@@ -30,6 +33,7 @@ __all__ = [
     "assign_grads_",
     "functionalize",
     "load_state_",
+    "make_apart_sam_step",
     "make_apart_step",
     "perturbed_stats",
     "proxy_pass",

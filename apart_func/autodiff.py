@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from apart_func.errors import UsageError
 
 
 class Opened(NamedTuple):
@@ -35,7 +36,7 @@ Pass = Callable[..., AbstractContextManager[Opened]]
 
 
 class Gradient(NamedTuple):
-    """What `gradient` returns; outside transforms everything is detached.
+    """What differentiating a pass returns. Gradients of an eager pass are detached; its further results are not.
 
     Attributes:
         grads: a dict for each argument of the pass, zero where the loss does not depend on the tensor.
@@ -60,6 +61,19 @@ def is_traced() -> bool:
     return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_recomputing() -> bool:
+    """Whether this call is part of a backward, in which activation checkpointing runs layers once more."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_checkpointed() -> bool:
+    """Whether activation checkpointing will run what is called now once more."""
+    if is_compiling() or not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # torch 2.0
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
 def gradient_eager(run: Pass, inputs: dict[str, Tensor]) -> Gradient:
     """Differentiate a pass with respect to `inputs` and to what it taps, by `torch.autograd.grad`."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
@@ -67,7 +81,7 @@ def gradient_eager(run: Pass, inputs: dict[str, Tensor]) -> Gradient:
         wanted = [*leaves.values(), *taps]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
     grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
-    return Gradient((dict(zip(leaves, grads, strict=False)),), tree_map(_detached, aux), grads[len(leaves) :])
+    return Gradient((dict(zip(leaves, grads, strict=False)),), aux, grads[len(leaves) :])
 
 
 def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:
@@ -77,9 +91,14 @@ def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:
         with run(*trees) as (loss, aux, _):
             return loss, aux
 
-    grads, (_, aux) = torch.func.grad_and_value(value, argnums=tuple(range(len(inputs))), has_aux=True)(*inputs)
+    differentiated = torch.func.grad_and_value(value, argnums=tuple(range(len(inputs))), has_aux=True)
+    try:
+        grads, (_, aux) = differentiated(*inputs)
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise UsageError(
+                "the model checkpoints activations, or hooks saved tensors in another way, and under a torch.func "
+                "transform that cannot be. Call the step without one, or switch checkpointing off."
+            ) from error
+        raise
     return Gradient(grads, aux, [])
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

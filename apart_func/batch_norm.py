@@ -8,6 +8,7 @@ for every channel of every ghost group. Ghost groups are channels of their own: 
 kernel serves both passes, and a perturbed layer costs what a plain one costs.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,22 @@ class Taps(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+
+
+class Call(NamedTuple):
+    """One call of a layer in a proxy pass.
+
+    Attributes:
+        stats: batch statistics, `(C,)` each.
+        size: values a channel in the batch.
+        eps: BN's constant.
+        taps: the affine parameters, where the pass is eager.
+    """
+
+    stats: BatchStats
+    size: int
+    eps: float
+    taps: Taps | None
 
 
 class RunningStats(NamedTuple):
@@ -70,7 +87,7 @@ def clean_batch_norm(
     taps = Taps(_tap(weight, 1.0, channels, dtype, x.device), _tap(bias, 0.0, channels, dtype, x.device))
     # Running statistics that start from nothing and take the batch whole are the batch's.
     mean, var = torch.zeros(2, channels, dtype=dtype, device=x.device)
-    y = F.batch_norm(x, mean, var, *taps, True, 1.0, eps)
+    y = torch.batch_norm(x, *taps, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
     size = x.numel() // channels
     return y, BatchStats(mean, var * ((size - 1) / size)), taps
 
@@ -84,19 +101,27 @@ def _tap(vector: Tensor | None, default: float, channels: int, dtype: torch.dtyp
     return vector.to(dtype).detach().requires_grad_()
 
 
-def statistic_gradients(stats: BatchStats, eps: float, weight: Tensor, grads: Taps) -> BatchStats:
-    """The gradient by the relative shifts at zero, which BN's backward yields on the way.
+def statistic_gradients(calls: list[Call], grads: list[Taps]) -> list[BatchStats]:
+    """Gradients by the relative shifts at zero, which BN's backward yields on the way. Eager only.
 
     From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
 
     Args:
-        stats: batch statistics of a call, `(C,)`.
-        eps: BN's constant.
-        weight: scale γ of the call, `(C,)`.
-        grads: gradient of the loss by the taps of the call.
+        calls: calls of layers, with taps.
+        grads: gradient of the loss by the taps of each.
     """
-    weight = weight.detach()
-    return BatchStats(-weight * stats.mean * torch.rsqrt(stats.var + eps) * grads.bias, weight * grads.weight)
+
+    def by_shift_and_scale(
+        mean: Tensor, var: Tensor, weight: Tensor, g_weight: Tensor, g_bias: Tensor, eps: Any
+    ) -> tuple[Tensor, ...]:
+        return -weight * g_bias * mean * torch.rsqrt(var + eps), weight * g_weight
+
+    vectors = [
+        (call.stats.mean, call.stats.var, call.taps.weight.detach(), g.weight, g.bias)
+        for call, g in zip(calls, grads, strict=True)
+        if call.taps
+    ]
+    return [BatchStats(*pair) for pair in over_layers(by_shift_and_scale, vectors, [(call.eps,) for call in calls])]
 
 
 def perturbed_batch_norm(
@@ -129,7 +154,7 @@ def perturbed_batch_norm(
     bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
     shift, scale = (vector.to(dtype) for vector in perturbation)
     layer = _layer_of_ops if is_traced() or x.device.type not in _NATIVE_DEVICES else _NativeLayer.apply
-    y, mean, var = layer(x, weight, bias, shift, scale, eps, groups, at_zero)
+    y, mean, var = layer(x, weight, bias, shift, scale, eps, groups)
     return y, BatchStats(mean, var) if groups == 1 else BatchStats(mean.view(groups, -1), var.view(groups, -1))
 
 
@@ -201,40 +226,32 @@ _NATIVE_DEVICES = ("cpu", "cuda")
 
 
 class _NativeLayer(torch.autograd.Function):
-    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G·C,)` vectors."""
+    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G, C)` tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        eps: float,
-        groups: int,
-        at_zero: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         folded = fold_groups(x, groups)
         mean, var = batch_moments(folded)
-        invstd = torch.rsqrt(var + eps)
+        invstd = (var + eps).rsqrt_()
         # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
-        centre, gamma = mean, weight
-        if not at_zero:
-            by_group = mean.view(groups, -1)
-            centre = torch.addcmul(by_group, by_group, shift).view(-1)
-            gamma = torch.addcmul(weight, weight, scale)
-        gamma, beta = (_for_each_group(vector, groups) for vector in (gamma, bias))
-        y = torch.native_batch_norm(folded, gamma, beta, centre, var, False, 0.0, eps)[0]
-        ctx.eps, ctx.groups, ctx.at_zero = eps, groups, at_zero
-        ctx.save_for_backward(folded, weight, gamma, shift, scale, mean, invstd)
+        moved = mean.view(groups, -1) * shift
+        factor = 1 + scale
+        gamma, beta = _for_each_group(weight * factor, groups), _for_each_group(bias, groups)
+        y = torch.native_batch_norm(folded, gamma, beta, mean + moved.view(-1), var, False, 0.0, eps)[0]
+        ctx.eps, ctx.groups, ctx.shape = eps, groups, shift.shape
+        ctx.save_for_backward(folded, weight, gamma, factor, mean, invstd, moved.view(-1) * invstd)
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # no zeros for these two
         return _unfold_fresh(y, x), mean, var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        folded, weight, gamma, shift, scale, mean, invstd = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        folded, weight, gamma, factor, mean, invstd, offset = ctx.saved_tensors
         for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
         # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad for every group.
         grad_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
@@ -242,22 +259,21 @@ class _NativeLayer(torch.autograd.Function):
             folded,
             gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True],
         )  # fmt: skip
-        g_gamma, g_beta, gamma, mean, invstd = (v.view(ctx.groups, -1) for v in (g_gamma, g_beta, gamma, mean, invstd))
-        if for_shift or not ctx.at_zero:
-            g_offset = g_beta * mean * invstd  # y holds −γ(1 + δσ) δμ · offset, offset = sg(μ/s)
-        if not ctx.at_zero:
-            g_gamma = g_gamma - shift * g_offset
-        grads = (
-            (g_gamma if ctx.at_zero else g_gamma + g_gamma * scale).sum_to_size(weight.shape) if for_weight else None,
-            g_beta.sum_to_size(weight.shape) if for_bias else None,
-            (-gamma * g_offset).sum_to_size(shift.shape) if for_shift else None,
-            (weight * g_gamma).sum_to_size(scale.shape) if for_scale else None,
+        # y = γ' (x̂ − offset) + β with γ' = γ (1 + δσ) and offset = δμ · sg(μ/s)
+        g_gamma = g_gamma.addcmul_(g_beta, offset, value=-1).view(ctx.groups, -1)
+        return (
+            _unfold_fresh(grad_x, grad) if for_x else None,
+            _summed(g_gamma * factor, weight.shape) if for_weight else None,
+            _summed(g_beta, weight.shape) if for_bias else None,
+            _summed(-gamma * mean * invstd * g_beta, ctx.shape) if for_shift else None,
+            _summed(g_gamma * weight, ctx.shape) if for_scale else None,
+            None,
+            None,
         )
-        return (_unfold_fresh(grad_x, grad) if for_x else None, *grads, None, None, None)
 
 
 def _layer_of_ops(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int, at_zero: bool
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in operators that every transform, compiler and device knows.
 
@@ -284,25 +300,83 @@ def _unfold_fresh(y: Tensor, like: Tensor) -> Tensor:
 
 def _for_each_group(vector: Tensor, groups: int) -> Tensor:
     """`(C,)` or `(G, C)` as `(G·C,)`, contiguous in memory: the kernels do not look at strides."""
-    return (vector if vector.dim() == 2 else vector.expand(groups, -1)).contiguous().view(-1)
+    if groups > 1 and vector.dim() == 1:
+        vector = vector.expand(groups, -1)
+    return vector.contiguous().view(-1)
 
 
-def advance_running_stats(running: RunningStats, stats: BatchStats, size: int, momentum: float | None) -> RunningStats:
-    """Move running statistics by one batch, as plain batch norm does.
+def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a `(C,)` or `(G, C)` vector from that of its `(G·C,)` use."""
+    return grad.view(shape) if grad.numel() == shape.numel() else grad.view(-1, shape[-1]).sum(0)
+
+
+def advance_running_stats(
+    running: list[RunningStats], stats: list[BatchStats], sizes: list[int], momenta: list[float | None]
+) -> list[RunningStats]:
+    """Move running statistics by one batch, as plain batch norm does, for several layers.
 
     Args:
         running: the values before.
         stats: batch statistics, `(C,)` each.
-        size: values a channel in the batch; the running variance takes the unbiased estimate.
-        momentum: weight of this batch; None weighs all batches alike (cumulative average).
+        sizes: values a channel in the batch; the running variance takes the unbiased estimate.
+        momenta: weight of this batch; None weighs all batches alike (cumulative average).
 
     Returns:
         The values after, in the dtypes they had.
     """
-    batches = running.batches + 1
-    weight = torch.reciprocal(batches.to(stats.mean.dtype)) if momentum is None else momentum
+    counts = [before.batches + 1 for before in running]
 
-    def moved(old: Tensor, new: Tensor) -> Tensor:
-        return torch.lerp(old.to(new.dtype), new, weight).to(old.dtype)
+    def moved(
+        old_mean: Tensor, old_var: Tensor, mean: Tensor, var: Tensor, correction: Any, weight: Any
+    ) -> tuple[Tensor, ...]:
+        # computed in the dtype of the batch's statistics, and returned in that of the running ones
+        mean = torch.lerp(old_mean.to(mean.dtype), mean, weight).to(old_mean.dtype)
+        var = torch.lerp(old_var.to(var.dtype), var * correction, weight).to(old_var.dtype)
+        return mean, var
 
-    return RunningStats(moved(running.mean, stats.mean), moved(running.var, stats.var * (size / (size - 1))), batches)
+    vectors = [(old.mean, old.var, new.mean, new.var) for old, new in zip(running, stats, strict=True)]
+    numbers = [
+        (size / (size - 1), torch.reciprocal(count.to(new.mean.dtype)) if momentum is None else momentum)
+        for size, momentum, count, new in zip(sizes, momenta, counts, stats, strict=True)
+    ]
+    after = over_layers(moved, vectors, numbers)
+    return [RunningStats(mean, var, count) for (mean, var), count in zip(after, counts, strict=True)]
+
+
+def over_layers(
+    function: Callable[..., tuple[Tensor, ...]],
+    vectors: Sequence[tuple[Tensor, ...]],
+    numbers: Sequence[tuple[Any, ...]],
+) -> list[tuple[Tensor, ...]]:
+    """Apply elementwise arithmetic to the statistics of all layers at once: a kernel for all, and not one for each.
+
+    Args:
+        function: of as many vectors and numbers as a layer has; elementwise.
+        vectors: for every layer, vectors of one length.
+        numbers: for every layer, floats or 0-d tensors.
+
+    Returns:
+        What the function returns, for every layer.
+    """
+    columns = list(zip(*vectors, strict=True))
+    alike = all(len({(v.device, v.dtype) for v in column}) == 1 for column in columns)
+    if is_traced() or not alike or len(vectors) == 1:
+        return [function(*of_layer, *values) for of_layer, values in zip(vectors, numbers, strict=True)]
+    lengths = [of_layer[0].numel() for of_layer in vectors]
+    joined = [torch.cat(column) for column in columns]
+    results = function(*joined, *(_per_channel(values, lengths, joined[-1]) for values in zip(*numbers, strict=True)))
+    return list(zip(*(torch.split(result, lengths) for result in results), strict=True))
+
+
+def _per_channel(values: tuple[Any, ...], lengths: list[int], like: Tensor) -> Any:
+    """One number for all layers where they agree, else a vector with each layer's number in all of its channels."""
+    if not any(isinstance(value, Tensor) for value in values):
+        if len(set(values)) == 1:
+            return values[0]
+        values = tuple(like.new_tensor(values).unbind())
+    return torch.cat(
+        [
+            torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(n)
+            for v, n in zip(values, lengths, strict=True)
+        ]
+    )

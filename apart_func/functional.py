@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from apart_func.errors import ModelError, StateError
@@ -77,6 +78,16 @@ class LayerSpec(NamedTuple):
     tracked: bool
 
 
+def layer_specs(layers: Mapping[str, _BatchNorm]) -> dict[str, LayerSpec]:
+    """What the passes need to know of every layer."""
+    return {
+        name: LayerSpec(
+            layer.num_features, layer.momentum, layer.track_running_stats and layer.running_mean is not None
+        )
+        for name, layer in layers.items()
+    }
+
+
 def functionalize(model: nn.Module) -> "FunctionalModel":
     """Make a function of `params` and `buffers` from a model. Its layers keep the modes they have now.
 
@@ -96,12 +107,7 @@ class FunctionalModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {
-            name: LayerSpec(
-                layer.num_features, layer.momentum, layer.track_running_stats and layer.running_mean is not None
-            )
-            for name, layer in training_layers(model).items()
-        }
+        self.layers = layer_specs(training_layers(model))
         self._evaluation = _PrivateCopy(model, ())
         self._evaluation.module.eval()
         self._training = _PrivateCopy(model, self.layers)
@@ -280,12 +286,12 @@ def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tens
 
 
 def _check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
-    missing, unexpected = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
-    if missing or unexpected:
+    if set(expected) != set(given):
+        missing, unexpected = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
         raise StateError(
             f"the tensors do not fit the model: missing {missing}, unexpected {unexpected}. "
             "Take them from split_state(model) of the same model."
         )
     for name, shape in expected.items():
-        if tuple(given[name].shape) != shape:
+        if given[name].shape != shape:
             raise StateError(f"{name!r} has shape {tuple(given[name].shape)}, and the model expects {shape}.")

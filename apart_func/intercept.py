@@ -9,7 +9,8 @@ Catching the function, and not the module, keeps what a subclass does around it 
 catching it inside BN layers alone leaves other users of `F.batch_norm` (weight standardisation) in peace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from apart_func.errors import ApartError, BatchError, ModelError
+from apart_func.errors import ApartError, BatchError, ModelError, UsageError
 
 Handler = Callable[[str, Tensor, Tensor | None, Tensor | None, float], Tensor]
 
@@ -27,6 +28,7 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
     Raises:
         ModelError: there is none.
+        UsageError: they are on a route already.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if not layers:
@@ -40,7 +42,17 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
             f"none of the {len(layers)} batch-norm layers of {type(model).__name__} is in training mode, and layers in "
             "evaluation mode stay as they are. Call model.train() first."
         )
+    routed = [name for name, layer in training.items() if _is_routed(layer)]
+    if routed:
+        raise UsageError(
+            f"layer {routed[0]!r} is inside a context of another APART already. Leave that one before the next begins."
+        )
     return training
+
+
+def is_stock(layer: _BatchNorm) -> bool:
+    """Whether a layer's forward is PyTorch's own."""
+    return type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
 
 
 class Route:
@@ -59,16 +71,30 @@ class Route:
         for layer, forward in self._forwards:
             vars(layer)["forward"] = forward
 
-    def detach(self) -> None:
-        """Leave the layers as they were."""
-        for layer, _ in self._forwards:
-            del vars(layer)["forward"]
+    @contextmanager
+    def opened(self, handler: Handler) -> Iterator[None]:
+        """Lead the layers' calls to `handler` while open, and leave the layers as they were."""
+        own = [(vars(layer), vars(layer).get("forward")) for layer, _ in self._forwards]
+        self.attach()
+        self.handler = handler
+        try:
+            yield
+        finally:
+            self.handler = None
+            for attributes, forward in own:
+                if forward is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = forward
+
+
+def _is_routed(layer: _BatchNorm) -> bool:
+    return getattr(vars(layer).get("forward"), "__module__", None) == __name__
 
 
 def _forward(route: Route, name: str, layer: _BatchNorm) -> Callable[..., Any]:
     """What replaces the `forward` of one layer."""
-    original = layer.forward
-    stock = type(layer).forward is _BatchNorm.forward
+    original, stock = layer.forward, is_stock(layer)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         handler = route.handler

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_compiling, is_traced
+from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_compiling, is_recomputing, is_traced
 from apart_func.batch_norm import (
+    Call,
     RunningStats,
     Taps,
     advance_running_stats,
@@ -28,7 +28,7 @@ from apart_func.batch_norm import (
     statistic_gradients,
 )
 from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel
+from apart_func.functional import FunctionalModel, LayerSpec
 from apart_func.pytrees import (
     AdversarialOutput,
     BatchStats,
@@ -38,7 +38,9 @@ from apart_func.pytrees import (
     StatTree,
     Tensors,
     batch_size,
+    detached,
     stack_trees,
+    tree_leaves,
 )
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -86,20 +88,20 @@ def proxy_pass(
     """
     tensors = _checked_state(fmodel, params, buffers)
     like = statistics_like(tensors)
-    record = _Record(fmodel, like)
+    record = _Record(fmodel.layers, like)
 
     @contextmanager
     def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
         record.shifts = shifts
         with fmodel.opened({**tensors, **trained}, record) as (module, copy):
             loss, output = _forward(module, loss_fn, batch, precision)
-            record.closed = True
-            moved = {**buffers, **copy.own_buffers(), **_advanced(fmodel, tensors, record.calls)}
-            results = (loss, output, {name: moved[name] for name in buffers}, record.stats())
+            moved = {**buffers, **_outcome(copy.own_buffers()), **advanced(fmodel.layers, tensors, record.calls)}
+            kept = {name: moved[name] for name in buffers}
+            results = (_outcome(loss), _outcome(output), kept, statistics(record.calls))
             yield Opened(_scaled(loss, precision), results, record.taps())
 
     if is_traced():
-        shifts = zero_shifts(fmodel, like)
+        shifts = zero_shifts(fmodel.layers, like)
         (grads, shift_grads), (loss, output, buffers, stats), _ = gradient_traced(run, params, shifts)
         stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
     else:
@@ -145,7 +147,7 @@ def adversarial_pass(
     """
     tensors = _checked_state(fmodel, params, buffers)
     groups = number_of_groups(groups, batch_size(batch))
-    _check_perturbation(fmodel, perturbation, groups)
+    check_perturbation(fmodel.layers, perturbation, groups)
 
     def layer(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         check_input(name, x, fmodel.layers[name].channels, groups)
@@ -155,7 +157,7 @@ def adversarial_pass(
     def run(trained: Tensors) -> Iterator[Opened]:
         with fmodel.opened({**tensors, **trained}, layer) as (module, _):
             loss, output = _forward(module, loss_fn, batch, precision)
-            yield Opened(_scaled(loss, precision), (loss, output))
+            yield Opened(_scaled(loss, precision), (_outcome(loss), _outcome(output)))
 
     (grads,), (loss, output), _ = gradient_traced(run, params) if is_traced() else gradient_eager(run, params)
     if precision.loss_scale is not None:
@@ -170,21 +172,41 @@ def statistics_like(tensors: Tensors) -> Tensor:
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=floating[0].device)
 
 
-def zero_shifts(fmodel: FunctionalModel, like: Tensor) -> PerturbationTree:
+def zero_shifts(layers: Mapping[str, LayerSpec], like: Tensor) -> PerturbationTree:
     """The point at which the proxy loss is differentiated."""
     return {
         name: Perturbation(like.new_zeros(layer.channels), like.new_zeros(layer.channels))
-        for name, layer in fmodel.layers.items()
+        for name, layer in layers.items()
     }
 
 
-class _Call(NamedTuple):
-    """One call of a layer in the proxy pass; `size` values a channel, and `taps` where the pass is eager."""
+Calls = dict[str, list[Call]]
 
-    stats: BatchStats
-    size: int
-    eps: float
-    taps: Taps | None
+
+def statistics(calls: Calls) -> StatTree:
+    """Batch statistics of recorded calls, `(C,)`, or `(K, C)` for a layer called K times."""
+    trees = {layer: [call.stats for call in of_layer] for layer, of_layer in calls.items()}
+    return {layer: stats[0] if len(stats) == 1 else stack_trees(stats) for layer, stats in trees.items()}
+
+
+def advanced(layers: Mapping[str, LayerSpec], tensors: Tensors, calls: Calls) -> Tensors:
+    """The running statistics after every recorded call, in their order."""
+    tracked = {name: of_layer for name, of_layer in calls.items() if layers[name].tracked}
+    keys = {
+        name: [f"{name}.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")] for name in tracked
+    }
+    moved = {key: tensors[key] for of_layer in keys.values() for key in of_layer}
+    for turn in range(max(map(len, tracked.values()), default=0)):
+        of_turn = {name: of_layer[turn] for name, of_layer in tracked.items() if turn < len(of_layer)}
+        after = advance_running_stats(
+            [RunningStats(*(moved[key] for key in keys[name])) for name in of_turn],
+            [call.stats for call in of_turn.values()],
+            [call.size for call in of_turn.values()],
+            [layers[name].momentum for name in of_turn],
+        )
+        for name, running in zip(of_turn, after, strict=True):
+            moved.update(zip(keys[name], running, strict=True))
+    return moved
 
 
 class _Record:
@@ -194,41 +216,36 @@ class _Record:
     differentiates by arguments, so there the pass takes the zero shifts as one.
     """
 
-    def __init__(self, fmodel: FunctionalModel, like: Tensor) -> None:
-        self.fmodel, self.like = fmodel, like
+    def __init__(self, layers: Mapping[str, LayerSpec], like: Tensor) -> None:
+        self.layers, self.like = layers, like
         self.shifts: PerturbationTree | None = None
-        self.calls: dict[str, list[_Call]] = {}
-        self.closed = False  # layers that are run again during the backward add nothing
+        self.calls: Calls = {}
 
     def __call__(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        check_input(name, x, self.fmodel.layers[name].channels)
+        check_input(name, x, self.layers[name].channels)
         taps = None
         if self.shifts is None:
             y, stats, taps = clean_batch_norm(x, weight, bias, eps)
         else:
             y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name], at_zero=True)
-        if not self.closed:
-            self.calls.setdefault(name, []).append(_Call(self._cast(stats), x.numel() // x.shape[1], eps, taps))
+        if not is_recomputing():
+            self.calls.setdefault(name, []).append(Call(self._cast(stats), x.numel() // x.shape[1], eps, taps))
         return y
-
-    def stats(self) -> StatTree:
-        trees = {layer: [call.stats for call in calls] for layer, calls in self.calls.items()}
-        return {layer: calls[0] if len(calls) == 1 else stack_trees(calls) for layer, calls in trees.items()}
 
     def taps(self) -> list[Tensor]:
         return [tap for calls in self.calls.values() for call in calls for tap in call.taps or ()]
 
     def statistic_gradients(self, tap_grads: list[Tensor]) -> StatTree:
         """Sum over the calls of each layer, from gradients in the order of `taps`."""
-        pairs = iter(zip(tap_grads[::2], tap_grads[1::2], strict=True))
+        pairs = [Taps(*pair) for pair in zip(tap_grads[::2], tap_grads[1::2], strict=True)]
+        recorded = [(layer, call) for layer, calls in self.calls.items() for call in calls]
         found: StatTree = {}
-        for layer, spec in self.fmodel.layers.items():
-            for call in self.calls.get(layer, []):
-                assert call.taps is not None
-                g = self._cast(statistic_gradients(call.stats, call.eps, call.taps.weight, Taps(*next(pairs))))
-                found[layer] = BatchStats(found[layer].mean + g.mean, found[layer].var + g.var) if layer in found else g
-            found.setdefault(layer, BatchStats(self.like.new_zeros(spec.channels), self.like.new_zeros(spec.channels)))
-        return found
+        for (layer, _), g in zip(recorded, statistic_gradients([call for _, call in recorded], pairs), strict=True):
+            g = self._cast(g)
+            found[layer] = BatchStats(found[layer].mean + g.mean, found[layer].var + g.var) if layer in found else g
+        uncalled = {layer: spec for layer, spec in self.layers.items() if layer not in found}
+        zeros = {layer: BatchStats(*zero) for layer, zero in zero_shifts(uncalled, self.like).items()}
+        return {layer: found.get(layer) or zeros[layer] for layer in self.layers}
 
     def _cast(self, stats: BatchStats) -> BatchStats:
         return BatchStats(stats.mean.to(self.like.dtype), stats.var.to(self.like.dtype))
@@ -257,10 +274,15 @@ def _forward(
     return loss, output
 
 
+def _outcome(tree: Any) -> Any:
+    """Results of an eager pass are cut from its graph; a transform still needs theirs."""
+    return tree if is_traced() else tree.detach() if isinstance(tree, Tensor) else detached(tree)
+
+
 def _autocast(precision: Precision, batch: Any) -> AbstractContextManager[Any]:
     if precision.autocast is None:
         return nullcontext()
-    device = next(leaf.device.type for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
+    device = next(leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     return torch.autocast(device, dtype=precision.autocast)
 
 
@@ -272,29 +294,20 @@ def _unscaled(grads: Tensors, loss_scale: Tensor) -> Tensors:
     return {name: grad / loss_scale for name, grad in grads.items()}
 
 
-def _advanced(fmodel: FunctionalModel, tensors: Tensors, record: dict[str, list[_Call]]) -> Tensors:
-    """The running statistics after every recorded call."""
-    moved: Tensors = {}
-    for layer, calls in record.items():
-        if not fmodel.layers[layer].tracked:
-            continue
-        names = [f"{layer}.running_mean", f"{layer}.running_var", f"{layer}.num_batches_tracked"]
-        running = RunningStats(*(tensors[name] for name in names))
-        for call in calls:
-            running = advance_running_stats(running, call.stats, call.size, fmodel.layers[layer].momentum)
-        moved.update(zip(names, running, strict=True))
-    return moved
+def check_perturbation(layers: Mapping[str, LayerSpec], perturbation: PerturbationTree, groups: int) -> None:
+    """Make sure that every layer has a perturbation of its width.
 
-
-def _check_perturbation(fmodel: FunctionalModel, perturbation: PerturbationTree, groups: int) -> None:
-    missing = sorted(set(fmodel.layers) - set(perturbation))
-    unexpected = sorted(set(perturbation) - set(fmodel.layers))
+    Raises:
+        SettingError: naming the layers.
+    """
+    missing = sorted(set(layers) - set(perturbation))
+    unexpected = sorted(set(perturbation) - set(layers))
     if missing or unexpected:
         raise SettingError(
             f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
             "A rule returns one entry for every layer in stat_grads."
         )
-    for layer, spec in fmodel.layers.items():
+    for layer, spec in layers.items():
         for shift in perturbation[layer]:
             if tuple(shift.shape) not in ((spec.channels,), (groups, spec.channels)):
                 raise SettingError(

@@ -3,6 +3,7 @@
 A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,25 @@ class Rule(Protocol):
 
     def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
         """See `sign_perturbation`."""
+
+
+def check_epsilon(epsilon: float | Tensor) -> None:
+    """Make sure that a perturbation radius is one, where its value can be read.
+
+    Raises:
+        SettingError: it is negative, not finite, or has a dimension.
+    """
+    if isinstance(epsilon, Tensor):
+        if epsilon.dim():
+            raise SettingError(
+                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
+                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
+            )
+        if is_traced():
+            return  # all_finite reports a bad value, which cannot be read here
+        epsilon = epsilon.item()
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
 
 
 def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:

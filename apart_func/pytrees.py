@@ -113,7 +113,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         BatchError: there is no such tensor, or their lengths differ.
     """
-    lengths = [leaf.shape[0] for leaf in tree_flatten(batch)[0] if _is_cut(leaf)]
+    lengths = [leaf.shape[0] for leaf in tree_leaves(batch) if _is_cut(leaf)]
     if not lengths:
         raise BatchError(
             "the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target)."
@@ -131,6 +131,16 @@ def cut_batch(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
 
 
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, in order."""
+    return tree_flatten(tree)[0]
+
+
+def detached(tree: Any) -> Any:
+    """A tree of the same tensors, cut from every graph."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def stack_trees(trees: list[Any]) -> Any:
     """One tree of stacked leaves, with a new leading dimension, from trees of one structure."""
     return _merge_trees(trees, torch.stack)
@@ -142,7 +152,7 @@ def concatenate_trees(trees: list[Any]) -> Any:
 
 
 def _merge_trees(trees: list[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
-    leaves = [tree_flatten(tree)[0] for tree in trees]
+    leaves = [tree_leaves(tree) for tree in trees]
     return tree_unflatten([merge(list(same)) for same in zip(*leaves, strict=True)], tree_flatten(trees[0])[1])
 
 

@@ -9,6 +9,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,15 +20,16 @@ from apart_func.batch_norm import number_of_groups
 from apart_func.errors import BatchError, SettingError
 from apart_func.functional import FunctionalModel, functionalize
 from apart_func.passes import LossFunction, Precision, adversarial_pass, proxy_pass, statistics_like
-from apart_func.perturbation import Rule, sign_perturbation
+from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
 from apart_func.pytrees import (
-    Perturbation,
     StepOutput,
     Tensors,
     batch_size,
     concatenate_trees,
     cut_batch,
+    detached,
     stack_trees,
+    tree_leaves,
 )
 
 
@@ -85,6 +87,32 @@ def make_apart_step(
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
     """
+    return make_step_at(
+        _where_it_is, model, loss_fn, epsilon, groups, ratio, remainder, microbatches, rule, autocast_dtype
+    )
+
+
+# From the parameters and ∇L_p to the parameters at which the adversarial pass is taken.
+Point = Callable[[Tensors, Tensors], Tensors]
+
+
+def _where_it_is(params: Tensors, grads: Tensors) -> Tensors:
+    return params
+
+
+def make_step_at(
+    point: Point,
+    model: nn.Module | FunctionalModel,
+    loss_fn: LossFunction,
+    epsilon: float | Tensor,
+    groups: int,
+    ratio: float,
+    remainder: str,
+    microbatches: int,
+    rule: Rule,
+    autocast_dtype: torch.dtype | None,
+) -> ApartStep:
+    """`make_apart_step`, with the adversarial pass at a point of its own; both gradients still add up."""
     fmodel = model if isinstance(model, FunctionalModel) else functionalize(model)
     _check_settings(epsilon, groups, ratio, remainder, microbatches)
     default_epsilon = epsilon
@@ -95,22 +123,22 @@ def make_apart_step(
         samples = batch_size(batch)
         chosen = _adversarial_samples(samples, ratio, groups, remainder)
         proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=precision)
-        perturbation = {
-            layer: Perturbation(shift.mean.detach(), shift.var.detach())
-            for layer, shift in rule(proxy.stats, proxy.stat_grads, radius).items()
-        }
+        perturbation = detached(rule(proxy.stats, proxy.stat_grads, radius))
         adversarial = adversarial_pass(
             fmodel,
             loss_fn,
-            params,
+            point(params, proxy.grads),
             proxy.buffers,
             cut_batch(batch, 0, chosen),
             perturbation,
             groups=groups,
             precision=precision,
         )
+        grads = _interpolate(proxy.grads, adversarial.grads, chosen / (samples + chosen))
+        # A gradient of either pass that is not finite leaves its mark on their sum.
+        values = [proxy.loss, adversarial.loss, radius, *grads.values(), *tree_leaves(proxy.stat_grads)]
         return StepOutput(
-            grads=_interpolate(proxy.grads, adversarial.grads, chosen / (samples + chosen)),
+            grads=grads,
             buffers=proxy.buffers,
             loss=proxy.loss,
             adversarial_loss=adversarial.loss,
@@ -118,17 +146,7 @@ def make_apart_step(
             stats=proxy.stats,
             stat_grads=proxy.stat_grads,
             perturbation=perturbation,
-            all_finite=_all_finite(
-                [
-                    proxy.loss,
-                    adversarial.loss,
-                    radius,
-                    *proxy.grads.values(),
-                    *adversarial.grads.values(),
-                    *(part for g in proxy.stat_grads.values() for part in g),
-                ]
-            )
-            & (radius >= 0),
+            all_finite=_all_finite(values) & (radius >= 0),
         )
 
     def apart_step(
@@ -140,7 +158,7 @@ def make_apart_step(
         loss_scale: float | Tensor | None = None,
     ) -> StepOutput:
         radius = default_epsilon if epsilon is None else epsilon
-        _check_epsilon(radius)
+        check_epsilon(radius)
         like = statistics_like({**params, **buffers})
         radius = _scalar(radius, like.dtype, like.device)
         precision = Precision(
@@ -151,11 +169,7 @@ def make_apart_step(
             outputs.append(one_batch(params, moved, part, radius, precision))
             moved = outputs[-1].buffers
         out = outputs[0] if microbatches == 1 else _mean_output(outputs)
-        kept = {
-            name: new if new is buffers[name] else torch.where(out.all_finite, new, buffers[name])
-            for name, new in out.buffers.items()
-        }
-        return out._replace(buffers=kept)
+        return out._replace(buffers=_chosen(out.all_finite, out.buffers, buffers))
 
     return apart_step
 
@@ -181,6 +195,13 @@ def _all_finite(tensors: list[Tensor]) -> Tensor:
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     # A largest magnitude is finite if and only if all are; the kernel is one for all tensors.
     return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]).isfinite().all()
+
+
+def _chosen(condition: Tensor, new: Tensors, old: Tensors) -> Tensors:
+    """`new` where the condition holds, else `old`; the host waits for no device."""
+    if condition.device.type == "cpu" and not is_traced():
+        return new if condition else old
+    return {name: new[name] if new[name] is old[name] else torch.where(condition, new[name], old[name]) for name in old}
 
 
 def _parts(batch: Any, microbatches: int) -> list[Any]:
@@ -226,7 +247,7 @@ def _adversarial_samples(samples: int, ratio: float, groups: int, remainder: str
 
 
 def _check_settings(epsilon: Any, groups: int, ratio: float, remainder: str, microbatches: int) -> None:
-    _check_epsilon(epsilon)
+    check_epsilon(epsilon)
     number_of_groups(min(groups, 1), 1)
     if not 0 < ratio <= 1:
         raise SettingError(f"ratio={ratio}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass.")
@@ -234,17 +255,3 @@ def _check_settings(epsilon: Any, groups: int, ratio: float, remainder: str, mic
         raise SettingError(f"remainder={remainder!r}; expected 'error' or 'drop'.")
     if not isinstance(microbatches, int) or microbatches < 1:
         raise SettingError(f"microbatches={microbatches}; expected a positive number of parts.")
-
-
-def _check_epsilon(epsilon: float | Tensor) -> None:
-    if isinstance(epsilon, Tensor):
-        if epsilon.dim():
-            raise SettingError(
-                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
-                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
-            )
-        if is_traced():
-            return  # all_finite reports a bad value, which cannot be read here
-        epsilon = epsilon.item()
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")

@@ -10,8 +10,8 @@ import apart_func
 PACKAGE = Path(apart_func.__file__).parent
 # From the top down. A module may import what stands on the lines above its own.
 LAYERS = [
-    {"errors", "autodiff"},
-    {"pytrees"},
+    {"errors"},
+    {"autodiff", "pytrees"},
     {"batch_norm", "perturbation", "distributed"},
     {"intercept"},
     {"functional"},

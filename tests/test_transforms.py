@@ -70,7 +70,7 @@ def test_the_native_layer_and_the_layer_of_operators_agree(
     results = []
     for layer in (_NativeLayer.apply, _layer_of_ops):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        y, mean, var = layer(*leaves, 1e-5, groups, at_zero)
+        y, mean, var = layer(*leaves, 1e-5, groups)
         results.append([y, mean, var, *torch.autograd.grad(y, leaves, upstream)])
     tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(results[0], results[1], **tolerance)
@@ -82,7 +82,7 @@ def test_gradients_of_the_native_layer_are_those_of_finite_differences() -> None
     zero = torch.zeros(2, dtype=torch.float64)
 
     def layer(*tensors: Tensor) -> Tensor:
-        return _NativeLayer.apply(*tensors, 1e-5, 2, True)[0]
+        return _NativeLayer.apply(*tensors, 1e-5, 2)[0]
 
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     assert torch.autograd.gradcheck(lambda *t: layer(*t, zero, zero), inputs)

@@ -226,50 +226,85 @@ _NATIVE_DEVICES = ("cpu", "cuda")
 
 
 class _NativeLayer(torch.autograd.Function):
-    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G, C)` tensors."""
+    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G·C,)` vectors."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        folded = fold_groups(x, groups)
-        mean, var = batch_moments(folded)
-        invstd = (var + eps).rsqrt_()
-        # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
-        moved = mean.view(groups, -1) * shift
+        def normalize(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor) -> tuple[Tensor, ...]:
+            # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
+            mean, var = batch_moments(x)
+            return torch.native_batch_norm(x, gamma, beta, mean * move, var, False, 0.0, eps)[0], mean, var
+
         factor = 1 + scale
-        gamma, beta = _for_each_group(weight * factor, groups), _for_each_group(bias, groups)
-        y = torch.native_batch_norm(folded, gamma, beta, mean + moved.view(-1), var, False, 0.0, eps)[0]
+        gamma, beta, move = (_for_each_group(vector, groups) for vector in (weight * factor, bias, 1 + shift))
+        y, mean, var = _by_group(normalize, groups, [x], [gamma, beta, move])
         ctx.eps, ctx.groups, ctx.shape = eps, groups, shift.shape
-        ctx.save_for_backward(folded, weight, gamma, factor, mean, invstd, moved.view(-1) * invstd)
+        ctx.save_for_backward(x, weight, gamma, factor, move, mean, (var + eps).rsqrt_())
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # no zeros for these two
-        return _unfold_fresh(y, x), mean, var
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        folded, weight, gamma, factor, mean, invstd, offset = ctx.saved_tensors
+        x, weight, gamma, factor, move, mean, invstd = ctx.saved_tensors
         for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
-        # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad for every group.
-        grad_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward(
-            fold_groups(grad, ctx.groups),
-            folded,
-            gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True],
-        )  # fmt: skip
-        # y = γ' (x̂ − offset) + β with γ' = γ (1 + δσ) and offset = δμ · sg(μ/s)
-        g_gamma = g_gamma.addcmul_(g_beta, offset, value=-1).view(ctx.groups, -1)
+
+        def differentiate(grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
+            # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad.
+            backward: Callable[..., tuple[Tensor, ...]] = torch.ops.aten.native_batch_norm_backward
+            return backward(grad, x, gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True])
+
+        grad_x, g_gamma, g_beta = _by_group(differentiate, ctx.groups, [grad, x], [gamma, mean, invstd])
+        # y = γ' (x̂ − δμ · offset) + β with γ' = γ (1 + δσ) and offset = sg(μ/s)
+        g_offset = mean * invstd * g_beta
+        g_gamma = torch.addcmul(g_gamma, g_offset, move - 1, value=-1).view(ctx.groups, -1)
         return (
-            _unfold_fresh(grad_x, grad) if for_x else None,
+            grad_x if for_x else None,
             _summed(g_gamma * factor, weight.shape) if for_weight else None,
             _summed(g_beta, weight.shape) if for_bias else None,
-            _summed(-gamma * mean * invstd * g_beta, ctx.shape) if for_shift else None,
+            _summed(-gamma * g_offset, ctx.shape) if for_shift else None,
             _summed(g_gamma * weight, ctx.shape) if for_scale else None,
             None,
             None,
         )
+
+
+def _by_group(
+    kernel: Callable[..., tuple[Tensor, ...]], groups: int, activations: list[Tensor], vectors: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Run a batch-norm kernel with ghost groups.
+
+    Where channels are the innermost dimension of the memory, folding would copy all activations back and forth. A
+    group at a time is copied there, which stays in the processor's cache until the kernel is through with it.
+
+    Args:
+        kernel: from activations and vectors of a batch to one activation and further vectors.
+        groups: number of ghost groups.
+        activations: `(N, C, ...)`, all of the memory format of the first.
+        vectors: `(G·C,)`.
+
+    Returns:
+        The activation `(N, C, ...)`, which is no view, and the vectors `(G·C,)`.
+    """
+    x = activations[0]
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if groups == 1 or x.is_contiguous() or channels_last is None or not x.is_contiguous(memory_format=channels_last):
+        y, *results = kernel(*(fold_groups(activation, groups) for activation in activations), *vectors)
+        return _unfold_fresh(y, x), *results
+    y, pieces = torch.empty_like(x), []
+    scratch = [torch.empty_like(x[::groups], memory_format=channels_last) for _ in activations]
+    for g in range(groups):
+        of_group = [room.copy_(activation[g::groups]) for room, activation in zip(scratch, activations, strict=True)]
+        part, *results = kernel(*of_group, *(vector.view(groups, -1)[g] for vector in vectors))
+        if part is not None:
+            y[g::groups] = part
+        pieces.append(results)
+    return y, *(torch.cat(piece) for piece in zip(*pieces, strict=True))
 
 
 def _layer_of_ops(
@@ -295,7 +330,7 @@ def _unfold_fresh(y: Tensor, like: Tensor) -> Tensor:
 
     Autograd must not see a view here: an in-place activation after it would copy gradients.
     """
-    return y if y.shape == like.shape else torch.ops.aten._unsafe_view(y, like.shape)
+    return y if y is None or y.shape == like.shape else torch.ops.aten._unsafe_view(y, like.shape)
 
 
 def _for_each_group(vector: Tensor, groups: int) -> Tensor:

@@ -153,7 +153,7 @@ def _used_arguments(
 
 def _check_dimensions(name: str, layer: _BatchNorm, x: Tensor) -> None:
     try:
-        layer._check_input_dim(x)  # type: ignore[no-untyped-call]
+        layer._check_input_dim(x)
     except ValueError as error:
         raise BatchError(
             f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}: {error}."

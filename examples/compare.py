@@ -99,7 +99,7 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Set
     def step(buffers: Buffers, batch: Split) -> tuple[Buffers, Tensor]:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(batch.images), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return buffers, loss.detach()
 

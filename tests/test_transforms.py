@@ -273,3 +273,21 @@ def test_dropout_draws_from_the_default_generator() -> None:
     # each mapped model draws for itself, once the user says so
     out = vmap(lambda e: step(*split_state(model), BATCH, epsilon=e), randomness="different")(torch.zeros(2))
     assert not torch.equal(out.output[0], out.output[1])
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 4, 2), (6, 3, 2, 2, 2)])
+def test_groups_of_channels_last_activations_are_those_of_contiguous_ones(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    vectors = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(4)]
+    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    results = []
+    for layout in (torch.contiguous_format, memory_format):
+        leaves = [
+            t.clone(memory_format=f).requires_grad_()
+            for t, f in ((x, layout), *((v, torch.contiguous_format) for v in vectors))
+        ]
+        y, mean, var = _NativeLayer.apply(*leaves, 1e-5, 2)
+        assert y.is_contiguous(memory_format=layout)
+        results.append([y, mean, var, *torch.autograd.grad(y, leaves, upstream.contiguous(memory_format=layout))])
+    torch.testing.assert_close(*results, **ROUNDING)

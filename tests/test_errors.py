@@ -266,8 +266,6 @@ def test_a_layer_that_bypasses_batch_norm(layer: type[nn.Module]) -> None:
         step(model)
 
 
-
-
 class Hidden(nn.Module):
     """Computes with a parameter that it reaches through a tuple."""
 

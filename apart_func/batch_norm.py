@@ -132,7 +132,6 @@ def perturbed_batch_norm(
     perturbation: Perturbation,
     *,
     groups: int = 1,
-    at_zero: bool = False,
 ) -> tuple[Tensor, BatchStats]:
     """Normalise by batch statistics that are shifted by a perturbation.
 
@@ -143,7 +142,6 @@ def perturbed_batch_norm(
         eps: BN's constant, added to the variance.
         perturbation: relative shifts (δμ, δσ), `(C,)` for all groups or `(groups, C)` for each.
         groups: number of ghost groups G ≥ 1, a divisor of N.
-        at_zero: promises that the perturbation is zero and only there to be differentiated, which saves arithmetic.
 
     Returns:
         The output, of `x`'s shape and dtype, and the groups' statistics without the perturbation, `(C,)` for one

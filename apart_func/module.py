@@ -184,7 +184,7 @@ class _ProxyLayers:
     def __call__(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         shift = self.shifts[name]
         check_input(name, x, shift.mean.shape[0])
-        y, stats = perturbed_batch_norm(x, weight, bias, eps, shift, at_zero=True)
+        y, stats = perturbed_batch_norm(x, weight, bias, eps, shift)
         if not is_recomputing():
             # Detached: else a compiled backward would also differentiate the statistics, by nothing.
             stats = BatchStats(*(part.detach().to(shift.mean.dtype) for part in stats))

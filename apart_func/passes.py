@@ -227,7 +227,7 @@ class _Record:
         if self.shifts is None:
             y, stats, taps = clean_batch_norm(x, weight, bias, eps)
         else:
-            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name], at_zero=True)
+            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name])
         if not is_recomputing():
             self.calls.setdefault(name, []).append(Call(self._cast(stats), x.numel() // x.shape[1], eps, taps))
         return y

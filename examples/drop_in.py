@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,10 +45,10 @@ class Settings:
         seed: of the initial weights and the batches.
     """
 
-    data: Literal["digits", "mnist5k"] = "mnist5k"
-    epochs: int = 15
+    data: Literal["digits", "mnist5k"] = "digits"
+    epochs: int = 100
     batch_size: int = 64
-    lr: float = 0.2
+    lr: float = 0.1
     weight_decay: float = 5e-4
     width: int = 8
     epsilon: float = 0.1
@@ -226,7 +227,7 @@ def main(settings: Settings) -> dict[str, Run]:
         for _ in range(settings.epochs):
             for run in runs:
                 bar = bars[run.name]
-                train_epoch(run, advance=lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
+                train_epoch(run, advance=partial(progress.advance, bar))
                 run.accuracy = accuracy(run.model, data.test)
                 progress.update(bar, loss=run.loss, accuracy=run.accuracy)
     print_table(runs, settings, len(data.test.labels))

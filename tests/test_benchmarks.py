@@ -1,0 +1,239 @@
+"""The benchmarks: each runs from end to end on something tiny, and records what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+import pytest
+import render
+import torch
+from networks import NETWORKS, make_case
+from steps import METHODS, Variant, choices, make_step
+
+FOLDER = Path(common.__file__).parent
+TIMING = ["--rounds", "2", "--seconds", "0.001"]
+
+
+def run(script: str, out: Path, *options: str) -> dict:
+    """Run a benchmark with one thread, and read what it recorded."""
+    command = [sys.executable, str(FOLDER / f"{script}.py"), *options, "--threads", "1", "--device", "cpu"]
+    printed = subprocess.run(
+        [*command, "--out", str(out)], check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    content = json.loads((out / f"{script}-cpu.json").read_text(encoding="utf-8"))
+    assert content["benchmark"] == script
+    assert content["command"].startswith(f"python benchmarks/{script}.py")
+    assert str(out) not in json.dumps(content)
+    machine = content["environment"]
+    assert machine["torch"] == torch.__version__
+    assert machine["hardware"]
+    assert machine["threads"] == 1
+    assert machine["device"] == "cpu"
+    assert machine["hardware"] in printed.stdout
+    return content
+
+
+def assert_spread(spread: dict, n: int | None = None) -> None:
+    assert set(spread) == {"median", "iqr", "n"}
+    assert spread["median"] > 0
+    assert spread["iqr"] >= 0
+    assert spread["n"] == n if n else spread["n"] >= 1
+
+
+# how they measure
+
+
+def test_the_spread_is_median_and_distance_of_quartiles():
+    assert common.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == common.Spread(3.0, 2.0, 5)
+
+
+def test_rounds_take_every_step_once_and_ratios_are_formed_within_them():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
+    shown = []
+    threads = torch.get_num_threads()
+    times = common.interleaved(steps, rounds=3, seconds=1e-4, threads=1, show=shown.append)
+    torch.set_num_threads(threads)
+    assert calls[:3] == shown[:3] == ["a", "b", "c"]
+    assert all(sorted(shown[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
+    assert all(len(measurements) == 3 for measurements in times.values())
+    row = common.timing_row(times, "b", ["a", "absent"])
+    ratios = [mine.median / theirs.median for mine, theirs in zip(times["b"], times["a"], strict=True)]
+    assert row["relative_to"] == {"a": vars(common.spread(ratios))}
+    assert row["seconds"]["n"] == sum(len(measurement.times) for measurement in times["b"])
+
+
+def test_a_child_has_its_own_environment(monkeypatch):
+    monkeypatch.delenv("APART_PROBE", raising=False)
+    assert common.in_child(probe, APART_PROBE="seen") == "seen"
+    assert probe() is None
+
+
+def probe() -> str | None:
+    import os
+
+    return os.environ.get("APART_PROBE")
+
+
+# what they measure
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters", "layers"),
+    [("resnet18", 11_173_962, 20), ("wrn_40_2", 2_243_546, 37), ("overhead", 5650, 10)],
+)
+def test_networks_have_the_published_size(network, parameters, layers):
+    model = NETWORKS[network].make()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()) == layers
+
+
+@pytest.mark.parametrize("network", ["cifar_resnet", "mlp", "overhead", "tiny"])
+def test_a_case_is_always_the_same_and_fits(network):
+    model, (images, labels) = make_case(network, samples=4)
+    again, (same, _) = make_case(network, samples=4)
+    assert torch.equal(images, same)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert model(images).shape == (4, 10)
+    assert labels.shape == (4,)
+
+
+def test_choices_are_distinct_and_leave_two_samples_in_a_group():
+    chosen = choices("tiny", 8, ["plain", "APART"], [1.0, 0.5], [0, 16])
+    assert [choice.variant for choice in chosen] == [
+        None, Variant(1.0, 0), Variant(1.0, 4), Variant(0.5, 0), Variant(0.5, 2)
+    ]  # fmt: skip
+    assert len({choice.name for choice in chosen}) == 5
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.compiled])
+def test_every_eager_step_can_be_repeated_and_leaves_the_weights(method):
+    case = make_case("tiny")
+    before = [p.detach().clone() for p in case.model.parameters()]
+    for choice in choices("tiny", None, [method], [1.0, 0.5], [0, 2]):
+        step = make_step(choice, case)
+        for _ in range(2):
+            step()
+    for old, new in zip(before, case.model.parameters(), strict=True):
+        # SAM adds and takes away; the other steps do not touch them.
+        torch.testing.assert_close(
+            old, new.detach(), rtol=1e-6 if method == "SAM" else 0, atol=1e-7 if method == "SAM" else 0
+        )
+
+
+def test_compiled_plain_steps_compute_the_plain_gradient():
+    results = {}
+    for method in ("plain", "plain compiled", "plain one graph"):
+        case = make_case("tiny")
+        (choice,) = choices("tiny", None, [method], [], [])
+        out = make_step(choice, case, compiler=lambda function: function)()
+        results[method] = out[0] if out else {name: p.grad for name, p in case.model.named_parameters()}
+    torch.testing.assert_close(results["plain compiled"], results["plain"], rtol=0, atol=0)
+    torch.testing.assert_close(results["plain one graph"], results["plain"], rtol=1e-4, atol=1e-6)  # other kernels
+
+
+# the programs
+
+
+def test_step_cost_records_times_and_ratios(tmp_path):
+    methods = ["plain", "APART", "APART drop-in", "APART-SAM"]
+    content = run("step_cost", tmp_path, "--models", "tiny", "--methods", *methods, "--ratios", "1.0", *TIMING)
+    assert [(row["method"], row.get("groups")) for row in content["rows"]] == [
+        ("plain", None), *((method, groups) for method in methods[1:] for groups in (0, 4))
+    ]  # fmt: skip
+    for row in content["rows"]:
+        assert_spread(row["seconds"])
+        assert_spread(row["relative_to"]["plain"], n=2)
+
+
+@pytest.mark.slow
+def test_step_cost_of_compiled_steps_is_set_against_compiled_plain_ones(tmp_path):
+    content = run("step_cost", tmp_path, "--models", "tiny", "--ratios", "1.0", "--groups", "2", *TIMING)
+    rows = {row["method"]: row for row in content["rows"]}
+    assert list(rows) == list(METHODS)
+    assert set(rows["APART compiled"]["relative_to"]) == {"plain", "plain compiled", "plain one graph"}
+
+
+def test_layer_cost_records_layouts_dtypes_and_groups(tmp_path):
+    content = run("layer_cost", tmp_path, "--shapes", "4x3x2x2", "8x3", "--groups", "1", "2", *TIMING)
+    inputs = [(row["shape"], row["layout"], row["dtype"]) for row in content["rows"]]
+    assert len(set(inputs)) == 2 * 2 + 2
+    assert len(inputs) == 4 * len(set(inputs))
+    for row in content["rows"]:
+        assert_spread(row["relative_to"]["F.batch_norm"], n=2)
+
+
+@pytest.mark.slow
+def test_memory_records_peaks(tmp_path):
+    options = ["--models", "cifar_resnet", "--samples", "8", "--methods", "plain", "APART", "--ratios", "1.0"]
+    content = run("memory", tmp_path, *options, "--groups", "2", "--repeats", "1")
+    plain, apart = content["rows"]
+    assert_spread(plain["bytes"], n=1)
+    assert plain["bytes"]["median"] > 2**20
+    # The second pass follows the first, and what either keeps for its backward is about the same.
+    assert 0.8 < apart["relative_to"]["plain"]["median"] < 1.5
+
+
+def test_memory_of_compiled_steps_is_refused_on_a_cpu():
+    import memory
+
+    with pytest.raises(ValueError, match="plain compiled"):
+        memory.Settings(methods=("plain", "plain compiled"), device="cpu")
+
+
+@pytest.mark.slow
+def test_compile_records_times_and_counts(tmp_path):
+    options = ["--models", "tiny", "--methods", "plain compiled", "APART compiled", "--groups", "2", "--repeats", "1"]
+    plain, apart = run("compile", tmp_path, *options)["rows"]
+    for row in (plain, apart):
+        assert_spread(row["cold_seconds"], n=1)
+        assert row["frames"] == 1
+        assert row["kernels"] > 0
+        assert row["nodes"] > 0
+    assert (plain["graphs"], apart["graphs"]) == (2, 1)
+    assert_spread(apart["relative_to"]["plain compiled"], n=1)
+
+
+def test_scaling_records_every_axis_and_draws(tmp_path):
+    sizes = ["--batch", "2", "4", "--depth", "1", "--width", "4", "--samples", "4"]
+    content = run("scaling", tmp_path, "--axes", "batch", "depth", "width", *sizes, *TIMING)
+    assert [(row["axis"], row["size"], row["step"]) for row in content["rows"]] == [
+        (axis, size, step)
+        for axis, size in (("batch", 2), ("batch", 4), ("depth", 1), ("width", 4))
+        for step in ("plain", "APART")
+    ]
+    assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_scaling_of_many_models(tmp_path):
+    rows = run("scaling", tmp_path, "--axes", "models", "--models", "2", "--model-samples", "8", *TIMING)["rows"]
+    assert [row["step"] for row in rows] == ["one by one", "one by one, compiled", "vmapped", "vmapped, compiled"]
+    for row in rows:
+        assert_spread(row["relative_to"]["one by one"], n=2)
+
+
+def test_the_page_has_tables_figures_and_commands(tmp_path):
+    results = tmp_path / "results"
+    run("step_cost", results, "--models", "tiny", "--methods", "plain", "APART", *TIMING)
+    run("layer_cost", results, "--shapes", "4x3", "--groups", "1", *TIMING)
+    render.main(render.Settings(results, tmp_path / "README.md"))
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "`python benchmarks/step_cost.py --models tiny --methods plain APART" in page
+    assert "![A training step](results/step_cost-cpu.png)" in page
+    assert (results / "step_cost-cpu.png").exists()
+    assert "| F.batch_norm | 4×3 | contiguous | float32 |" in page
+    assert page.index("## A training step") < page.index("## The layer alone")
+    assert str(tmp_path) not in page
+
+
+@pytest.mark.parametrize("script", ["step_cost", "layer_cost", "memory", "compile", "scaling"])
+def test_quick_settings_measure_often_enough(script):
+    module = __import__(script)
+    quick = module.QUICK
+    assert getattr(quick, "rounds", 5) >= 5
+    assert type(quick) is module.Settings

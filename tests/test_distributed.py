@@ -1,0 +1,179 @@
+"""Two ranks over gloo: one perturbation for all of them, and the gradients of averaged shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from loops import both_passes, gradients
+from oracle import Pair, Tree, oracle_adversarial, oracle_proxy
+from small import convolutional, images
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from apart_func import APART, BatchStats
+from apart_func.distributed import data_parallel_group, mean_over_ranks
+
+RANKS, STEPS, LEARNING_RATE = 2, 3, 0.1
+EPSILON, GROUPS, RATIO = 0.2, 2, 0.5
+# Rounding of float64 in another order, and its growth over a few steps.
+ROUNDING = {"rtol": 1e-10, "atol": 1e-14}
+
+
+def shard(rank: int, t: int) -> tuple[Tensor, Tensor]:
+    return images(seed=10 * t + rank)
+
+
+# What runs on each rank.
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    """Join the group, and save what every way of training yields."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    try:
+        results = {"train": train(rank), "inner": train_inner(rank), "accumulate": accumulate(rank), "mean": mean(rank)}
+    finally:
+        dist.destroy_process_group()
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def train(rank: int) -> list[dict[str, Any]]:
+    """The four lines around a wrapped model, which is how people write it."""
+    model = DistributedDataParallel(convolutional())
+    assert data_parallel_group(nn.Sequential(model)) is model.process_group
+    assert data_parallel_group(model.module) is None
+    return steps(rank, model, APART(model, EPSILON, GROUPS))
+
+
+def train_inner(rank: int) -> list[dict[str, Any]]:
+    """The contexts around the module inside the wrapper, which has to be told of the group."""
+    model = DistributedDataParallel(convolutional())
+    return steps(rank, model, APART(model.module, EPSILON, GROUPS, process_group=dist.group.WORLD))
+
+
+def steps(rank: int, model: DistributedDataParallel, apart: APART) -> list[dict[str, Any]]:
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    seen = []
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        both_passes(apart, shard(rank, t), RATIO, model=model)
+        seen.append(
+            {
+                "grads": gradients(model.module),
+                "perturbation": without_prefix(apart.perturbation),
+                "stat_grads": without_prefix(apart.stat_grads),
+                "buffers": {name: buffer.clone() for name, buffer in model.module.named_buffers()},
+            }
+        )
+        optimizer.step()
+    return seen
+
+
+def accumulate(rank: int) -> dict[str, Any]:
+    """Two micro-batches, and one reduction of gradients, in the second adversarial pass."""
+    model = DistributedDataParallel(convolutional())
+    apart, perturbations = APART(model, EPSILON, GROUPS), []
+    with model.no_sync():
+        both_passes(apart, shard(rank, 0))
+        perturbations.append(without_prefix(apart.perturbation))
+        x, y = shard(rank, 1)
+        with apart.to_proxy():
+            (F.cross_entropy(model(x), y) / 2).backward()
+    with apart.to_adver():
+        (F.cross_entropy(model(x), y) / 2).backward()
+    perturbations.append(without_prefix(apart.perturbation))
+    return {"grads": gradients(model.module), "perturbations": perturbations}
+
+
+def mean(rank: int) -> Any:
+    own = {"a": BatchStats(torch.full((2,), 1.0 + rank), torch.arange(2.0)), "b": BatchStats(*torch.eye(2) * rank)}
+    return mean_over_ranks(own)
+
+
+def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("module."): Pair(*value) for name, value in tree.items()}
+
+
+# What is checked of it.
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of every rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(on_rank, (folder,), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def averaged(trees: list[Any]) -> Any:
+    """The mean of dicts of tensors or of pairs of them."""
+    if isinstance(trees[0], dict):
+        return {name: averaged([tree[name] for tree in trees]) for name in trees[0]}
+    return Pair(*map(averaged, zip(*trees, strict=True))) if isinstance(trees[0], tuple) else sum(trees) / len(trees)
+
+
+def definition(model: nn.Module, shards: list[Any], perturbation: Tree, ratio: float) -> dict[str, Any]:
+    """A step on several ranks, written down: statistics of each shard, one perturbation, the mean of the gradients."""
+    samples = len(shards[0][0])
+    chosen = int(ratio * samples)
+    r = samples / (samples + chosen)
+    proxies = [oracle_proxy(model, F.cross_entropy, *shard) for shard in shards]
+    adversarials = [
+        oracle_adversarial(model, F.cross_entropy, x[:chosen], y[:chosen], perturbation, GROUPS) for x, y in shards
+    ]
+    first, second = (averaged([step.grads for step in passes]) for passes in (proxies, adversarials))
+    return {
+        "grads": {name: r * grad + (1 - r) * second[name] for name, grad in first.items()},
+        # of the loss that backward() was called on
+        "stat_grads": averaged([{k: Pair(r * g.mean, r * g.var) for k, g in p.stat_grads.items()} for p in proxies]),
+        "buffers": proxies[0].buffers,  # rank 0 broadcasts its own, as in plain training
+    }
+
+
+@pytest.mark.parametrize("way", ["train", "inner"])
+def test_gradients_and_perturbation_are_equal_on_all_ranks(ranks: list[dict[str, Any]], way: str) -> None:
+    for first, second in zip(*(results[way] for results in ranks), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["train", "inner"])
+def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dict[str, Any]], way: str) -> None:
+    model = convolutional()
+    for t, found in enumerate(ranks[0][way]):
+        expected = definition(model, [shard(rank, t) for rank in range(RANKS)], found["perturbation"], RATIO)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, **ROUNDING)
+        for layer, g in expected["stat_grads"].items():
+            for shift, part in zip(found["perturbation"][layer], g, strict=True):
+                clear = part.abs() > 1e-12  # where the sign is no matter of rounding
+                assert torch.equal(shift[clear], EPSILON * part.sign()[clear])
+        params = {name: p.detach() - LEARNING_RATE * found["grads"][name] for name, p in model.named_parameters()}
+        model.load_state_dict(params | found["buffers"])
+
+
+def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = (results["accumulate"] for results in ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    parts = [
+        definition(convolutional(), [shard(rank, t) for rank in range(RANKS)], perturbation, 1.0)["grads"]
+        for t, perturbation in enumerate(first["perturbations"])
+    ]
+    total = {name: grad + parts[1][name] for name, grad in parts[0].items()}
+    torch.testing.assert_close(first["grads"], total, **ROUNDING)
+
+
+def test_the_mean_over_ranks_keeps_the_tree(ranks: list[dict[str, Any]]) -> None:
+    expected = {"a": BatchStats(torch.full((2,), 1.5), torch.arange(2.0)), "b": BatchStats(*torch.eye(2) / 2)}
+    for results in ranks:
+        torch.testing.assert_close(results["mean"], expected, rtol=0, atol=0)
+        assert type(results["mean"]["a"]) is BatchStats

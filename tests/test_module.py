@@ -1,0 +1,556 @@
+"""The drop-in: its numbers against the definition and the golden cases, and what it leaves of the user's model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from architectures import Architecture, architectures
+from golden.cases import NAMES, Outcome, assert_as_recorded, load
+from hypothesis import given, settings
+from loops import both_passes, drop_in_step, gradients
+from oracle import oracle_step
+from small import convolutional, images
+from test_against_oracle import TOLERANCE, Comparison, assert_agree, relative_error
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.parametrizations import spectral_norm
+
+from apart_func import APART, ApartError, Perturbation, make_apart_step, split_state
+
+# Rounding of float64 in another order, through two layers.
+ROUNDING = {"rtol": 1e-11, "atol": 1e-14}
+
+
+def compare(model: nn.Module, batch: Any, *, tolerance: float = TOLERANCE[torch.float64], **options: Any) -> Comparison:
+    """A step of the model from its own state: by the drop-in, and by the definition with the drop-in's δ."""
+    untouched = copy.deepcopy(model)
+    library = drop_in_step(model, batch, **options)
+    options = {"epsilon": 0.1, "groups": 0, "ratio": 1.0, "loss_fn": F.cross_entropy} | options
+    definition = oracle_step(untouched, batch=batch, perturbation=library.perturbation, **options)
+    return Comparison(library, definition, options["epsilon"], tolerance)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a context must not change: values, identities, order, attributes, hooks."""
+    return {
+        "keys": list(model.state_dict()),
+        "tensors": [id(tensor) for tensor in (*model.parameters(), *model.buffers())],
+        "classes": [type(module) for module in model.modules()],
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "forwards": [module.forward for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "parameter hooks": [len(p._backward_hooks or ()) for p in model.parameters()],
+    }
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# The numbers.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_case_replayed_through_the_drop_in_is_met_over_all_its_steps(name: str) -> None:
+    case = load(name)
+    model, outcomes = case.model(), []
+    apart = APART(model, epsilon=case.epsilon, groups=case.groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.learning_rate)
+    for x, y in case.batches():
+        optimizer.zero_grad()
+        loss, adversarial_loss, output = both_passes(apart, (x, y), case.ratio)
+        grads = gradients(model)
+        optimizer.step()
+        r = len(x) / (len(x) + int(case.ratio * len(x)))
+        stat_grads = {layer: (g.mean / r, g.var / r) for layer, g in apart.stat_grads.items()}
+        params, buffers = split_state(model)
+        state = ({name: tensor.clone() for name, tensor in part.items()} for part in (params, buffers))
+        outcomes.append(Outcome(loss, adversarial_loss, output, grads, stat_grads, *state))
+    assert_as_recorded(case, outcomes, "")  # everything, to 1e-12
+    counts = {key: n for key, n in buffers.items() if key.endswith("num_batches_tracked")}
+    assert counts == {key: before + case.steps for key, before in case.under("buffer/").items() if key in counts}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(architectures())
+def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
+    model, batch = architecture.build()
+    assert_agree(
+        compare(
+            model,
+            batch,
+            epsilon=architecture.epsilon,
+            groups=architecture.groups,
+            ratio=architecture.ratio,
+            tolerance=TOLERANCE[architecture.dtype],
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])  # norm-act layers; batch norm and in-place ReLU
+def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).double()
+    batch = torch.randn(8, 3, 32, 32).double(), torch.randint(3, (8,))
+    step = compare(model, batch, groups=2)
+    assert_agree(step)
+    assert {int(n) for key, n in step.library.buffers.items() if key.endswith("num_batches_tracked")} == {1}
+
+
+def test_the_drop_in_and_the_functional_step_do_the_same() -> None:
+    options = {"epsilon": 0.2, "groups": 2, "ratio": 0.5}
+    model, batch = convolutional(momentum=None), images()
+    functional = make_apart_step(model, F.cross_entropy, **options)(*split_state(copy.deepcopy(model)), batch)
+    drop_in = drop_in_step(model, batch, **options)
+    torch.testing.assert_close(drop_in._asdict(), functional._asdict(), **ROUNDING)
+
+
+class Reordered(nn.Module):
+    """Calls its layers in another order than it registers them in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        for norm in (self.first, self.second):
+            nn.init.normal_(norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(x * self.first(x).tanh()))
+
+
+def test_layers_may_be_called_in_another_order_than_they_are_registered_in() -> None:
+    torch.manual_seed(0)
+    model, batch = Reordered().double(), (torch.randn(12, 5).double(), torch.randint(3, (12,)))
+    functional = make_apart_step(model, F.cross_entropy, groups=3)(*split_state(copy.deepcopy(model)), batch)
+    step = compare(model, batch, groups=3)
+    assert_agree(step)
+    torch.testing.assert_close(functional._asdict(), step.library._asdict(), **ROUNDING)
+
+
+def one_step(backward_inside: bool) -> tuple[dict[str, Tensor], dict[str, Perturbation]]:
+    model, (x, y) = convolutional(), images()
+    apart = APART(model, groups=2)
+    for context in (apart.to_proxy, apart.to_adver):
+        with context():
+            loss = F.cross_entropy(model(x), y)
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+    return gradients(model), apart.perturbation
+
+
+def test_backward_may_be_called_inside_the_context_or_after_it() -> None:
+    torch.testing.assert_close(one_step(True), one_step(False), rtol=0, atol=0)
+
+
+def test_the_perturbation_of_every_step_starts_from_zero() -> None:
+    # The original adds the adversarial gradient of one step to the statistic gradients of the next.
+    model, batch = convolutional(), images()
+    once = APART(model, groups=2)
+    both_passes(once, batch)
+    many = APART(model, groups=2)
+    for seed in range(3):
+        both_passes(many, images(seed=seed + 10))
+    both_passes(many, batch)
+    torch.testing.assert_close(many.stat_grads, once.stat_grads, rtol=0, atol=0)
+    torch.testing.assert_close(many.perturbation, once.perturbation, rtol=0, atol=0)
+
+
+def test_several_forwards_in_a_context_are_one_pass() -> None:
+    model, (x, y) = convolutional(), images()
+    apart, stat_grads = APART(model), []
+    halves = [slice(0, 4), slice(4, 8)]
+    for parts in ([halves[0]], [halves[1]], halves):
+        with apart.to_proxy():
+            for part in parts:
+                F.cross_entropy(model(x[part]), y[part]).backward()
+        assert apart.stats["1"].mean.shape == ((4,) if len(parts) == 1 else (2, 4))
+        with apart.to_adver():
+            model(x)
+        stat_grads.append(apart.stat_grads["4"].var)
+    torch.testing.assert_close(stat_grads[2], stat_grads[0] + stat_grads[1], **ROUNDING)
+
+
+def test_a_new_radius_holds_from_the_next_adversarial_pass_on() -> None:
+    model, batch = convolutional(), images()
+    apart = APART(model)
+    assert apart.epsilon == 0.1
+    for epsilon in (0.3, torch.tensor(0.2), 0.0):
+        apart.set_epsilon(epsilon)
+        both_passes(apart, batch)
+        radius = apart.perturbation["4"].var.abs().max()
+        torch.testing.assert_close(radius, torch.as_tensor(epsilon, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_another_rule_takes_the_place_of_the_sign() -> None:
+    def halved(stats: Any, stat_grads: Any, epsilon: Tensor) -> dict[str, Perturbation]:
+        return {layer: Perturbation(epsilon * g.mean, stats[layer].var) for layer, g in stat_grads.items()}
+
+    apart = APART(convolutional(), epsilon=0.5, rule=halved)
+    both_passes(apart, images())
+    torch.testing.assert_close(apart.perturbation["1"].mean, 0.5 * apart.stat_grads["1"].mean, rtol=0, atol=0)
+    torch.testing.assert_close(apart.perturbation["1"].var, apart.stats["1"].var, rtol=0, atol=0)
+
+
+# What is left of the user's model.
+
+
+@pytest.mark.parametrize("build", [convolutional, lambda: timm.create_model("test_efficientnet").double()])
+def test_outside_the_contexts_the_model_is_as_the_user_made_it(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    channels = next(model.parameters()).shape[1]
+    x = torch.randn(4, channels, 32, 32).double()
+    before = state_of(model)
+    apart = APART(model)
+    assert state_of(model) == before
+    for context in (apart.to_proxy, apart.to_adver):
+        with context():
+            model(x).logsumexp(1).mean().backward()
+        assert state_of(model) == before
+
+
+def test_after_a_step_the_model_can_be_copied_pickled_and_evaluated() -> None:
+    model, batch = convolutional(), images()
+    apart = APART(model)
+    both_passes(apart, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.eval()
+        torch.testing.assert_close(twin(batch[0]), model.eval()(batch[0]), rtol=0, atol=0)
+        model.train()
+    apart, model = copy.deepcopy((apart, model))  # the copied contexts are those of the copied model
+    both_passes(apart, batch)
+    assert apart.model is model
+
+
+class Counting(nn.Module):
+    """Counts its forwards, in place and by replacement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.tensor(0))
+        self.register_buffer("replaced", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        return x
+
+
+def test_the_adversarial_pass_moves_no_buffer() -> None:
+    torch.manual_seed(0)
+    layers = [spectral_norm(nn.Conv2d(2, 2, 3)), BatchNormAct2d(2), Counting(), convolutional()]
+    model, (x, y) = nn.Sequential(*layers).double(), images()
+    apart = APART(model)
+    with apart.to_proxy():
+        F.cross_entropy(model(x), y).backward()
+    values, tensors = values_of(model), [id(buffer) for buffer in model.buffers()]
+    with apart.to_adver():
+        F.cross_entropy(model(x), y).backward()
+        assert model[2].in_place == 2  # the forward sees what it did
+    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
+    assert [id(buffer) for buffer in model.buffers()] == tensors
+    assert model[2].in_place == model[2].replaced == model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+def test_running_statistics_are_those_of_plain_training(norm: type[nn.Module], momentum: float | None) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    model[1].momentum = momentum
+    plain, apart = copy.deepcopy(model), APART(model)
+    for seed in range(3):
+        both_passes(apart, images(seed=seed))
+        plain(images(seed=seed)[0])
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), **ROUNDING)
+
+
+class UserError(Exception):
+    """A user's own error."""
+
+
+def fail(model: nn.Module, x: Tensor | None = None) -> None:
+    """Raise, perhaps after a forward."""
+    if x is not None:
+        model(x)
+    raise UserError
+
+
+@pytest.mark.parametrize("after_forward", [False, True])
+@pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(5), BatchNormAct2d(5, apply_act=False)])
+def test_an_exception_inside_a_context_leaves_the_model_as_it_was(
+    norm: nn.Module, failing: str, after_forward: bool
+) -> None:
+    model, (x, y) = convolutional(), images()
+    model[4] = copy.deepcopy(norm).double()
+    apart = APART(model)
+    if failing == "to_adver":
+        with apart.to_proxy():
+            F.cross_entropy(model(x), y).backward()
+    before, values = state_of(model), values_of(model)
+    with pytest.raises(UserError), getattr(apart, failing)():
+        fail(model, x if after_forward else None)
+    assert state_of(model) == before
+    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
+    both_passes(apart, (x, y))
+
+
+def test_an_adversarial_pass_that_failed_can_be_tried_again() -> None:
+    model, (x, y) = convolutional(), images()
+    apart = APART(model, groups=3)
+    with apart.to_proxy():
+        F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ApartError), apart.to_adver():
+        model(x)
+    with apart.to_adver():
+        F.cross_entropy(model(x[:6]), y[:6]).backward()
+
+
+def test_a_forward_that_the_user_put_on_a_layer_stays_and_is_used() -> None:
+    model, (x, y) = convolutional(), images()
+    layer, calls = model[1], []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append(x)
+        return nn.BatchNorm2d.forward(layer, x)
+
+    layer.forward = own
+    step = drop_in_step(model, (x, y))
+    assert layer.forward is own
+    assert len(calls) == 2
+    torch.testing.assert_close(step.grads, drop_in_step(convolutional(), (x, y)).grads, rtol=0, atol=0)
+
+
+# A compiled model.
+
+
+def norm_act() -> nn.Module:
+    """`convolutional` with a layer that has a forward and a counter of its own, and one with a buffer."""
+    model = convolutional()
+    model[1] = BatchNormAct2d(4).double()
+    model[2] = Counting()
+    return model
+
+
+@pytest.fixture
+def _dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.parametrize(
+    ("build", "ratio"),
+    [
+        (convolutional, 1.0),
+        (convolutional, 0.5),
+        (norm_act, 1.0),
+    ],
+)
+def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(
+    build: Callable[[], nn.Module], ratio: float
+) -> None:
+    model = build()
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    apart = APART(compiled, groups=2)
+    eager = APART(twin, groups=2, rule=lambda *_: without_prefix(apart.perturbation))
+    for t in range(4):
+        apart.set_epsilon(0.05 * t)
+        for each in (apart, eager):
+            each.model.zero_grad()
+            both_passes(each, images(16, seed=t), ratio)
+        # Another order of float64 sums, in up to thirty layers, some of which see a few values a channel.
+        assert relative_error(without_prefix(apart.stats), eager.stats) < 1e-9
+        assert relative_error(without_prefix(apart.stat_grads), eager.stat_grads) < 1e-9
+        assert relative_error(gradients(model), gradients(twin)) < 1e-9
+        assert relative_error(dict(model.named_buffers()), dict(twin.named_buffers())) < 1e-9
+        assert counter.frame_count == 2
+        # A graph that is kept would also have to be differentiated.
+        assert not any(part.requires_grad for stats in apart.stats.values() for part in stats)
+
+
+def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
+    """Layer names as they are in the model that was compiled."""
+    return {name.removeprefix("_orig_mod."): value for name, value in tree.items()}
+
+
+@pytest.mark.usefixtures("_dynamo")
+def test_a_compiled_model_is_plain_again_outside_the_contexts() -> None:
+    model, (x, y) = convolutional(), images()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    apart = APART(compiled, groups=2, epsilon=0.5)
+    for _ in range(2):
+        plain = copy.deepcopy(model)
+        torch.testing.assert_close(compiled(x), plain(x), **ROUNDING)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), **ROUNDING)
+        both_passes(apart, (x, y))
+        assert counter.frame_count == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_dynamo")
+def test_a_model_compiled_by_inductor_steps_like_the_eager_one() -> None:
+    model, batch = convolutional(), images()
+    compiled = copy.deepcopy(model)
+    both_passes(APART(model, groups=2), batch, ratio=0.5)
+    both_passes(APART(torch.compile(compiled, dynamic=False), groups=2), batch, ratio=0.5)
+    torch.testing.assert_close(gradients(compiled), gradients(model), **ROUNDING)
+
+
+# Mistakes.
+
+
+def proxy(apart: APART, samples: int = 8) -> None:
+    x, y = images(samples)
+    with apart.to_proxy():
+        F.cross_entropy(apart.model(x), y).backward()
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.zeros(2)])
+def test_a_radius_that_is_none(epsilon: float | Tensor) -> None:
+    with pytest.raises(ApartError, match=r"epsilon.*expected"):
+        APART(convolutional(), epsilon)
+    apart = APART(convolutional())
+    with pytest.raises(ApartError, match=r"epsilon.*expected"):
+        apart.set_epsilon(epsilon)
+    assert apart.epsilon == 0.1
+
+
+def test_fewer_than_minus_one_groups() -> None:
+    with pytest.raises(ApartError, match=r"groups=-2; expected a positive number, 0 for one group, or -1"):
+        APART(convolutional(), groups=-2)
+
+
+def test_an_adversarial_pass_with_no_proxy_pass() -> None:
+    apart = APART(convolutional())
+    with pytest.raises(ApartError, match=r"no proxy pass since.*with apart.to_proxy"), apart.to_adver():
+        pytest.fail("entered")
+    both_passes(apart, images())
+    with pytest.raises(ApartError, match=r"no proxy pass since the last adversarial one"), apart.to_adver():
+        pytest.fail("entered")
+
+
+def test_an_adversarial_pass_after_a_proxy_pass_that_failed() -> None:
+    apart = APART(convolutional())
+    proxy(apart)
+    with pytest.raises(UserError), apart.to_proxy():
+        fail(apart.model, images()[0])
+    with pytest.raises(ApartError, match="no proxy pass since"), apart.to_adver():
+        pytest.fail("entered")
+
+
+def test_an_adversarial_pass_with_no_backward_since_the_proxy_pass() -> None:
+    apart = APART(convolutional())
+    proxy(apart)
+    with apart.to_proxy():
+        apart.model(images()[0])
+    with pytest.raises(ApartError, match=r"no backward\(\) since the proxy pass.*Call backward\(\)"), apart.to_adver():
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("outer", ["to_proxy", "to_adver"])
+@pytest.mark.parametrize("inner", ["to_proxy", "to_adver"])
+def test_nested_contexts(outer: str, inner: str) -> None:
+    apart = APART(convolutional())
+    proxy(apart)
+    with (
+        pytest.raises(ApartError, match=rf"{inner}\(\) was entered inside {outer}\(\)"),
+        getattr(apart, outer)(),
+        getattr(apart, inner)(),
+    ):
+        pytest.fail("entered")
+    both_passes(apart, images())
+
+
+def test_a_context_inside_that_of_another_object() -> None:
+    model = convolutional()
+    outer, inner = APART(model), APART(nn.Sequential(model))
+    message = r"layer '0\.1' is inside a context of another APART"
+    with pytest.raises(ApartError, match=message), outer.to_proxy(), inner.to_proxy():
+        pytest.fail("entered")
+    with pytest.raises(ApartError, match="layer '1' is inside a context of another APART"), outer.to_proxy():
+        make_apart_step(model, F.cross_entropy)
+
+
+def test_a_model_whose_structure_changes_between_the_passes() -> None:
+    model = convolutional()
+    apart = APART(model)
+    proxy(apart)
+    model[4] = nn.BatchNorm2d(5).double()
+    with pytest.raises(ApartError, match=r"\['4'\] came, went, or were replaced"), apart.to_adver():
+        pytest.fail("entered")
+    proxy(apart)
+    model[1].eval()
+    with pytest.raises(ApartError, match=r"\['1'\] came, went, or were replaced"), apart.to_adver():
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("context", ["to_proxy", "to_adver"])
+def test_a_model_in_evaluation_mode(context: str) -> None:
+    apart = APART(convolutional())
+    proxy(apart)
+    apart.model.eval()
+    with (
+        pytest.raises(ApartError, match=r"none of the 2 batch-norm layers.*model.train\(\)"),
+        getattr(apart, context)(),
+    ):
+        pytest.fail("entered")
+
+
+def test_a_model_without_batch_norm() -> None:
+    with pytest.raises(ApartError, match="Linear has no batch-norm layer"), APART(nn.Linear(2, 2)).to_proxy():
+        pytest.fail("entered")
+
+
+def test_groups_that_do_not_divide_the_samples_of_the_adversarial_pass() -> None:
+    apart = APART(convolutional(), groups=3)
+    proxy(apart)
+    with pytest.raises(ApartError, match=r"layer '1' sees 8 rows, which groups=3 does not divide"), apart.to_adver():
+        apart.model(images()[0])
+
+
+def test_a_layer_that_sees_one_value_a_channel() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3)).double()
+    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel \(1 samples"), APART(model).to_proxy():
+        model(images(1)[0])
+    apart = APART(model, groups=-1)
+    proxy(apart)
+    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel in each of 8 groups"), apart.to_adver():
+        model(images()[0])
+
+
+def test_inference_mode() -> None:
+    apart = APART(convolutional())
+    with torch.inference_mode(), pytest.raises(ApartError, match="inference_mode"), apart.to_proxy():
+        pytest.fail("entered")
+
+
+def test_a_rule_that_forgets_a_layer() -> None:
+    apart = APART(convolutional(), rule=lambda stats, stat_grads, epsilon: {})
+    proxy(apart)
+    with pytest.raises(ApartError, match=r"the perturbation does not fit.*missing \['1', '4'\]"), apart.to_adver():
+        pytest.fail("entered")
+
+
+def test_a_layer_that_bypasses_batch_norm() -> None:
+    class ByHand(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.std()
+
+    model = nn.Sequential(ByHand(2))
+    with pytest.raises(ApartError, match=r"layer '0' \(ByHand\) ran without calling"), APART(model).to_proxy():
+        model(torch.randn(4, 2, 3, 3))

@@ -41,8 +41,9 @@ class APART:
     inside. Where gradients are accumulated over micro-batches, each of them goes through both contexts in turn.
 
     Args:
-        model: any module with BN layers, compiled or not. They are found when a context is entered: those that are in
-            training mode then.
+        model: any module with BN layers. They are found when a context is entered: those in training mode then. A
+            compiled model is one graph for each pass; compile it with `dynamic=False` if the adversarial pass gets
+            fewer samples.
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic.
         groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of
             the whole batch, -1 makes a group of every row that a layer sees.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from apart_func import APART, BatchStats
+from apart_func import APART, BatchStats, make_apart_step, sign_perturbation, split_state
 from apart_func.distributed import data_parallel_group, mean_over_ranks
 
 RANKS, STEPS, LEARNING_RATE = 2, 3, 0.1
@@ -39,13 +39,20 @@ def on_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
-        results = {"train": train(rank), "inner": train_inner(rank), "accumulate": accumulate(rank), "mean": mean(rank)}
+        ways = {
+            "wrapped": train_wrapped,
+            "inner": train_inner,
+            "functional": train_functional,
+            "accumulate": accumulate,
+            "mean": mean,
+        }
+        results = {name: way(rank) for name, way in ways.items()}
     finally:
         dist.destroy_process_group()
     torch.save(results, folder / f"{rank}.pt")
 
 
-def train(rank: int) -> list[dict[str, Any]]:
+def train_wrapped(rank: int) -> list[dict[str, Any]]:
     """The four lines around a wrapped model, which is how people write it."""
     model = DistributedDataParallel(convolutional())
     assert data_parallel_group(nn.Sequential(model)) is model.process_group
@@ -74,6 +81,39 @@ def steps(rank: int, model: DistributedDataParallel, apart: APART) -> list[dict[
             }
         )
         optimizer.step()
+    return seen
+
+
+def train_functional(rank: int) -> list[dict[str, Any]]:
+    """A rule that averages over ranks, and gradients that are averaged by hand."""
+
+    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        return sign_perturbation(stats, mean_over_ranks(stat_grads), epsilon)
+
+    model = convolutional()
+    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, ratio=RATIO, rule=rule)
+    params, buffers = split_state(model)
+    seen = []
+    for t in range(STEPS):
+        out = step(params, buffers, shard(rank, t))
+        for grad in out.grads.values():
+            dist.all_reduce(grad)
+            grad /= RANKS
+        for buffer in out.buffers.values():
+            dist.broadcast(buffer, 0)
+        seen.append(
+            {
+                "grads": out.grads,
+                "perturbation": without_prefix(out.perturbation),
+                # of the loss with its weight, as the drop-in has them
+                "stat_grads": {
+                    k: Pair(*(g / (1 + RATIO) for g in v)) for k, v in mean_over_ranks(out.stat_grads).items()
+                },
+                "buffers": out.buffers,
+            }
+        )
+        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
+        buffers = out.buffers
     return seen
 
 
@@ -138,13 +178,13 @@ def definition(model: nn.Module, shards: list[Any], perturbation: Tree, ratio: f
     }
 
 
-@pytest.mark.parametrize("way", ["train", "inner"])
+@pytest.mark.parametrize("way", ["wrapped", "inner", "functional"])
 def test_gradients_and_perturbation_are_equal_on_all_ranks(ranks: list[dict[str, Any]], way: str) -> None:
     for first, second in zip(*(results[way] for results in ranks), strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["train", "inner"])
+@pytest.mark.parametrize("way", ["wrapped", "inner", "functional"])
 def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dict[str, Any]], way: str) -> None:
     model = convolutional()
     for t, found in enumerate(ranks[0][way]):

@@ -208,12 +208,10 @@ def test_the_functional_step_cuts_a_batch_into_microbatches_of_their_own() -> No
 
 # Mixed precision.
 
-HALF = [
-    # What rounding of activations and of their gradients to 8 and 11 bits does to this network: typically 1e-2 and
-    # 2e-3 of the gradient's norm.
-    pytest.param(torch.bfloat16, 5e-2, id="bfloat16"),
-    pytest.param(torch.float16, 1e-2, id="float16"),
-]
+# What rounding of activations and their gradients to 8 and 11 bits does to the gradient of this network: 3e-2 and 1e-3
+# of its norm. Statistics are taken in float32 of activations rounded once: 3e-5 and 4e-6 off.
+HALF = [pytest.param(torch.bfloat16, 5e-2, id="bfloat16"), pytest.param(torch.float16, 2e-3, id="float16")]
+STATISTICS = 1e-4
 OVERFLOW = 2.0**40  # a loss scale at which gradients in float16 are infinite
 
 
@@ -236,7 +234,6 @@ class Scaled:
                 loss = F.cross_entropy(self.model(x[:32]), y[:32])
             self.scaler.scale(rest * loss).backward()
         self.scaler.unscale_(self.optimizer)
-        self.scaled_stat_grads = self.apart.stat_grads
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), HALF)
@@ -245,7 +242,7 @@ def test_the_drop_in_under_autocast_and_a_scaler_is_near_the_definition(dtype: t
     out = oracle_step(twin, F.cross_entropy, images(64, torch.float32), perturbation=loop.apart.perturbation, **OPTIONS)
     assert {part.dtype for shift in loop.apart.perturbation.values() for part in shift} == {torch.float32}
     assert relative_error(gradients(loop.model), out.grads) < tolerance
-    assert relative_error(dict(loop.model.named_buffers()), out.buffers) < tolerance
+    assert relative_error(dict(loop.model.named_buffers()), out.buffers) < STATISTICS
     before = gradients(loop.model)
     loop.scaler.step(loop.optimizer)
     for name, parameter in loop.model.named_parameters():
@@ -292,7 +289,7 @@ def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(
     assert out.all_finite
     assert relative_error(out.grads, expected.grads) < tolerance
     assert relative_error(out.stat_grads, expected.stat_grads) < tolerance
-    assert relative_error(out.buffers, expected.buffers) < tolerance
+    assert relative_error(out.buffers, expected.buffers) < STATISTICS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

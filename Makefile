@@ -26,5 +26,11 @@ format: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Under ten minutes on two cores; without --quick the scripts measure all models, ratios and groups.
+bench: .venv/ready
+	for script in step_cost layer_cost memory compile scaling; do \
+		OMP_PROC_BIND=true $(RUN) benchmarks/$$script.py --quick || exit 1; done
+	$(RUN) benchmarks/render.py
+
 clean:
 	rm -rf .venv

@@ -1,0 +1,218 @@
+"""What the layer costs by itself, forward and backward, against `torch.nn.functional.batch_norm`.
+
+python benchmarks/layer_cost.py --quick
+python benchmarks/layer_cost.py --shapes 128x64x32x32 --dtypes bfloat16 --device cuda
+
+clean        the layer of the proxy pass: plain batch norm that hands out its statistics
+perturbed    the layer of the adversarial pass, in one group or more
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from common import (
+    RESULTS,
+    Row,
+    Sheet,
+    command_line,
+    default_device,
+    format_ratio,
+    format_seconds,
+    interleaved,
+    print_sheets,
+    progress_bar,
+    record,
+    timing_row,
+)
+from torch import Tensor
+
+from apart_func import Perturbation
+from apart_func.batch_norm import clean_batch_norm, perturbed_batch_norm
+
+EPS = 1e-5
+RADIUS = 0.1
+PLAIN = "F.batch_norm"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        shapes: of the activations, (N, C, ...), as in 128x64x16x16.
+        layouts: memory formats; channels_last is for four dimensions.
+        dtypes: of the activations; affine parameters are float32.
+        groups: ghost groups of the perturbed layer.
+        rounds: how often each layer is timed, in turn with the others.
+        seconds: least time each gets in a round.
+        threads: of the CPU.
+        device: where to run.
+        out: folder for the JSON file.
+    """
+
+    shapes: tuple[str, ...] = ("128x16x32x32", "128x64x8x8", "128x64x32x32", "128x512")
+    layouts: tuple[str, ...] = ("contiguous", "channels_last")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    groups: tuple[int, ...] = (1, 16)
+    rounds: int = 9
+    seconds: float = 0.2
+    threads: int = os.cpu_count() or 1
+    device: str = default_device()
+    out: Path = RESULTS
+
+
+QUICK = Settings(shapes=("128x16x32x32", "128x64x8x8"), rounds=7, seconds=0.05)
+
+
+class Layer(NamedTuple):
+    """The tensors of one call.
+
+    Attributes:
+        x: activations, differentiated.
+        weight: scale γ, differentiated.
+        bias: shift β, differentiated.
+        upstream: gradient of the output.
+        running_mean: of plain batch norm, which moves it.
+        running_var: likewise.
+        shift: (δμ, δσ) of the perturbed layer.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    upstream: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    shift: Perturbation
+
+
+def make_layer(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Layer:
+    """Random tensors of one size.
+
+    Args:
+        shape: of the activations.
+        layout: contiguous or channels_last.
+        dtype: of the activations.
+        device: where they live.
+
+    Returns:
+        What the functions below call a layer with.
+    """
+    torch.manual_seed(0)
+    channels = shape[1]
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, upstream = (torch.randn(shape).to(device, dtype).contiguous(memory_format=memory) for _ in range(2))
+    weight, bias = torch.rand(2, channels, device=device)
+    return Layer(
+        x.requires_grad_(),
+        weight.requires_grad_(),
+        bias.requires_grad_(),
+        upstream,
+        torch.zeros(channels, device=device),
+        torch.ones(channels, device=device),
+        Perturbation(*(RADIUS * torch.randn(2, channels, device=device).sign())),
+    )
+
+
+def plain(layer: Layer) -> object:
+    """Plain training-mode batch norm."""
+    x, weight, bias, upstream, mean, var, _ = layer
+    return torch.autograd.grad(F.batch_norm(x, mean, var, weight, bias, True, 0.1, EPS), (x, weight, bias), upstream)
+
+
+def clean(layer: Layer) -> object:
+    """The layer of the proxy pass."""
+    y, _, taps = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
+    return torch.autograd.grad(y, (layer.x, *taps), layer.upstream)
+
+
+def perturbed(layer: Layer, groups: int) -> object:
+    """The layer of the adversarial pass."""
+    y, _ = perturbed_batch_norm(layer.x, layer.weight, layer.bias, EPS, layer.shift, groups=groups)
+    return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
+
+
+def calls(layer: Layer, groups: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    """The functions to time against each other, by name."""
+    named: dict[str, Callable[[], object]] = {PLAIN: lambda: plain(layer), "clean": lambda: clean(layer)}
+    for number in groups:
+        named[f"perturbed, groups {number}"] = lambda number=number: perturbed(layer, number)  # type: ignore[misc]
+    return named
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Time all layers on one input against each other, then on the next.
+
+    Args:
+        settings: what to measure.
+
+    Returns:
+        A row for every layer and input.
+    """
+    inputs = [
+        (shape, layout, dtype)
+        for shape in settings.shapes
+        for layout in settings.layouts
+        if layout == "contiguous" or shape.count("x") == 3
+        for dtype in settings.dtypes
+    ]
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(inputs) * (2 + len(settings.groups)) * (settings.rounds + 1))
+        for shape, layout, dtype in inputs:
+            labels: Row = {"shape": shape, "layout": layout, "dtype": dtype}
+            size = tuple(map(int, shape.split("x")))
+            functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
+
+            def show(name: str, labels: Row = labels) -> None:
+                progress.update(task, advance=1, description=f"{' '.join(labels.values())}: {name}")
+
+            times = interleaved(functions, settings.rounds, settings.seconds, settings.threads, show)
+            rows += [{**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions]
+    return rows
+
+
+def sheets(content: Mapping[str, Any]) -> list[Sheet]:
+    """The table.
+
+    Args:
+        content: what was recorded.
+
+    Returns:
+        A line for every layer and input.
+    """
+    lines = [
+        [
+            row["layer"],
+            row["shape"].replace("x", "×"),
+            row["layout"],
+            row["dtype"],
+            format_seconds(row["seconds"]),
+            format_ratio(row["relative_to"].get(PLAIN)),
+        ]
+        for row in content["rows"]
+    ]
+    columns = ["layer", "activations", "layout", "dtype", "time (IQR)", f"/ {PLAIN} (IQR)"]
+    return [Sheet("one layer, forward and backward", columns, lines)]
+
+
+def main(settings: Settings) -> None:
+    """Measure, write, and print the table.
+
+    Args:
+        settings: from the command line.
+    """
+    rows = measure(settings)
+    content = record(settings.out, "layer_cost", settings, rows, settings.device, settings.threads)
+    print_sheets(content, sheets(content))
+
+
+if __name__ == "__main__":
+    main(command_line(Settings(), QUICK, __doc__))

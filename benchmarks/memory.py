@@ -1,0 +1,188 @@
+"""How much memory a training step needs at its peak, beyond model and batch.
+
+    python benchmarks/memory.py --quick
+    python benchmarks/memory.py --models wrn_40_2 --methods plain APART --device cuda
+
+Every row is measured in a process of its own. On a CPU it is the growth of the largest resident set (VmHWM), since
+model and batch were made, on CUDA that of the largest allocation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    RESULTS,
+    Row,
+    Sheet,
+    command_line,
+    default_device,
+    format_ratio,
+    in_child,
+    print_sheets,
+    progress_bar,
+    record,
+    relative_to,
+    spread,
+)
+from networks import make_case
+from steps import METHODS, Choice, choices, make_step
+
+STEPS = 3
+PLAIN = "plain"
+PROCESS = Path("/proc/self")
+# Left to itself, the allocator starts to keep large blocks once it has seen some, and the peak depends on the order.
+FIXED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        models: which networks; see networks.py.
+        methods: which steps; see steps.py. On a CPU no compiled ones: the compiler's memory would count.
+        ratios: shares of the batch in the adversarial pass.
+        groups: ghost groups in it, at most half its samples.
+        samples: batch size; None takes each network's own.
+        repeats: processes for each row.
+        threads: of the CPU.
+        device: where to run.
+        out: folder for the JSON file.
+    """
+
+    models: tuple[str, ...] = ("cifar_resnet", "wrn_40_2", "resnet18")
+    methods: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not method.compiled)
+    ratios: tuple[float, ...] = (1.0, 0.5)
+    groups: tuple[int, ...] = (0, 16)
+    samples: int | None = None
+    repeats: int = 3
+    threads: int = os.cpu_count() or 1
+    device: str = default_device()
+    out: Path = RESULTS
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        compiled = [name for name in self.methods if METHODS[name].compiled]
+        if compiled and self.device == "cpu":
+            raise ValueError(f"{compiled}: on a CPU the compiler's memory cannot be told from the step's")
+
+
+QUICK = Settings(models=("cifar_resnet",), ratios=(1.0,), groups=(16,), repeats=1)
+
+
+def growth(choice: Choice, device: str, threads: int) -> int:
+    """Run a few steps in this process, and look how its memory grows.
+
+    Args:
+        choice: which step.
+        device: where to run.
+        threads: of the CPU.
+
+    Returns:
+        Bytes at the peak, less what model and batch take.
+    """
+    torch.set_num_threads(threads)
+    case = make_case(choice.model, device, choice.samples)
+    step = make_step(choice, case)
+    before = start_of_peak(device)
+    for _ in range(STEPS):
+        step()
+    return peak(device) - before
+
+
+def start_of_peak(device: str) -> int:
+    """Forget the peak so far, and return the bytes in use."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    (PROCESS / "clear_refs").write_text("5")  # sets VmHWM to what is resident now
+    return resident("VmRSS")
+
+
+def peak(device: str) -> int:
+    """The most bytes in use since `start_of_peak`."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in (PROCESS / "status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"{PROCESS}/status has no {field}: peak memory on a CPU is measured on Linux only")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Measure every step in processes of its own.
+
+    Args:
+        settings: what to measure.
+
+    Returns:
+        A row for each.
+    """
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        for model in settings.models:
+            chosen = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
+            task = progress.add_task(model, total=len(chosen) * settings.repeats)
+            peaks: dict[str, list[float]] = {choice.name: [] for choice in chosen}
+            for _ in range(settings.repeats):
+                for choice in chosen:
+                    progress.update(task, description=f"{model}: {choice.name}")
+                    used = in_child(growth, choice, settings.device, settings.threads, **FIXED_ALLOCATOR)
+                    peaks[choice.name].append(used)
+                    progress.advance(task)
+            progress.update(task, description=model)
+            rows += [
+                choice.labels()
+                | {"bytes": asdict(spread(peaks[choice.name])), "relative_to": relative_to(peaks, choice.name, [PLAIN])}
+                for choice in chosen
+            ]
+    return rows
+
+
+def sheets(content: Mapping[str, Any]) -> list[Sheet]:
+    """The table.
+
+    Args:
+        content: what was recorded.
+
+    Returns:
+        A line for every step.
+    """
+    columns = ["step", "ratio", "groups", "network", "batch", "peak (IQR)", "/ plain (IQR)"]
+    return [Sheet("peak memory of a step, beyond model and batch", columns, [line(row) for row in content["rows"]])]
+
+
+def line(row: Row) -> list[str]:
+    """The cells of a step."""
+    settings = [f"{row['ratio']:g}", str(row["groups"])] if "ratio" in row else ["", ""]
+    megabytes = f"{row['bytes']['median'] / 2**20:.1f} MiB ({row['bytes']['iqr'] / 2**20:.1f})"
+    ratio = format_ratio(row["relative_to"].get(PLAIN), digits=3)
+    return [row["method"], *settings, row["model"], str(row["samples"]), megabytes, ratio]
+
+
+def main(settings: Settings) -> None:
+    """Measure, write, and print the table.
+
+    Args:
+        settings: from the command line.
+    """
+    rows = measure(settings)
+    content = record(settings.out, "memory", settings, rows, settings.device, settings.threads)
+    print_sheets(content, sheets(content))
+
+
+if __name__ == "__main__":
+    main(command_line(Settings(), QUICK, __doc__))

@@ -1,0 +1,251 @@
+"""How the cost of a step grows with batch, depth, width and the number of models.
+
+    python benchmarks/scaling.py --quick
+    python benchmarks/scaling.py --axes models --models 1 2 4 8 16
+
+Batch, depth and width are those of the CIFAR ResNet. The models are small digits ResNets that take the same step on
+the same batch, one by one or together under vmap.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from common import (
+    RESULTS,
+    Row,
+    Sheet,
+    command_line,
+    default_device,
+    format_ratio,
+    format_seconds,
+    interleaved,
+    print_sheets,
+    progress_bar,
+    record,
+    result_path,
+    timing_row,
+)
+from models import cifar_resnet, small_resnet
+from networks import CLASSES, case_of
+from steps import METHODS, ONE_GRAPH, RADIUS, Step, Variant
+from torch.func import stack_module_state, vmap
+from torch.utils._pytree import tree_map
+
+from apart_func import make_apart_step, split_state
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe and Ito: told apart with every kind of colour vision
+MARKERS = ("o", "^", "s", "D")
+GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        axes: what grows: batch, depth, width, models.
+        batch: batch sizes; that of the other axes is `samples`.
+        depth: residual blocks a stage.
+        width: channels of the first stage.
+        models: how many models are trained at a time.
+        samples: batch size along depth and width.
+        model_samples: batch size of each of the many models.
+        compiled: whether plain and APART steps are compiled too, at every point.
+        rounds: how often each step is timed, in turn with the others.
+        seconds: least time each gets in a round.
+        threads: of the CPU.
+        device: where to run.
+        out: folder for the JSON file and the plot.
+    """
+
+    axes: tuple[str, ...] = ("batch", "depth", "width", "models")
+    batch: tuple[int, ...] = (16, 32, 64, 128, 256)
+    depth: tuple[int, ...] = (1, 2, 4, 8)
+    width: tuple[int, ...] = (8, 16, 32, 64)
+    models: tuple[int, ...] = (1, 2, 4, 8, 16)
+    samples: int = 64
+    model_samples: int = 32
+    compiled: bool = False
+    rounds: int = 7
+    seconds: float = 0.3
+    threads: int = os.cpu_count() or 1
+    device: str = default_device()
+    out: Path = RESULTS
+
+
+QUICK = Settings(
+    batch=(8, 32, 128), depth=(1, 2, 4), width=(8, 16, 32), models=(8,), samples=16, rounds=5, seconds=0.05
+)
+
+
+class Point(NamedTuple):
+    """One size on one axis.
+
+    Attributes:
+        axis: what grows.
+        size: how large it is.
+        steps: what is timed there, by name.
+        baseline: which of them the others are divided by.
+    """
+
+    axis: str
+    size: int
+    steps: dict[str, Step]
+    baseline: str
+
+
+def points(settings: Settings) -> Iterator[Point]:
+    """All points to measure, each made when its turn comes.
+
+    Args:
+        settings: which.
+
+    Yields:
+        The points, axis by axis.
+    """
+    for axis in settings.axes:
+        for size in getattr(settings, axis):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            yield many_models(size, settings) if axis == "models" else one_model(axis, size, settings)
+
+
+def one_model(axis: str, size: int, settings: Settings) -> Point:
+    """The CIFAR ResNet with one of its sizes changed."""
+    changed = {"width": 16, "depth": 2, "batch": settings.samples, axis: size}
+    model = cifar_resnet(width=changed["width"], blocks_per_stage=changed["depth"], classes=CLASSES)
+    case = case_of(model, (3, 32, 32), changed["batch"], settings.device)
+    names = ["plain", "APART"] + (["plain compiled", "APART compiled"] if settings.compiled else [])
+    variant = Variant(groups=min(GROUPS, changed["batch"] // 2))
+    steps = {name: METHODS[name].make(case, variant, ONE_GRAPH) for name in names}
+    return Point(axis, size, steps, "plain")
+
+
+def many_models(number: int, settings: Settings) -> Point:
+    """Digits ResNets from different seeds: the same APART steps in sequence and together."""
+    models = [small_resnet(in_channels=1, classes=CLASSES).to(settings.device) for _ in range(number)]
+    batch = case_of(models[0], (1, 8, 8), settings.model_samples, settings.device).batch
+    step = make_apart_step(models[0], F.cross_entropy, epsilon=RADIUS, groups=GROUPS)
+    states = [split_state(model) for model in models]
+    stacked = tree_map(torch.detach, stack_module_state(models))
+    together = vmap(lambda params, buffers: step(params, buffers, batch))
+
+    def in_sequence(one: Callable[..., object]) -> Step:
+        return lambda: [one(params, buffers, batch) for params, buffers in states]
+
+    def at_once(all_of_them: Callable[..., object]) -> Step:
+        return lambda: all_of_them(*stacked)
+
+    steps = {
+        "one by one": in_sequence(step),
+        "one by one, compiled": in_sequence(ONE_GRAPH(step)),
+        "vmapped": at_once(together),
+        "vmapped, compiled": at_once(ONE_GRAPH(together)),
+    }
+    return Point("models", number, steps, "one by one")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Time the steps of every point against each other.
+
+    Args:
+        settings: what to measure.
+
+    Returns:
+        A row for every step and point.
+    """
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=sum(len(getattr(settings, axis)) for axis in settings.axes))
+        for axis, size, steps, baseline in points(settings):
+
+            def show(name: str, axis: str = axis, size: int = size) -> None:
+                progress.update(task, description=f"{axis} {size}: {name}")
+
+            times = interleaved(steps, settings.rounds, settings.seconds, settings.threads, show)
+            rows += [
+                {"axis": axis, "size": size, "step": name, **timing_row(times, name, [baseline])} for name in steps
+            ]
+            progress.advance(task)
+    return rows
+
+
+def sheets(content: Mapping[str, Any]) -> list[Sheet]:
+    """The tables, one for each axis.
+
+    Args:
+        content: what was recorded.
+
+    Returns:
+        A line for every step and point.
+    """
+    tables = []
+    for axis, rows in by_axis(content["rows"]).items():
+        (baseline,) = rows[0]["relative_to"]
+        lines = [
+            [row["step"], str(row["size"]), format_seconds(row["seconds"]), format_ratio(row["relative_to"][baseline])]
+            for row in rows
+        ]
+        tables.append(Sheet(f"growing {axis}", ["step", axis, "time (IQR)", f"/ {baseline} (IQR)"], lines))
+    return tables
+
+
+def by_axis(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every axis."""
+    return {axis: [row for row in rows if row["axis"] == axis] for axis in dict.fromkeys(row["axis"] for row in rows)}
+
+
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Draw time against size, a panel for each axis.
+
+    Args:
+        content: what was recorded.
+        path: the PNG file.
+    """
+    panels = by_axis(content["rows"])
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for panel, (axis, rows) in zip(axes[0], panels.items(), strict=True):
+        for colour, marker, step in zip(COLOURS, MARKERS, dict.fromkeys(row["step"] for row in rows), strict=False):
+            line = [row for row in rows if row["step"] == step]
+            panel.errorbar(
+                [row["size"] for row in line],
+                [1000 * row["seconds"]["median"] for row in line],
+                yerr=[500 * row["seconds"]["iqr"] for row in line],
+                color=colour,
+                marker=marker,
+                capsize=3,
+                label=step,
+            )
+        sizes = sorted({row["size"] for row in rows})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        panel.set_yscale("log")
+        panel.set(xlabel=axis, ylabel="time of a step (ms), median and IQR" if panel is axes[0, 0] else "")
+        panel.legend(frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(settings: Settings) -> None:
+    """Measure, write, draw, and print the tables.
+
+    Args:
+        settings: from the command line.
+    """
+    rows = measure(settings)
+    content = record(settings.out, "scaling", settings, rows, settings.device, settings.threads)
+    draw(content, result_path(settings.out, "scaling", settings.device).with_suffix(".png"))
+    print_sheets(content, sheets(content))
+
+
+if __name__ == "__main__":
+    main(command_line(Settings(), QUICK, __doc__))

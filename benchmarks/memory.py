@@ -73,7 +73,15 @@ class Settings:
             raise ValueError(f"{compiled}: on a CPU the compiler's memory cannot be told from the step's")
 
 
-QUICK = Settings(models=("cifar_resnet",), ratios=(1.0,), groups=(16,), repeats=1)
+# One thread: two stall each other at random when anything else runs on the machine.
+QUICK = Settings(
+    models=("cifar_resnet",),
+    methods=("plain", "APART", "APART drop-in"),
+    ratios=(1.0,),
+    groups=(16,),
+    repeats=1,
+    threads=1,
+)
 
 
 def growth(choice: Choice, device: str, threads: int) -> int:

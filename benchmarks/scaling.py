@@ -81,8 +81,9 @@ class Settings:
     out: Path = RESULTS
 
 
+# One thread: two stall each other at random when anything else runs on the machine.
 QUICK = Settings(
-    batch=(8, 32, 128), depth=(1, 2, 4), width=(8, 16, 32), models=(8,), samples=16, rounds=5, seconds=0.05
+    batch=(8, 32, 128), depth=(1, 2, 4), width=(8, 16, 32), models=(8,), samples=16, rounds=5, seconds=0.05, threads=1
 )
 
 

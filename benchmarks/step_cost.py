@@ -3,7 +3,9 @@
     python benchmarks/step_cost.py --quick
     python benchmarks/step_cost.py --models wrn_40_2 --methods plain APART --device cuda
 
-Every row is set against the plain step of the same model, eager and compiled, in the same rounds.
+Every row is set against the plain step of the same model in the same rounds: eager; compiled, which is one function of
+model and loss and its compiled backward; and in one graph, the gradient inside the compiled function, which is the form
+of the compiled APART step. In steps.py stands what each step does.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class Settings:
     out: Path = RESULTS
 
 
+# One thread: two stall each other at random when anything else runs on the machine.
 QUICK = Settings(
     models=("overhead", "mlp", "cifar_resnet"),
     ratios=(1.0,),
@@ -79,6 +82,7 @@ QUICK = Settings(
     compiled_models=("overhead", "cifar_resnet"),
     rounds=5,
     seconds=0.2,
+    threads=1,
 )
 
 

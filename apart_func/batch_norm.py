@@ -310,7 +310,7 @@ def _layer_of_ops(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in operators that every transform, compiler and device knows.
 
-    Compiled, the moments below and those inside batch_norm are one computation, and the perturbation a fused one.
+    Compiled, the moments below and those inside a large batch_norm are one loop, and the perturbation a fused one.
     """
     folded = fold_groups(x, groups)
     dims = [0, *range(2, x.dim())]

@@ -351,8 +351,11 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_buffers_stay(bad: float) 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_reported() -> None:
     model = convolutional()
     params, buffers = split_state(model)
-    # The square root of an exact zero: a finite loss, and an infinite slope.
-    loss_fn = lambda output, target: F.cross_entropy(output, target) + (output[0, 0] * 0).abs().sqrt()  # noqa: E731
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        # The square root of an exact zero: a finite loss, and an infinite slope.
+        return F.cross_entropy(output, target) + (output[0, 0] * 0).abs().sqrt()
+
     out = make_apart_step(model, loss_fn)(params, buffers, images())
     assert out.loss.isfinite()
     assert not out.all_finite

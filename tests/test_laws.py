@@ -121,7 +121,10 @@ def test_the_adversarial_pass_normalises_by_the_perturbed_statistics() -> None:
     x = images()[0][:, [0, 1, 0]]
     fmodel = functionalize(model)
     params, buffers = split_state(model)
-    loss = lambda output, _: output.square().mean()  # noqa: E731 - one line says it
+
+    def loss(output: Tensor, _: Tensor) -> Tensor:
+        return output.square().mean()
+
     proxy = proxy_pass(fmodel, loss, params, buffers, (x, x))
     shifts = {"0": Perturbation(torch.tensor([0.1, -0.2, 0.3]).double(), torch.tensor([-0.3, 0.2, 0.1]).double())}
     mean, std = perturbed_stats(proxy.stats, shifts, layer.eps)["0"]

@@ -156,8 +156,7 @@ def test_vmap_over_models_and_radii() -> None:
     step, params, buffers = small_step(groups=2)
     radii = torch.tensor([0.0, 0.2], dtype=torch.float64)
     scaled = {name: torch.stack([p, 1.1 * p]) for name, p in params.items()}
-    over_radii = lambda p: vmap(lambda e: step(p, buffers, BATCH, epsilon=e))(radii)  # noqa: E731
-    together = vmap(over_radii)(scaled)
+    together = vmap(lambda p: vmap(lambda e: step(p, buffers, BATCH, epsilon=e))(radii))(scaled)
     for i, factor in enumerate((1.0, 1.1)):
         for j, radius in enumerate(radii):
             one = step({name: factor * p for name, p in params.items()}, buffers, BATCH, epsilon=radius)

@@ -1,0 +1,1 @@
+"""The training program in parts; `train.py` is its command line."""

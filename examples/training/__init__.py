@@ -1,1 +1,1 @@
-"""The training program in parts; `train.py` is its command line."""
+"""The parts of the training program `examples/train.py`."""

@@ -162,7 +162,7 @@ def training_batches(
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_mix(seed, epoch, 0)))
     chosen = [indices.tolist() for indices in order.split(batch_size)[:steps]]
     seeds = [_mix(seed, epoch, 1 + number) for number in range(steps)] if augment else None
-    return _iterate(_Batches(data, data.train, chosen, seeds), first, workers, pin_memory)
+    return _iterate(_Batches(data.train, data.mean, data.std, chosen, seeds), first, workers, pin_memory)
 
 
 def evaluation_batches(
@@ -184,7 +184,7 @@ def evaluation_batches(
         DataError: while iterating, that a file cannot be decoded.
     """
     chosen = [range(len(split))[start : start + batch_size] for start in range(0, len(split), batch_size)]
-    return _iterate(_Batches(data, split, chosen, None), 0, workers, pin_memory)
+    return _iterate(_Batches(split, data.mean, data.std, chosen, None), 0, workers, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,16 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
     """Batches by their number.
 
     Attributes:
-        data: normalises.
         split: where the samples are.
+        mean: see `DataSet`.
+        std: see `DataSet`.
         chosen: the samples of every batch.
         seeds: of the variation of every batch; None varies nothing.
     """
 
-    data: DataSet
     split: Split
+    mean: Tensor
+    std: Tensor
     chosen: Sequence[Sequence[int]]
     seeds: Sequence[int] | None
 
@@ -216,7 +218,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
                     samples, labels = self.split.batch(self.chosen[number], augment=True)
         except DataError as error:
             return error
-        return _normalise(samples, self.data), labels
+        return _normalise(samples, self.mean, self.std), labels
 
 
 def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,11 +238,11 @@ def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> I
         yield batch
 
 
-def _normalise(samples: Tensor, data: DataSet) -> Tensor:
+def _normalise(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Bring samples to mean 0 and deviation 1 in every channel, by the statistics of the data set."""
     scale = 255 if samples.dtype == torch.uint8 else 1
     shape = (-1, *[1] * (samples.dim() - 2))
-    return samples.to(torch.float32).sub_(scale * data.mean.view(shape)).div_(scale * data.std.view(shape))
+    return samples.to(torch.float32).sub(scale * mean.view(shape)).div_(scale * std.view(shape))
 
 
 def _mix(*parts: int) -> int:

@@ -14,12 +14,33 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as images_to
 
 
 class DataError(ValueError):
     """Data is not as it must be; the message says what was looked for, where, and how to get it."""
+
+
+def locate(folder: Path, official: str, parts: Sequence[str]) -> Path:
+    """Find the official folder of a data set.
+
+    Args:
+        folder: that folder under any name, or the one that it lies in.
+        official: its name.
+        parts: files and folders that are in it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: some of the parts are missing.
+    """
+    inner = folder / official
+    root = inner if inner.is_dir() else folder
+    missing = [part for part in parts if not (root / part).exists()]
+    if missing:
+        raise DataError(f"no {', '.join(missing)} in {root}" + ("" if root == inner else f", and no folder {inner}"))
+    return root
 
 
 class Split(Protocol):
@@ -66,19 +87,21 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFiles:
-    """Image files, in any format that torchvision or Pillow decodes.
+    """Image files, in any format that Pillow decodes.
 
     Attributes:
         paths: of the files.
         labels: (N,), int64.
         vary: from an image to a training sample.
         fit: from an image to a sample for measuring.
+        side: height and width that every image must have; None takes any.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[str]
     labels: Tensor
     vary: Callable[[Tensor], Tensor]
     fit: Callable[[Tensor], Tensor]
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,11 +109,19 @@ class InFiles:
     def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
         """See `Split`."""
         prepare = self.vary if augment else self.fit
-        samples = torch.stack([prepare(read_image(self.paths[index])) for index in indices])
+        samples = torch.stack([prepare(self._read(self.paths[index])) for index in indices])
         return samples, self.labels[torch.as_tensor(indices)]
 
+    def _read(self, path: str) -> Tensor:
+        """An image, of the right size."""
+        image = read_image(path)
+        if self.side and image.shape != (3, self.side, self.side):
+            height, width = image.shape[1:]
+            raise DataError(f"{path} has {height} × {width} pixels, where {self.side} × {self.side} are expected")
+        return image
 
-def read_image(path: Path) -> Tensor:
+
+def read_image(path: str) -> Tensor:
     """Decode an image file.
 
     Args:
@@ -103,15 +134,13 @@ def read_image(path: Path) -> Tensor:
         DataError: it is not an image, or a damaged one.
     """
     try:
-        image: Tensor = decode_image(str(path), ImageReadMode.RGB)
-    except RuntimeError:  # a format that torchvision does not know, or a damaged file
-        try:
-            with Image.open(path) as opened:
-                image = images_to.pil_to_tensor(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{path} cannot be decoded ({error}): restore it, or take it away") from error
-    eight_bits: Tensor = images_to.to_dtype(image, torch.uint8, scale=True)  # PNG files may have 16
-    return eight_bits
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are {image.mode!r}, where 8 bits a channel are expected")
+            decoded: Tensor = images_to.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # every decoder of Pillow has its own
+        raise DataError(f"{path} cannot be decoded ({error}): mend it, or take it away") from error
+    return decoded
 
 
 def crop_and_flip(images: Tensor, margin: int = 4) -> Tensor:

@@ -404,11 +404,11 @@ def test_another_preset_can_be_named():
 
 
 def test_flags_are_flat():
-    line = (
-        "--data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5"
-        " --epochs 20 --batch-size 64 --seed 3 --out runs/x --resume --compile --amp bf16 --microbatches 2 --clip 1 "
-        "--channels-last --ema 0.99 --rho 0.05"
-    )
+    line = """
+        --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
+        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last --ema 0.99
+        --seed 3 --out runs/x --resume
+    """
     command = program.parse(line.split())
     assert command.resume
     stored = as_json(command.settings)

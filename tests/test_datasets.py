@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import signal
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_every_data_set_yields_normalised_float_batches_of_the_stated_shape(name
     assert labels.dtype == torch.int64
     assert 0 <= labels.min() <= labels.max() < data.classes
     for split in filter(None, (data.validation, data.test)):
-        measured = list(evaluation_batches(data, split, batch_size=4))
+        measured = list(evaluation_batches(data, split, batch_size=100))
         assert sum(len(labels) for _, labels in measured) == len(split)
         assert all(samples.shape[1:] == data.sample_shape for samples, _ in measured)
 
@@ -109,6 +109,12 @@ def test_batches_are_the_same_for_any_number_of_workers(name, folders):
     for workers in (1, 3):
         iterator = training_batches(data, batch_size=4, seed=1, epoch=2, workers=workers)
         assert_same(first, [next(iterator) for _ in first])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_can_be_sent_to_workers_that_are_not_forked(name, folders):
+    data = load(name, folders)
+    assert_same(batches_of(data)[:3], batches_of(pickle.loads(pickle.dumps(data)))[:3])
 
 
 @pytest.mark.parametrize("name", HOW_TO_GET)
@@ -164,12 +170,15 @@ def test_a_missing_package_is_a_data_error(monkeypatch):
         load_dataset("mnist1d", None)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "tiny-imagenet"])
+@pytest.mark.parametrize("name", ["digits", "mnist1d", "cifar10", "tiny-imagenet"])
 def test_samples_of_one_size_are_not_cropped_to_another(name, folders):
-    side = load_dataset(name, folders.get(name)).sample_shape[-1]
-    assert load_dataset(name, folders.get(name), crop=side).sample_shape[-1] == side
-    with pytest.raises(DataError, match=f"side {side} are not cropped to 24"):
+    with pytest.raises(DataError, match=f"{name} is not cropped to 24: leave the crop out, or take imagenet or folder"):
         load_dataset(name, folders.get(name), crop=24)
+
+
+@pytest.mark.parametrize(("name", "side"), [("cifar100", 32), ("tiny-imagenet", 64)])
+def test_the_size_that_samples_have_may_be_given_as_crop(name, side, folders):
+    assert load_dataset(name, folders[name], crop=side).sample_shape == (3, side, side)
 
 
 # CIFAR
@@ -378,6 +387,13 @@ def test_images_of_any_colours_and_format_become_rgb(suffix, mode, tmp_path):
     assert decoded.shape == (3, 16, 20)
     assert decoded.dtype == torch.uint8
     assert decoded.min() > 250  # JPEG is not exact
+
+
+def test_a_format_that_is_not_an_image_of_pixels_is_refused_whatever_its_name(tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (20, 16)).save(path, format="EPS")
+    with pytest.raises(DataError, match=r"picture.jpg cannot be decoded"):
+        read_image(str(path))
 
 
 def test_images_of_16_bits_are_refused_and_not_made_white(tmp_path):
@@ -610,18 +626,41 @@ def test_a_batch_that_cannot_be_filled_is_refused_before_the_first_is_asked_for(
         training_batches(indexed(20), batch_size=batch_size, seed=0, epoch=0)
 
 
-def test_workers_go_on_when_the_group_is_told_to_stop_and_end_when_nobody_listens():
+def test_workers_go_on_when_the_whole_group_of_processes_is_told_to_stop():
     iterator = training_batches(indexed(), batch_size=2, seed=1, epoch=2, workers=1)
     batches = [next(iterator)]
     (worker,) = multiprocessing.active_children()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker.pid, number)
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     batches += list(iterator)
     assert_same(batches, batches_of(indexed(), batch_size=2))
+
+
+def test_workers_end_when_nobody_asks_for_more():
     iterator = training_batches(indexed(), batch_size=2, seed=1, epoch=2, workers=1)
     next(iterator)
     iterator.close()
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_program_that_fails():
+    """The traceback keeps the iterator alive, so that nothing but the parent's SIGTERM tells them."""
+    program = """
+import multiprocessing
+from training.datasets import load_dataset, training_batches
+batches = training_batches(load_dataset("digits", None), batch_size=2, seed=0, epoch=0, workers=1)
+next(batches)
+print(multiprocessing.active_children()[0].pid, flush=True)
+raise SystemExit("failed")
+"""
+    path = os.pathsep.join(sys.path)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, timeout=60
+    )
+    assert finished.stderr.split() == [b"failed"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(finished.stdout), 0)
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="pinned memory is for copies to an accelerator")

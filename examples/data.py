@@ -1,15 +1,19 @@
-"""Small image data sets that arrive with Python packages, so nothing is downloaded.
+"""Small data sets that arrive with Python packages, so nothing is downloaded.
 
-`load("digits")` and `load("mnist5k")` return an `ImageData`: normalised float32 images (N, C, H, W) and int64
-labels, split into training, validation and test images. The splits are stratified and always the same.
+`load("digits")`, `load("mnist5k")` and `load("mnist1d")` return an `ImageData`: normalised float32 images (N, C, H, W),
+or signals (N, C, L), with int64 labels, split into training, validation and test samples. The splits are stratified
+and always the same.
 """
 
 from __future__ import annotations
 
 import importlib
+import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +24,7 @@ class Split(NamedTuple):
     """Images and their labels.
 
     Attributes:
-        images: (N, C, H, W), float32.
+        images: (N, C, H, W), or (N, C, L) where they are signals; float32.
         labels: (N,), int64.
     """
 
@@ -34,13 +38,13 @@ class ImageData(NamedTuple):
     Attributes:
         classes: number of classes.
         train: what a model is trained on; its mean and deviation normalise every split.
-        validation: what settings are chosen on; None where the set has no images to spare.
+        validation: what settings are chosen on.
         test: what a result is measured on.
     """
 
     classes: int
     train: Split
-    validation: Split | None
+    validation: Split
     test: Split
 
 
@@ -59,11 +63,12 @@ def load(name: str) -> ImageData:
 
 
 def load_digits() -> ImageData:
-    """Scikit-learn's 1797 handwritten digits of 8 × 8 pixels: 256 for training, the other 1541 for testing."""
+    """Scikit-learn's 1797 digits of 8 × 8 pixels: 256 for training, 300 for validation, 1241 for testing."""
     digits = _require("sklearn.datasets").load_digits()
     everything = _as_split(digits.images, digits.target)
-    train, test = hold_out(everything, len(everything.labels) - 256)
-    return _normalised(train, None, test)
+    train, rest = hold_out(everything, len(everything.labels) - 256)
+    test, validation = hold_out(rest, 300)
+    return _normalised(train, validation, test)
 
 
 def load_mnist5k() -> ImageData:
@@ -75,7 +80,25 @@ def load_mnist5k() -> ImageData:
     return _normalised(train, validation, test)
 
 
-LOADERS: dict[str, Callable[[], ImageData]] = {"digits": load_digits, "mnist5k": load_mnist5k}
+def load_mnist1d() -> ImageData:
+    """MNIST-1D, synthetic signals of 40 points: 3000 for training, 1000 for validation, 1000 for testing.
+
+    Greydanus and Kobak (arXiv 2011.14439) made a template of each digit and vary it: padding, dilation, scale,
+    translation, correlated noise and shear. Their package `mnist1d` makes the signals here, by their settings and seed;
+    the test signals are theirs, and the validation signals are taken from their 4000 training signals.
+    """
+    module = _require("mnist1d.data")
+    with _global_generators_restored():
+        signals = module.make_dataset(module.get_dataset_args())
+    train, validation = hold_out(_as_split(signals["x"], signals["y"]), 1000)
+    return _normalised(train, validation, _as_split(signals["x_test"], signals["y_test"]))
+
+
+LOADERS: dict[str, Callable[[], ImageData]] = {
+    "digits": load_digits,
+    "mnist5k": load_mnist5k,
+    "mnist1d": load_mnist1d,
+}
 
 
 def hold_out(split: Split, count: int, seed: int = SPLIT_SEED) -> tuple[Split, Split]:
@@ -120,19 +143,30 @@ def shuffled_batches(split: Split, batch_size: int, generator: torch.Generator) 
 
 
 def _as_split(images: Any, labels: Any) -> Split:
-    """Turn (N, H, W) and (N,) arrays of any type into tensors with one channel."""
+    """Turn (N, H, W) or (N, L) and (N,) arrays of any type into tensors with one channel."""
     return Split(torch.as_tensor(images, dtype=torch.float32).unsqueeze(1), torch.as_tensor(labels, dtype=torch.int64))
 
 
-def _normalised(train: Split, validation: Split | None, test: Split) -> ImageData:
-    """Bring the training images to mean 0 and deviation 1 in every channel, and the others by the same map."""
-    deviation, mean = torch.std_mean(train.images, dim=(0, 2, 3), keepdim=True)
+def _normalised(train: Split, validation: Split, test: Split) -> ImageData:
+    """Bring the training images, of one channel, to mean 0 and deviation 1, and the others by the same map."""
+    deviation, mean = torch.std_mean(train.images)
 
     def normalise(split: Split) -> Split:
         return split._replace(images=(split.images - mean) / deviation)
 
     classes = int(train.labels.max()) + 1
-    return ImageData(classes, normalise(train), normalise(validation) if validation else None, normalise(test))
+    return ImageData(classes, normalise(train), normalise(validation), normalise(test))
+
+
+@contextmanager
+def _global_generators_restored() -> Iterator[None]:
+    """Give Python's and NumPy's global random generators back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _require(module: str) -> Any:

@@ -124,5 +124,5 @@ def test_the_compiled_program_runs_and_trains_as_the_other(tmp_path):
         subprocess.run(command, check=True, capture_output=True)
         table = json.loads((tmp_path / flag / "ensemble.json").read_text(encoding="utf-8"))
         errors[flag] = table["test_errors"]["0.1"]
-    # Eight steps amplify float32 rounding, so that a few of the 1541 images change their class.
+    # Eight steps amplify float32 rounding, so that a few of the 1241 images change their class.
     assert errors["--compile"] == pytest.approx(errors["--no-compile"], abs=1.0)

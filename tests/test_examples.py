@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import compare
 import data
 import functional_loop
+import mnist1d.data as mnist1d_package
 import models
 import numpy as np
 import pytest
@@ -45,6 +47,11 @@ def mnist5k() -> data.ImageData:
     return data.load("mnist5k")
 
 
+@pytest.fixture(scope="module")
+def mnist1d() -> data.ImageData:
+    return data.load("mnist1d")
+
+
 def class_counts(split: Split) -> list[int]:
     return torch.bincount(split.labels, minlength=10).tolist()
 
@@ -52,10 +59,10 @@ def class_counts(split: Split) -> list[int]:
 # data
 
 
-def test_digits_trains_on_256_images_and_tests_on_the_rest(digits):
+def test_digits_has_256_train_300_validation_and_1241_test_images(digits):
     assert digits.train.images.shape == (256, 1, 8, 8)
-    assert digits.test.images.shape == (1541, 1, 8, 8)
-    assert digits.validation is None
+    assert digits.validation.images.shape == (300, 1, 8, 8)
+    assert digits.test.images.shape == (1241, 1, 8, 8)
     assert digits.classes == 10
 
 
@@ -66,13 +73,32 @@ def test_mnist5k_has_1000_train_1000_validation_and_3000_test_images_of_equal_cl
 
 
 def test_digits_is_stratified(digits):
-    train, test = class_counts(digits.train), class_counts(digits.test)
-    for in_train, in_test in zip(train, test, strict=True):
-        assert abs(in_train - (in_train + in_test) * 256 / 1797) <= 1
+    counts = [class_counts(split) for split in (digits.train, digits.validation, digits.test)]
+    for in_train, in_validation, in_test in zip(*counts, strict=True):
+        total = in_train + in_validation + in_test
+        assert abs(in_train - total * 256 / 1797) <= 1
+        assert abs(in_validation - total * 300 / 1797) <= 1
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_images_are_shuffled_float32_and_normalised_by_the_training_images(name, request):
+def test_mnist1d_has_3000_train_1000_validation_and_1000_test_signals_of_40_points(mnist1d):
+    for split, size in ((mnist1d.train, 3000), (mnist1d.validation, 1000), (mnist1d.test, 1000)):
+        assert split.images.shape == (size, 1, 40)
+        assert min(class_counts(split)) > 0.08 * size
+    for in_train, in_validation in zip(class_counts(mnist1d.train), class_counts(mnist1d.validation), strict=True):
+        assert abs(in_validation - in_train / 3) <= 1
+
+
+def test_mnist1d_tests_on_the_signals_that_its_authors_test_on(mnist1d):
+    theirs = mnist1d_package.make_dataset(mnist1d_package.get_dataset_args())
+    signals = torch.from_numpy(theirs["x_test"]).float().unsqueeze(1)
+    assert mnist1d.test.labels.tolist() == theirs["y_test"].tolist()
+    # up to the mean and deviation of our training signals
+    scale = mnist1d.test.images.std() / signals.std()
+    torch.testing.assert_close(mnist1d.test.images.diff(), scale * signals.diff(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k", "mnist1d"])
+def test_samples_are_shuffled_float32_and_normalised_by_the_training_images(name, request):
     loaded = request.getfixturevalue(name)
     assert loaded.train.images.dtype == loaded.test.images.dtype == torch.float32
     assert loaded.train.labels.dtype == torch.int64
@@ -82,15 +108,19 @@ def test_images_are_shuffled_float32_and_normalised_by_the_training_images(name,
     assert loaded.train.labels[:20].unique().numel() > 3
 
 
-def test_loading_is_deterministic_and_leaves_the_global_generators_alone(digits):
+@pytest.mark.parametrize("name", ["digits", "mnist1d"])
+def test_loading_is_deterministic_and_leaves_the_global_generators_alone(name, request):
+    loaded = request.getfixturevalue(name)
     torch.manual_seed(1)
     np.random.seed(1)
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    again = data.load("digits")
-    assert torch.equal(again.train.images, digits.train.images)
-    assert torch.equal(again.test.labels, digits.test.labels)
+    random.seed(1)
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    again = data.load(name)
+    assert torch.equal(again.train.images, loaded.train.images)
+    assert torch.equal(again.test.labels, loaded.test.labels)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
+    assert random.getstate() == python_state
 
 
 def test_hold_out_divides_without_overlap_and_without_loss():
@@ -212,7 +242,7 @@ def test_error_rate_is_the_share_of_wrong_labels_in_percent():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seeds": 1}, "seeds is 1"), ({"epochs": 0}, "epochs is 0"), ({"measure_on": "validation"}, "no validation")],
+    [({"seeds": 1}, "seeds is 1"), ({"epochs": 0}, "epochs is 0")],
 )
 def test_settings_that_cannot_be_measured_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -268,7 +298,7 @@ def test_functional_loop_trains(capsys):
     torch.manual_seed(0)
     accuracy = functional_loop.main(epochs=12)
     assert accuracy > 0.3  # chance is 0.1; twelve epochs of four steps do not finish the training
-    assert f"test accuracy: {accuracy:.2%} of 1541 images" in capsys.readouterr().out
+    assert f"test accuracy: {accuracy:.2%} of 1241 images" in capsys.readouterr().out
 
 
 def test_workers_return_results_in_order_and_raise_what_a_task_raised():

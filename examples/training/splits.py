@@ -1,0 +1,135 @@
+"""Where the samples of a data set lie: in memory, or in image files that are decoded when a batch needs them.
+
+Both give a batch as it is measured, or varied at random for training. The variation draws from torch's default CPU
+generator, every sample by itself; whoever asks for the batch decides what that generator holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as images_to
+
+
+class DataError(ValueError):
+    """Data is not as it must be; the message says what was looked for, where, and how to get it."""
+
+
+class Split(Protocol):
+    """One share of a data set."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """Some of the samples.
+
+        Args:
+            indices: which, from 0.
+            augment: whether they are varied at random, as for training.
+
+        Returns:
+            Samples, uint8 images (N, C, H, W) or float32, and labels, int64.
+        """
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Samples of one shape, in a tensor.
+
+    Attributes:
+        samples: all of them, the first dimension counts.
+        labels: (N,), int64.
+        vary: makes training samples of a batch; None leaves them as they are.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    vary: Callable[[Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """See `Split`."""
+        chosen = torch.as_tensor(indices)
+        samples = self.samples[chosen]
+        return self.vary(samples) if augment and self.vary else samples, self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class InFiles:
+    """Image files, in any format that torchvision or Pillow decodes.
+
+    Attributes:
+        paths: of the files.
+        labels: (N,), int64.
+        vary: from an image to a training sample.
+        fit: from an image to a sample for measuring.
+    """
+
+    paths: Sequence[Path]
+    labels: Tensor
+    vary: Callable[[Tensor], Tensor]
+    fit: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """See `Split`."""
+        prepare = self.vary if augment else self.fit
+        samples = torch.stack([prepare(read_image(self.paths[index])) for index in indices])
+        return samples, self.labels[torch.as_tensor(indices)]
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The image, (3, H, W), uint8, whatever colours the file has.
+
+    Raises:
+        DataError: it is not an image, or a damaged one.
+    """
+    try:
+        image: Tensor = decode_image(str(path), ImageReadMode.RGB)
+    except RuntimeError:  # a format that torchvision does not know, or a damaged file
+        try:
+            with Image.open(path) as opened:
+                image = images_to.pil_to_tensor(opened.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{path} cannot be decoded ({error}): restore it, or take it away") from error
+    eight_bits: Tensor = images_to.to_dtype(image, torch.uint8, scale=True)  # PNG files may have 16
+    return eight_bits
+
+
+def crop_and_flip(images: Tensor, margin: int = 4) -> Tensor:
+    """Move every image by up to `margin` pixels, filling with black, and mirror half of them.
+
+    `v2.RandomCrop` cuts one window for a whole batch, and sample by sample it takes nine times as long as this.
+
+    Args:
+        images: (N, C, H, W).
+        margin: the furthest that an image moves.
+
+    Returns:
+        New images of the same shape.
+    """
+    count, _, height, width = images.shape
+    windows = images_to.pad(images, [margin]).unfold(2, height, 1).unfold(3, width, 1)
+    tops, lefts = torch.randint(2 * margin + 1, (2, count))
+    moved: Tensor = windows[torch.arange(count), :, tops, lefts]
+    mirrored = torch.rand(count) < 0.5
+    moved[mirrored] = images_to.horizontal_flip(moved[mirrored])
+    return moved

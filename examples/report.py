@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import tyro
 from compare_report import Run, draw_curves, format_error, format_gain, write_json
 from paired import estimate, paired_difference
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,11 +26,11 @@ from training.runs import METHODS, FinishedRun, RunError, find_runs, is_finished
 
 NAMES = {"plain": "plain", "apart": "APART", "sam": "SAM", "apart_sam": "APART-SAM"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
-COLUMNS = ("method", "seeds", "passes", "training loss", "error %", "plain − it", "plain, 2× epochs − it")
+COLUMNS = ("method", "seeds", "passes", "training loss", "error %", "gain on plain", "gain on plain, 2× epochs")
 EXPLANATION = (
-    "Means over seeds, ± standard error. Differences are points of error within seeds, with 95 % intervals; positive "
-    "ones are fewer errors than plain training, and bold ones have an interval that excludes zero. Passes are forward-"
-    "backward passes over the training data. The training loss is that of the last epoch, without perturbation."
+    "Means over seeds, ± standard error. A gain is by how many points the error is lower, within seeds, with its 95 % "
+    "interval, in bold where that excludes zero. Passes are forward-backward passes over the training data; the "
+    "training loss is that of the last epoch, without perturbation."
 )
 
 
@@ -151,7 +152,7 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], fewest_epochs: int
     parts = ["zero radius" if zero_radius else NAMES[settings["method.name"]]]
     for name in varied:
         if name in settings and not (zero_radius and name == "method.epsilon"):
-            parts.append(f"{SYMBOLS.get(name, name.partition('.')[2])} {settings[name]}")
+            parts.append(f"{_word(name)} {settings[name]}")
     factor, rest = divmod(settings["training.epochs"], fewest_epochs)
     if rest:
         parts.append(f"{settings['training.epochs']} epochs")
@@ -233,7 +234,7 @@ def print_table(title: str, rows: Sequence[Sequence[Cell]], notes: str) -> None:
         rows: its cells.
         notes: below it.
     """
-    table = Table(title=title, caption=notes, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if number else "left")
     for cells in rows:
@@ -259,13 +260,24 @@ def markdown(title: str, rows: Sequence[Sequence[Cell]], notes: str) -> str:
 
 
 def shared_settings(groups: Sequence[Group]) -> str:
-    """The settings that all groups share, where they have them, as in `training.lr 0.1, training.batch_size 64`."""
+    """The settings that are the same in all groups that have them.
+
+    Args:
+        groups: all groups.
+
+    Returns:
+        As in `model small_resnet, lr 0.1`. The epochs are the fewest, which labels count in.
+    """
     varied = {"data.name", "method.name", *varied_settings([group.settings for group in groups])}
-    everything = {name: value for group in reversed(groups) for name, value in group.settings.items()}
-    everything["training.epochs"] = min(group.epochs for group in groups)
-    return ", ".join(
-        f"{name} {value}" for name, value in sorted(everything.items()) if name not in varied and value is not None
-    )
+    settings = {name: value for group in groups for name, value in group.settings.items() if name not in varied}
+    settings["training.epochs"] = min(group.epochs for group in groups)
+    return ", ".join(f"{_word(name)} {value}" for name, value in sorted(settings.items()) if value is not None)
+
+
+def _word(setting: str) -> str:
+    """A setting in few words: `lr` for training.lr, `model` for model.name."""
+    section, _, name = setting.partition(".")
+    return SYMBOLS.get(setting) or (section if name == "name" else name)
 
 
 def draw(path: Path, groups: Sequence[Group], title: str) -> None:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
@@ -161,16 +157,6 @@ def format_error(error: Estimate) -> str:
     return f"{error.mean:.2f}" + ("" if math.isnan(error.standard_error) else f" ± {error.standard_error:.2f}")
 
 
-def environment() -> dict[str, Any]:
-    """What a reader of times needs to know about where they were taken."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "hardware": _processor(),
-        "cores": os.cpu_count(),
-    }
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping of plain values and paths as JSON.
 
@@ -252,12 +238,3 @@ def _final_errors(runs: Sequence[Run]) -> list[float]:
 def _step_times(runs: Sequence[Run]) -> npt.NDArray[np.float64]:
     """The median time of a step of every run; a median, since other work on the machine disturbs single steps."""
     return np.array([np.median(run.step_seconds) for run in runs])
-
-
-def _processor() -> str:
-    """The processor's name, from Linux where `platform` does not know it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

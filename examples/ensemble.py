@@ -20,8 +20,9 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
-from compare_report import environment, write_json
+from compare_report import write_json
 from data import ImageData, Split, load, shuffled_batches
+from environment import environment
 from models import small_resnet
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn

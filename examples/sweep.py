@@ -157,10 +157,10 @@ def planned_run(
     arguments = [*options, "--method", method, "--seed", str(seed), "--out", str(out / name)]
     for option, value in chosen.items():
         arguments += [f"--{option}", value]
-    settings = parse(arguments)
+    settings = parse(arguments).settings
     if factor > 1:
         arguments += ["--epochs", str(factor * settings.training.epochs)]
-        settings = parse(arguments)
+        settings = parse(arguments).settings
     return Planned(name, arguments, settings)
 
 

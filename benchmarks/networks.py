@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torchvision
 from models import cifar_resnet
 from torch import Tensor, nn
+from training.networks import torchvision_resnet, wide_resnet
 
 CLASSES = 10
 
@@ -67,14 +67,6 @@ def case_of(model: nn.Module, sample: tuple[int, ...], samples: int, device: str
     return Case(model.to(device, memory_format=layout), (images, labels))  # type: ignore[call-overload]
 
 
-def resnet18() -> nn.Module:
-    """ResNet-18 in its CIFAR form: a 3 × 3 stem at stride 1, and no pooling after it."""
-    model = torchvision.models.resnet18(num_classes=CLASSES)
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model  # type: ignore[no-any-return]
-
-
 def convolutions(layers: int, width: int) -> nn.Module:
     """A chain of 3 × 3 convolutions with batch norm and ReLU, pooled and classified."""
     chain: list[nn.Module] = []
@@ -91,60 +83,9 @@ def multilayer_perceptron(inputs: int = 784, width: int = 512, layers: int = 3) 
     return nn.Sequential(*chain, nn.Linear(width, CLASSES))
 
 
-class WideResNet(nn.Module):
-    """The wide residual network of Zagoruyko and Komodakis (2016), with batch norm before each convolution.
-
-    Args:
-        depth: number of layers with weights, 6n + 4.
-        widen: width, as a multiple of that of the original residual network.
-    """
-
-    def __init__(self, depth: int, widen: int) -> None:
-        super().__init__()
-        assert depth % 6 == 4, "every block has two convolutions, in three stages of as many blocks"
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        blocks: list[nn.Module] = []
-        channels = 16
-        for width, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-            for _ in range((depth - 4) // 6):
-                blocks.append(_WideBlock(channels, width, stride if channels != width else 1))
-                channels = width
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
-        self.classifier = nn.Linear(channels, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores, (N, classes), for images (N, 3, H, W)."""
-        scores: Tensor = self.classifier(self.head(self.blocks(self.stem(images))))
-        return scores
-
-
-class _WideBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU, added to what comes in."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.activate = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-        self.residual = nn.Sequential(
-            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-        )
-        self.adapt = nn.Conv2d(channels, width, 1, stride, bias=False) if channels != width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        activated = self.activate(x)
-        shortcut = x if self.adapt is None else self.adapt(activated)
-        out: Tensor = shortcut + self.residual(activated)
-        return out
-
-
 NETWORKS = {
-    "resnet18": Network(resnet18, (3, 32, 32), 128),
-    "wrn_40_2": Network(lambda: WideResNet(depth=40, widen=2), (3, 32, 32), 128),
+    "resnet18": Network(lambda: torchvision_resnet("resnet18", 3, CLASSES, small=True), (3, 32, 32), 128),
+    "wrn_40_2": Network(lambda: wide_resnet(depth=40, widen=2), (3, 32, 32), 128),
     "cifar_resnet": Network(lambda: cifar_resnet(width=16, blocks_per_stage=2), (3, 32, 32), 128),
     "mlp": Network(multilayer_perceptron, (784,), 128),
     "overhead": Network(lambda: convolutions(layers=10, width=8), (3, 8, 8), 8),

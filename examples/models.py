@@ -1,12 +1,33 @@
-"""Residual networks with batch normalization, for small images.
+"""Residual networks with batch normalization, for small images and for signals.
 
-One class, two forms: `small_resnet` for 8 × 8 digits and their like, `cifar_resnet` for 32 × 32 colour images.
-Both are stages of residual blocks; every stage after the first halves the resolution and doubles the width.
+One class, three forms: `small_resnet` for 8 × 8 digits and their like, `cifar_resnet` for 32 × 32 colour images,
+`resnet1d` for signals. All are stages of residual blocks; every stage after the first halves the resolution and doubles
+the width.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
+
+
+class Layers(NamedTuple):
+    """The kinds of layer that the number of dimensions decides.
+
+    Attributes:
+        convolution: with weights and stride.
+        batch_norm: over channels.
+        pool: an average over all positions.
+    """
+
+    convolution: type[nn.Conv1d | nn.Conv2d]
+    batch_norm: type[nn.BatchNorm1d | nn.BatchNorm2d]
+    pool: type[nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d]
+
+
+IMAGES = Layers(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
+SIGNALS = Layers(nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d)
 
 
 def small_resnet(in_channels: int, classes: int, width: int = 8, blocks: int = 2) -> ResNet:
@@ -42,6 +63,21 @@ def cifar_resnet(width: int = 16, blocks_per_stage: int = 2, classes: int = 10, 
     return ResNet(in_channels, classes, width, stages=3, blocks_per_stage=blocks_per_stage)
 
 
+def resnet1d(in_channels: int, classes: int, width: int = 16, blocks: int = 3) -> ResNet:
+    """A small ResNet for signals: every stage is a single block.
+
+    Args:
+        in_channels: channels of the signals.
+        classes: number of classes.
+        width: channels of the first block.
+        blocks: residual blocks; each after the first halves the length and doubles the width.
+
+    Returns:
+        The network, freshly initialised from torch's default generator.
+    """
+    return ResNet(in_channels, classes, width, stages=blocks, blocks_per_stage=1, layers=SIGNALS)
+
+
 class ResNet(nn.Module):
     """A 3 × 3 stem, stages of residual blocks, global average pooling and a linear classifier.
 
@@ -51,21 +87,30 @@ class ResNet(nn.Module):
         width: channels of the stem and the first stage.
         stages: number of stages; each after the first halves the resolution and doubles the width.
         blocks_per_stage: residual blocks in each stage.
+        layers: those for images, or for signals.
     """
 
-    def __init__(self, in_channels: int, classes: int, width: int, stages: int, blocks_per_stage: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        width: int,
+        stages: int,
+        blocks_per_stage: int,
+        layers: Layers = IMAGES,
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        self.stages = nn.Sequential(_stage(width, width, blocks_per_stage, stride=1))
+        self.stem = nn.Sequential(_conv3(layers, in_channels, width), layers.batch_norm(width), nn.ReLU(inplace=True))
+        self.stages = nn.Sequential(_stage(layers, width, width, blocks_per_stage, stride=1))
         for _ in range(1, stages):
-            self.stages.append(_stage(width, 2 * width, blocks_per_stage, stride=2))
+            self.stages.append(_stage(layers, width, 2 * width, blocks_per_stage, stride=2))
             width *= 2
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
-        self.apply(_initialise)
+        self.head = nn.Sequential(layers.pool(1), nn.Flatten(), nn.Linear(width, classes))
+        self.apply(initialise)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores, (N, classes), for images (N, C, H, W)."""
-        scores: Tensor = self.head(self.stages(self.stem(images)))
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores, (N, classes), for images (N, C, H, W) or signals (N, C, L)."""
+        scores: Tensor = self.head(self.stages(self.stem(x)))
         return scores
 
 
@@ -73,24 +118,25 @@ class ResidualBlock(nn.Module):
     """Two 3 × 3 convolutions with batch normalization, added to their input.
 
     Args:
+        layers: those for images, or for signals.
         in_channels: channels that come in.
         channels: channels that go out.
         stride: step of the first convolution. Where the shape changes, a 1 × 1 convolution adapts the input.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+    def __init__(self, layers: Layers, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            _conv3x3(in_channels, channels, stride),
-            nn.BatchNorm2d(channels),
+            _conv3(layers, in_channels, channels, stride),
+            layers.batch_norm(channels),
             nn.ReLU(inplace=True),
-            _conv3x3(channels, channels),
-            nn.BatchNorm2d(channels),
+            _conv3(layers, channels, channels),
+            layers.batch_norm(channels),
         )
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut.append(nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(channels))
+            self.shortcut.append(layers.convolution(in_channels, channels, kernel_size=1, stride=stride, bias=False))
+            self.shortcut.append(layers.batch_norm(channels))
         self.activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,18 +145,22 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+def _stage(layers: Layers, in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     """Residual blocks of one width and resolution; the first one changes both."""
-    first = ResidualBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(ResidualBlock(channels, channels) for _ in range(blocks - 1)))
+    first = ResidualBlock(layers, in_channels, channels, stride)
+    return nn.Sequential(first, *(ResidualBlock(layers, channels, channels) for _ in range(blocks - 1)))
 
 
-def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3 × 3 convolution that keeps the resolution at stride 1; batch normalization brings the bias."""
-    return nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+def _conv3(layers: Layers, in_channels: int, channels: int, stride: int = 1) -> nn.Module:
+    """A convolution of size 3 that keeps the resolution at stride 1; batch normalization brings the bias."""
+    return layers.convolution(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
-def _initialise(module: nn.Module) -> None:
-    """He initialisation of convolutions, the usual choice before ReLU."""
-    if isinstance(module, nn.Conv2d):
+def initialise(module: nn.Module) -> None:
+    """He initialisation of convolutions, the usual choice before ReLU.
+
+    Args:
+        module: of any kind; others than convolutions stay as they are.
+    """
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

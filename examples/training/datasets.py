@@ -20,8 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
 
-from training.splits import DataError, InMemory, Split
+from training.cifar import FORMS, read_cifar
+from training.folders import Files, find_class_folders, find_tiny_imagenet
+from training.splits import DataError, InFiles, InMemory, Split, crop_and_flip
 
 __all__ = [
     "BUNDLED",
@@ -35,8 +39,26 @@ __all__ = [
     "training_batches",
 ]
 
+HOW_TO_GET = {
+    "cifar10": "Unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and give its folder cifar-10-batches-py",
+    "cifar100": "Unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz and give its folder cifar-100-python",
+    "tiny-imagenet": "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip and give its folder tiny-imagenet-200",
+    "imagenet": "Get ILSVRC 2012 from https://image-net.org, sort its images into train/<wnid>/*.JPEG and "
+    "val/<wnid>/*.JPEG (these come in a single folder), and give the folder above train",
+    "folder": "Sort images into train/<class>/* and test/<class>/* or val/<class>/* (with both, val is for choosing "
+    f"settings) and give the folder above train; they end in {', '.join(IMG_EXTENSIONS)}",
+}
 BUNDLED = tuple(bundled.LOADERS)
-NAMES = BUNDLED
+NAMES = (*HOW_TO_GET, *BUNDLED)
+
+# Mean and deviation of the pixels of the whole training sets, as they are commonly given.
+COLOURS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 class DataSet(NamedTuple):
@@ -77,7 +99,16 @@ def load_dataset(name: str, folder: Path | None, crop: int | None = None) -> Dat
     Raises:
         DataError: it is not there, or not whole.
     """
-    return _load_bundled(name)
+    if name in BUNDLED:
+        return _load_bundled(name, folder, crop)
+    if name not in NAMES:
+        raise DataError(f"there is no data set {name!r}: choose one of {', '.join(NAMES)}")
+    try:
+        if folder is None or not folder.is_dir():
+            raise DataError(f"there is no folder {folder}" if folder else "the folder that it lies in is needed")
+        return _load_cifar(name, folder, crop) if name in FORMS else _load_folders(name, folder, crop)
+    except DataError as error:
+        raise DataError(f"{name}: {error}. {HOW_TO_GET[name]}.") from error
 
 
 def steps_per_epoch(data: DataSet, batch_size: int) -> int:
@@ -231,21 +262,57 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _load_bundled(name: str) -> DataSet:
+def _load_bundled(name: str, folder: Path | None, crop: int | None) -> DataSet:
     """A data set that comes with a Python package."""
+    if folder is not None:
+        raise DataError(f"{name} comes with a Python package and is not read from {folder}: give no folder")
     try:
         loaded = bundled.load(name)
     except ImportError as error:
         raise DataError(str(error)) from error
     train, validation, test = (InMemory(split.images, split.labels) for split in loaded[1:])
-    channels = train.samples.shape[1]
-    return DataSet(
-        name,
-        loaded.classes,
-        train.samples.shape[1:],
-        train,
-        validation,
-        test,
-        torch.zeros(channels),
-        torch.ones(channels),
-    )
+    shape = tuple(train.samples.shape[1:])
+    _side(crop, native=shape[-1])
+    mean, std = torch.zeros(shape[0]), torch.ones(shape[0])  # its samples come normalised
+    return DataSet(name, loaded.classes, shape, train, validation, test, mean, std)
+
+
+def _load_cifar(name: str, folder: Path, crop: int | None) -> DataSet:
+    """CIFAR-10 or CIFAR-100, in memory."""
+    side = _side(crop, native=32)
+    train, test = read_cifar(name, folder)
+    mean, std = map(torch.tensor, COLOURS[name])
+    splits = InMemory(*train, crop_and_flip), None, InMemory(*test)
+    return DataSet(name, FORMS[name].classes, (3, side, side), *splits, mean, std)
+
+
+def _load_folders(name: str, folder: Path, crop: int | None) -> DataSet:
+    """A data set of image files."""
+    native = 64 if name == "tiny-imagenet" else None
+    side = _side(crop, native)
+    if name == "tiny-imagenet":
+        found = find_tiny_imagenet(folder)
+        vary: list[v2.Transform] = [v2.RandomCrop(side, padding=4)]
+        fit: list[v2.Transform] = [v2.Identity()]
+    else:
+        found = find_class_folders(folder, ("val",) if name == "imagenet" else ("val", "test"))
+        vary = [v2.RandomResizedCrop(side)]
+        fit = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+
+    def split(files: Files) -> InFiles:
+        return InFiles(*files, v2.Compose([*vary, v2.RandomHorizontalFlip()]), v2.Compose(fit), native)
+
+    mean, std = map(torch.tensor, COLOURS[name])
+    splits = split(found.train), split(found.validation) if found.validation else None, split(found.test)
+    return DataSet(name, len(found.classes), (3, side, side), *splits, mean, std)
+
+
+def _side(crop: int | None, native: int | None) -> int:
+    """The side of the samples that a network sees: that of the data set, where all its samples have one."""
+    if crop is None:
+        return native or 224
+    if native and crop != native:
+        raise DataError(f"samples of side {native} are not cropped to {crop}; leave the crop out")
+    if crop < 1:
+        raise DataError(f"a crop of {crop} pixels is impossible")
+    return crop

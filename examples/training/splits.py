@@ -22,6 +22,28 @@ class DataError(ValueError):
     """Data is not as it must be; the message says what was looked for, where, and how to get it."""
 
 
+def locate(folder: Path, official: str, parts: Sequence[str]) -> Path:
+    """Find the official folder of a data set.
+
+    Args:
+        folder: that folder under any name, or the one that it lies in.
+        official: its name.
+        parts: files and folders that are in it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: some of the parts are missing.
+    """
+    inner = folder / official
+    root = inner if inner.is_dir() else folder
+    missing = [part for part in parts if not (root / part).exists()]
+    if missing:
+        raise DataError(f"no {', '.join(missing)} in {root}" + ("" if root == inner else f", and no folder {inner}"))
+    return root
+
+
 class Split(Protocol):
     """One share of a data set."""
 
@@ -73,12 +95,14 @@ class InFiles:
         labels: (N,), int64.
         vary: from an image to a training sample.
         fit: from an image to a sample for measuring.
+        side: height and width that every image must have; None takes any.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[str]
     labels: Tensor
     vary: Callable[[Tensor], Tensor]
     fit: Callable[[Tensor], Tensor]
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,11 +110,19 @@ class InFiles:
     def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
         """See `Split`."""
         prepare = self.vary if augment else self.fit
-        samples = torch.stack([prepare(read_image(self.paths[index])) for index in indices])
+        samples = torch.stack([prepare(self._read(self.paths[index])) for index in indices])
         return samples, self.labels[torch.as_tensor(indices)]
 
+    def _read(self, path: str) -> Tensor:
+        """An image, of the right size."""
+        image = read_image(path)
+        if self.side and image.shape != (3, self.side, self.side):
+            height, width = image.shape[1:]
+            raise DataError(f"{path} has {height} × {width} pixels, where {self.side} × {self.side} are expected")
+        return image
 
-def read_image(path: Path) -> Tensor:
+
+def read_image(path: str) -> Tensor:
     """Decode an image file.
 
     Args:
@@ -103,12 +135,12 @@ def read_image(path: Path) -> Tensor:
         DataError: it is not an image, or a damaged one.
     """
     try:
-        image: Tensor = decode_image(str(path), ImageReadMode.RGB)
+        image: Tensor = decode_image(path, ImageReadMode.RGB)
     except RuntimeError:  # a format that torchvision does not know, or a damaged file
         try:
             with Image.open(path) as opened:
                 image = images_to.pil_to_tensor(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # every decoder of Pillow has its own
             raise DataError(f"{path} cannot be decoded ({error}): restore it, or take it away") from error
     eight_bits: Tensor = images_to.to_dtype(image, torch.uint8, scale=True)  # PNG files may have 16
     return eight_bits

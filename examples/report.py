@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from training.runs import METHODS, FinishedRun, RunError, find_runs, is_finished, passes_per_epoch, read_run
+from training.runs import METHODS, FinishedRun, FolderError, find_runs, is_finished, passes_per_epoch, read_run
 
 NAMES = {"plain": "plain", "apart": "APART", "sam": "SAM", "apart_sam": "APART-SAM"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
@@ -104,14 +104,14 @@ def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
         The groups with their labels, plain training first.
 
     Raises:
-        RunError: two runs are the same in everything.
+        FolderError: two runs are the same in everything.
     """
     found: dict[str, dict[int, FinishedRun]] = {}
     for run in sorted(runs, key=_rank):
         members = found.setdefault(json.dumps(run.settings, sort_keys=True), {})
         if run.seed in members:
             twins = f"{members[run.seed].folder} and {run.folder}"
-            raise RunError(f"{twins} have the same settings and seed {run.seed}: leave one of them out")
+            raise FolderError(f"{twins} have the same settings and seed {run.seed}: leave one of them out")
         members[run.seed] = run
     all_settings = [next(iter(members.values())).settings for members in found.values()]
     varied = varied_settings(all_settings)
@@ -339,7 +339,7 @@ def main(options: Options) -> None:
         options: from the command line.
 
     Raises:
-        RunError: nothing can be compared.
+        FolderError: nothing can be compared.
     """
     folders, without = find_runs(options.folders)
     unfinished = [folder for folder in folders if not is_finished(folder)]
@@ -350,7 +350,7 @@ def main(options: Options) -> None:
     finished = [folder for folder in folders if folder not in unfinished]
     if not finished:
         looked = ", ".join(map(str, options.folders)) or "no folder at all"
-        raise RunError(
+        raise FolderError(
             f"no finished run in {looked}: expected folders that train.py or sweep.py wrote to, as in runs/*"
         )
 
@@ -362,5 +362,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except RunError as error:
+    except FolderError as error:
         sys.exit(f"error: {error}")

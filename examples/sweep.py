@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +103,7 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
     Raises:
         SweepError: an option is the sweep's to set.
     """
-    own = [option for option in options if option.partition("=")[0] in OWN]
+    own = [name for name in (option.partition("=")[0] for option in options) if name in OWN]
     if own:
         raise SweepError(f"{own[0]} is set by the sweep: use --methods, --epsilons, --seeds, --first-seed")
     seeds = range(grid.first_seed, grid.first_seed + grid.seeds)
@@ -225,7 +224,7 @@ def progress_bar(runs: Sequence[Planned]) -> Iterator[Callable[[list[tuple[str, 
             progress.update(
                 task,
                 completed=sum(passes[name] * share for name, share in done.items()),
-                description=f"{finished} of {len(runs)} runs; {', '.join(running)}",
+                description=", ".join([f"{finished} of {len(runs)} runs", *running]),
             )
 
         show([])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import report
 from paired import paired_difference
-from training.runs import RunError
+from training.runs import FolderError
 from training.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
@@ -277,24 +277,24 @@ def test_a_run_given_twice_counts_once(runs):
 def test_two_runs_of_the_same_settings_and_seed_are_refused(runs):
     write_run(runs / "a", seed=4)
     write_run(runs / "b", seed=4)
-    with pytest.raises(RunError, match=r"runs/a and .*runs/b have the same settings and seed 4"):
+    with pytest.raises(FolderError, match=r"runs/a and .*runs/b have the same settings and seed 4"):
         make(runs)
 
 
 def test_a_missing_folder_is_named(runs):
-    with pytest.raises(RunError, match=r"runs does not exist: expected what was given .* as --out"):
+    with pytest.raises(FolderError, match=r"runs does not exist: expected what was given .* as --out"):
         make(runs)
 
 
 def test_nothing_finished_says_where_it_looked_and_for_what(runs):
     write_run(runs / "a", finished=False)
-    with pytest.raises(RunError, match=r"no finished run in .*runs: expected folders that train.py"):
+    with pytest.raises(FolderError, match=r"no finished run in .*runs: expected folders that train.py"):
         make(runs)
 
 
 def test_an_error_that_was_not_measured_points_to_the_other_split(runs):
     write_run(runs / "a")
-    with pytest.raises(RunError, match=r"a/metrics.csv has no validation error .* --measure-on test"):
+    with pytest.raises(FolderError, match=r"a/metrics.csv has no validation error .* --measure-on test"):
         make(runs, measure_on="validation")
 
 
@@ -303,5 +303,5 @@ def test_an_error_that_was_not_measured_points_to_the_other_split(runs):
 )
 def test_a_damaged_file_is_named(runs, name, content):
     (write_run(runs / "a") / name).write_text(content)
-    with pytest.raises(RunError, match=f"runs/a/{name} is not as train.py writes it .*: leave .*a out"):
+    with pytest.raises(FolderError, match=f"runs/a/{name} is not as train.py writes it .*: leave .*a out"):
         make(runs)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,11 +99,6 @@ def test_an_option_that_the_sweep_sets_is_refused(option):
 # training
 
 
-def run_sweep(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SWEEP), "--out", str(out), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def metrics(run: Path) -> list[dict[str, str]]:
     """What a run measured, but for its times."""
     with (run / "metrics.csv").open(newline="") as file:
@@ -113,32 +110,28 @@ def written(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path):
-    arguments = [*TINY, "--methods", "plain", "apart", "--seeds", "1", "--plain-factors", "1"]
-    first = run_sweep(tmp_path / "swept", *arguments)
-    assert first.returncode == 0, first.stderr
-    grid = Grid(seeds=1, plain_factors=(1,), out=tmp_path / "alone")
-    for run in plan(grid, TINY):
+def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys):
+    grid = Grid(seeds=1, plain_factors=(1,), workers=1, out=tmp_path / "swept")
+    sweep.main(grid, TINY)
+    for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
         train(run.settings, show=lambda progress: None)
-        swept = tmp_path / "swept" / run.name
-        assert metrics(swept) == metrics(run.settings.out)
+        assert metrics(grid.out / run.name) == metrics(run.settings.out)
 
-    before = written(tmp_path / "swept")
-    second = run_sweep(tmp_path / "swept", *arguments)
-    assert second.returncode == 0, second.stderr
-    assert "2 runs" in second.stdout
-    assert "2 of them finished" in second.stdout
-    assert written(tmp_path / "swept") == before
+    before = written(grid.out)
+    sweep.main(grid, TINY)
+    assert f"2 runs in {grid.out}, 2 of them finished" in capsys.readouterr().out
+    assert written(grid.out) == before
 
 
-def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path):
-    done = run_sweep(tmp_path, *TINY, "--methods", "apart", "plain", "--seeds", "1", "--groups", "5")
-    assert done.returncode == 1
-    (failed,) = (line for line in done.stdout.splitlines() if line.startswith("failed:"))
-    assert failed.startswith("failed: apart-eps0.1-seed0: ")
-    assert "groups" in failed
-    assert "train.py --data digits" in done.stdout
-    assert (tmp_path / "plain-2xepochs-seed0/model.safetensors").exists()
+def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):
+    grid = Grid(("apart", "plain"), seeds=1, plain_factors=(1,), workers=1, out=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(grid, [*TINY, "--groups", "5"])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"failed: apart-eps0.1-seed0: \w+: groups=5 does not divide", printed)
+    assert f"train.py {' '.join(TINY)} --groups 5 --method apart" in printed
+    assert (tmp_path / "plain-seed0/model.safetensors").exists()
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_path):
@@ -170,8 +163,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(tmp_path, kind):
     unfinished = [path.parent for path in out.glob("*/config.json") if not (path.parent / "model.safetensors").exists()]
     assert unfinished
     for folder in (out, tmp_path / "undisturbed"):
-        done = run_sweep(folder, *arguments)
-        assert done.returncode == 0, done.stderr
+        subprocess.run([sys.executable, str(SWEEP), "--out", str(folder), *arguments], check=True, timeout=300)
     for run in (tmp_path / "undisturbed").iterdir():
         assert metrics(out / run.name) == metrics(run)
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / run.name, run))

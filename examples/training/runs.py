@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+from training.loop import CONFIG, METRICS, MODEL
 from training.settings import MethodName, Settings, as_json, from_json
 
 SECTIONS = ("data", "model", "method", "training")
@@ -29,7 +30,7 @@ READ_BY = {
 }
 
 
-class RunError(ValueError):
+class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
 
 
@@ -55,7 +56,7 @@ class FinishedRun(NamedTuple):
 
 def is_finished(folder: Path) -> bool:
     """Whether training has come to its end there."""
-    return (folder / "model.safetensors").is_file()
+    return (folder / MODEL).is_file()
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
@@ -68,14 +69,14 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
         The run folders, each once, and the paths that neither are nor hold one.
 
     Raises:
-        RunError: a path does not exist.
+        FolderError: a path does not exist.
     """
     found: dict[Path, Path] = {}
     without = []
     for path in paths:
         if not path.exists():
-            raise RunError(f"{path} does not exist: expected what was given to train.py or sweep.py as --out")
-        folders = [config.parent for config in sorted(path.rglob("config.json"))]
+            raise FolderError(f"{path} does not exist: expected what was given to train.py or sweep.py as --out")
+        folders = [config.parent for config in sorted(path.rglob(CONFIG))]
         found.update((folder.resolve(), folder) for folder in folders)
         if not folders:
             without.append(path)
@@ -109,24 +110,24 @@ def read_run(folder: Path, split: str) -> FinishedRun:
         Settings and curves.
 
     Raises:
-        RunError: a file is not as `train.py` writes it, or that error was not measured.
+        FolderError: a file is not as `train.py` writes it, or that error was not measured.
     """
-    name = "config.json"
+    name = CONFIG
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
         settings = from_json(config)
         machine = f"torch {config['environment']['torch']}, {config['environment']['hardware']}"
-        name = "metrics.csv"
+        name = METRICS
         with (folder / name).open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         losses = [float(row["train_loss"]) for row in rows]
         errors = {int(row["epoch"]): float(row[f"{split}_error"]) for row in rows if row[f"{split}_error"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise RunError(f"{folder / name} is not as train.py writes it ({problem}): leave {folder} out") from error
+        raise FolderError(f"{folder / name} is not as train.py writes it ({problem}): leave {folder} out") from error
     if settings.training.epochs not in errors:
         other = "validation" if split == "test" else "test"
-        raise RunError(f"{folder}/metrics.csv has no {split} error of the last epoch: --measure-on {other} may do")
+        raise FolderError(f"{folder / METRICS} has no {split} error of the last epoch: --measure-on {other} may do")
     return FinishedRun(folder, decisive_settings(settings), settings.seed, machine, losses, errors)
 
 

@@ -8,7 +8,9 @@ on in the middle of an epoch.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +52,10 @@ HOW_TO_GET = {
 }
 BUNDLED = tuple(bundled.LOADERS)
 NAMES = (*HOW_TO_GET, *BUNDLED)
+
+# Height and width of the images that a network sees; those of two sets are cropped, to another size if so wished.
+SIDES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224, "folder": 224}
+CROPPED = ("imagenet", "folder")
 
 # Mean and deviation of the pixels of the whole training sets, as they are commonly given.
 COLOURS = {
@@ -99,14 +105,19 @@ def load_dataset(name: str, folder: Path | None, crop: int | None = None) -> Dat
     Raises:
         DataError: it is not there, or not whole.
     """
-    if name in BUNDLED:
-        return _load_bundled(name, folder, crop)
     if name not in NAMES:
         raise DataError(f"there is no data set {name!r}: choose one of {', '.join(NAMES)}")
+    if crop is not None and crop != SIDES.get(name):
+        if name not in CROPPED:
+            raise DataError(f"{name} is not cropped to {crop}: leave the crop out, or take {' or '.join(CROPPED)}")
+        if crop < 1:
+            raise DataError(f"a crop of {crop} pixels is impossible")
+    if name in BUNDLED:
+        return _load_bundled(name, folder)
     try:
         if folder is None or not folder.is_dir():
             raise DataError(f"there is no folder {folder}" if folder else "the folder that it lies in is needed")
-        return _load_cifar(name, folder, crop) if name in FORMS else _load_folders(name, folder, crop)
+        return _load_cifar(name, folder) if name in FORMS else _load_folders(name, folder, crop or SIDES[name])
     except DataError as error:
         raise DataError(f"{name}: {error}. {HOW_TO_GET[name]}.") from error
 
@@ -162,7 +173,7 @@ def training_batches(
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_mix(seed, epoch, 0)))
     chosen = [indices.tolist() for indices in order.split(batch_size)[:steps]]
     seeds = [_mix(seed, epoch, 1 + number) for number in range(steps)] if augment else None
-    return _iterate(_Batches(data, data.train, chosen, seeds), first, workers, pin_memory)
+    return _iterate(_Batches(data.train, data.mean, data.std, chosen, seeds), first, workers, pin_memory)
 
 
 def evaluation_batches(
@@ -184,7 +195,7 @@ def evaluation_batches(
         DataError: while iterating, that a file cannot be decoded.
     """
     chosen = [range(len(split))[start : start + batch_size] for start in range(0, len(split), batch_size)]
-    return _iterate(_Batches(data, split, chosen, None), 0, workers, pin_memory)
+    return _iterate(_Batches(split, data.mean, data.std, chosen, None), 0, workers, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -192,14 +203,16 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
     """Batches by their number.
 
     Attributes:
-        data: normalises.
         split: where the samples are.
+        mean: see `DataSet`.
+        std: see `DataSet`.
         chosen: the samples of every batch.
         seeds: of the variation of every batch; None varies nothing.
     """
 
-    data: DataSet
     split: Split
+    mean: Tensor
+    std: Tensor
     chosen: Sequence[Sequence[int]]
     seeds: Sequence[int] | None
 
@@ -216,7 +229,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
                     samples, labels = self.split.batch(self.chosen[number], augment=True)
         except DataError as error:
             return error
-        return _normalise(samples, self.data), labels
+        return _normalise(samples, self.mean, self.std), labels
 
 
 def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,7 +240,7 @@ def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> I
         sampler=range(first, len(batches)),
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_obey_the_parent_alone,
         generator=torch.Generator(),  # the loader draws a seed for its workers, which they do not need
     )
     for batch in loader:
@@ -236,11 +249,11 @@ def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> I
         yield batch
 
 
-def _normalise(samples: Tensor, data: DataSet) -> Tensor:
+def _normalise(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Bring samples to mean 0 and deviation 1 in every channel, by the statistics of the data set."""
     scale = 255 if samples.dtype == torch.uint8 else 1
     shape = (-1, *[1] * (samples.dim() - 2))
-    return samples.to(torch.float32).sub_(scale * data.mean.view(shape)).div_(scale * data.std.view(shape))
+    return samples.to(torch.float32).sub(scale * mean.view(shape)).div_(scale * std.view(shape))
 
 
 def _mix(*parts: int) -> int:
@@ -256,13 +269,22 @@ def _default_generator_at(seed: int) -> Iterator[None]:
         yield
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach the whole group of processes; the parent decides when to stop."""
+def _obey_the_parent_alone(worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach all processes of a run; the parent decides when its workers stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_the_parents_signal, daemon=True).start()
 
 
-def _load_bundled(name: str, folder: Path | None, crop: int | None) -> DataSet:
+def _await_the_parents_signal() -> None:
+    """End this process when the parent says so, as it does when it ends itself."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _load_bundled(name: str, folder: Path | None) -> DataSet:
     """A data set that comes with a Python package."""
     if folder is not None:
         raise DataError(f"{name} comes with a Python package and is not read from {folder}: give no folder")
@@ -272,47 +294,33 @@ def _load_bundled(name: str, folder: Path | None, crop: int | None) -> DataSet:
         raise DataError(str(error)) from error
     train, validation, test = (InMemory(split.images, split.labels) for split in loaded[1:])
     shape = tuple(train.samples.shape[1:])
-    _side(crop, native=shape[-1])
     mean, std = torch.zeros(shape[0]), torch.ones(shape[0])  # its samples come normalised
     return DataSet(name, loaded.classes, shape, train, validation, test, mean, std)
 
 
-def _load_cifar(name: str, folder: Path, crop: int | None) -> DataSet:
+def _load_cifar(name: str, folder: Path) -> DataSet:
     """CIFAR-10 or CIFAR-100, in memory."""
-    side = _side(crop, native=32)
     train, test = read_cifar(name, folder)
     mean, std = map(torch.tensor, COLOURS[name])
     splits = InMemory(*train, crop_and_flip), None, InMemory(*test)
-    return DataSet(name, FORMS[name].classes, (3, side, side), *splits, mean, std)
+    return DataSet(name, FORMS[name].classes, tuple(train[0].shape[1:]), *splits, mean, std)
 
 
-def _load_folders(name: str, folder: Path, crop: int | None) -> DataSet:
+def _load_folders(name: str, folder: Path, side: int) -> DataSet:
     """A data set of image files."""
-    native = 64 if name == "tiny-imagenet" else None
-    side = _side(crop, native)
+    crop: v2.Transform
+    fit: v2.Transform
     if name == "tiny-imagenet":
-        found = find_tiny_imagenet(folder)
-        vary: list[v2.Transform] = [v2.RandomCrop(side, padding=4)]
-        fit: list[v2.Transform] = [v2.Identity()]
+        found, native = find_tiny_imagenet(folder), side
+        crop, fit = v2.RandomCrop(side, padding=4), v2.Identity()
     else:
-        found = find_class_folders(folder, ("val",) if name == "imagenet" else ("val", "test"))
-        vary = [v2.RandomResizedCrop(side)]
-        fit = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+        found, native = find_class_folders(folder, ("val",) if name == "imagenet" else ("val", "test")), None
+        crop, fit = v2.RandomResizedCrop(side), v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+    vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     def split(files: Files) -> InFiles:
-        return InFiles(*files, v2.Compose([*vary, v2.RandomHorizontalFlip()]), v2.Compose(fit), native)
+        return InFiles(*files, vary, fit, native)
 
     mean, std = map(torch.tensor, COLOURS[name])
     splits = split(found.train), split(found.validation) if found.validation else None, split(found.test)
     return DataSet(name, len(found.classes), (3, side, side), *splits, mean, std)
-
-
-def _side(crop: int | None, native: int | None) -> int:
-    """The side of the samples that a network sees: that of the data set, where all its samples have one."""
-    if crop is None:
-        return native or 224
-    if native and crop != native:
-        raise DataError(f"samples of side {native} are not cropped to {crop}; leave the crop out")
-    if crop < 1:
-        raise DataError(f"a crop of {crop} pixels is impossible")
-    return crop

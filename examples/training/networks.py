@@ -74,7 +74,7 @@ def wide_resnet(depth: int, widen: int, in_channels: int = 3, classes: int = 10)
     """The wide residual network of Zagoruyko and Komodakis (arXiv 1605.07146): WRN-`depth`-`widen`.
 
     Args:
-        depth: number of convolutions on the way through, and the classifier, 6n + 4.
+        depth: number of convolutions, those of the three shortcuts included, 6n + 4.
         widen: width, as a multiple of that of the original residual network.
         in_channels: channels of the images.
         classes: number of classes.

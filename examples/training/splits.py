@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as images_to
 
 
@@ -88,7 +87,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFiles:
-    """Image files, in any format that torchvision or Pillow decodes.
+    """Image files, in any format that Pillow decodes.
 
     Attributes:
         paths: of the files.
@@ -135,15 +134,13 @@ def read_image(path: str) -> Tensor:
         DataError: it is not an image, or a damaged one.
     """
     try:
-        image: Tensor = decode_image(path, ImageReadMode.RGB)
-    except RuntimeError:  # a format that torchvision does not know, or a damaged file
-        try:
-            with Image.open(path) as opened:
-                image = images_to.pil_to_tensor(opened.convert("RGB"))
-        except Exception as error:  # every decoder of Pillow has its own
-            raise DataError(f"{path} cannot be decoded ({error}): restore it, or take it away") from error
-    eight_bits: Tensor = images_to.to_dtype(image, torch.uint8, scale=True)  # PNG files may have 16
-    return eight_bits
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are {image.mode!r}, where 8 bits a channel are expected")
+            decoded: Tensor = images_to.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # every decoder of Pillow has its own
+        raise DataError(f"{path} cannot be decoded ({error}): mend it, or take it away") from error
+    return decoded
 
 
 def crop_and_flip(images: Tensor, margin: int = 4) -> Tensor:

@@ -1,0 +1,168 @@
+"""The networks that can be asked for by name: their published sizes, what they fit, and what is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from training.datasets import DataSet
+from training.networks import NAMES, NetworkError, make_network
+from training.splits import InMemory
+
+IMAGES = ("small_resnet", "preact_resnet18", "wrn_40_2", "resnet18", "resnet50")
+
+
+def data_of(*sample_shape: int, classes: int = 10) -> DataSet:
+    """A data set of one sample."""
+    split = InMemory(torch.zeros(1, *sample_shape), torch.zeros(1, dtype=torch.int64))
+    return DataSet("data", classes, sample_shape, split, None, split, torch.zeros(1), torch.ones(1))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "count", "batch_norms"),
+    [
+        ("wrn_40_2", 10, 2_243_546, 37),  # 2.2 M in arXiv 1605.07146
+        ("wrn_40_2", 100, 2_255_156, 37),
+        ("preact_resnet18", 10, 11_172_170, 17),  # 11.2 M
+        ("preact_resnet18", 100, 11_218_340, 17),
+        ("resnet18", 10, 11_173_962, 20),
+        ("resnet18", 100, 11_220_132, 20),
+        ("resnet50", 10, 23_520_842, 53),
+        ("small_resnet", 10, 5_266, 6),
+    ],
+)
+def test_networks_for_cifar_have_the_published_size(name, classes, count, batch_norms):
+    model = make_network(name, data_of(3, 32, 32, classes=classes))
+    assert parameters(model) == count
+    assert sum(isinstance(module, _BatchNorm) for module in model.modules()) == batch_norms
+
+
+def test_the_depth_is_that_of_the_name():
+    """Wide networks count all convolutions; the others those of 3 × 3, without shortcuts, and the classifier."""
+    wide, preact = (convolutions(make_network(name, data_of(3, 32, 32))) for name in ("wrn_40_2", "preact_resnet18"))
+    assert len(wide) == 40
+    assert sum(module.kernel_size == (3, 3) for module in preact) + 1 == 18
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
+def test_networks_give_a_score_for_every_class_and_every_parameter_takes_part(name, shape):
+    model = make_network(name, data_of(*shape, classes=7))
+    assert model.training
+    scores = model(torch.randn(2, *shape))
+    assert scores.shape == (2, 7)
+    scores.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "last"), [("preact_resnet18", 4), ("wrn_40_2", 8), ("resnet18", 4), ("resnet50", 4)])
+def test_cifar_forms_keep_the_resolution_in_their_stem(name, last):
+    """The first convolution sees and gives 32 × 32 positions; the last one gives the stated few."""
+    model = make_network(name, data_of(3, 32, 32))
+    sizes: list[int] = []
+    for module in convolutions(model):
+        module.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    model(torch.randn(2, 3, 32, 32))
+    assert sizes[0] == 32
+    assert sizes[-1] == last
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(("side", "kernel"), [(64, 3), (65, 7), (224, 7)])
+def test_torchvision_networks_have_the_stem_for_small_images_up_to_64_pixels(name, side, kernel):
+    model = make_network(name, data_of(3, side, side))
+    assert model.conv1.kernel_size == (kernel, kernel)
+    assert isinstance(model.maxpool, nn.Identity) == (kernel == 3)
+
+
+def test_preactivation_normalises_before_every_convolution_but_the_first_and_before_the_end():
+    """Scaling what a block receives scales what its shortcut passes on, and leaves its residual alone."""
+    model = make_network("preact_resnet18", data_of(3, 32, 32), width=4)
+    block = model.blocks[1]
+    assert block.adapt is None
+    x = torch.randn(8, 4, 8, 8)
+    torch.testing.assert_close(block(3 * x) - 3 * x, block(x) - x, rtol=1e-3, atol=1e-4)  # ε of batch norm
+    wide = model.blocks[2]
+    torch.testing.assert_close(wide(3 * x), wide(x), rtol=1e-3, atol=1e-4)  # its shortcut is adapted after batch norm
+
+
+def test_signals_go_through_resnet1d():
+    model = make_network("resnet1d", data_of(1, 40))
+    assert model(torch.randn(4, 1, 40)).shape == (4, 10)
+    assert sum(isinstance(module, _BatchNorm) for module in model.modules()) == 9
+    assert parameters(model) == 28_506
+
+
+@pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("wrn_40_2", (1, 40)), ("resnet26", (1, 40))])
+def test_a_network_for_another_kind_of_data_is_refused(name, shape):
+    with pytest.raises(NetworkError, match=rf"{name} does not fit .*resnet1d is the one for signals"):
+        make_network(name, data_of(*shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("small_resnet", (3, 8, 8)), ("preact_resnet18", (3, 8, 8)), ("resnet1d", (1, 40))]
+)
+def test_the_width_is_that_of_the_first_stage(name, shape):
+    model = make_network(name, data_of(*shape), width=6)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d))
+    assert first.out_channels == 6
+    with pytest.raises(NetworkError, match="width is 0"):
+        make_network(name, data_of(*shape), width=0)
+
+
+@pytest.mark.parametrize("name", ["wrn_40_2", "resnet18", "resnet26"])
+def test_a_width_is_refused_where_the_name_settles_it(name):
+    with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, resnet1d, preact_resnet18"):
+        make_network(name, data_of(3, 32, 32), width=8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_generator_decides_the_weights(name):
+    data = data_of(1, 40) if name == "resnet1d" else data_of(3, 32, 32)
+
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(make_network(name, data).parameters())
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+# timm
+
+
+def test_other_names_are_those_of_timm():
+    model = make_network("mobilenetv3_small_050", data_of(1, 32, 32, classes=5)).eval()
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("preact_resnet_18", "preact_resnet18"), ("wrn_40_4", "wrn_40_2"), ("efficientnetb0", "efficientnet_b0")],
+)
+def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
+    with pytest.raises(NetworkError, match=f"no network '{name}': did you mean .*{near}"):
+        make_network(name, data_of(3, 32, 32))
+
+
+def test_a_name_like_no_other_is_refused_with_those_that_are_here():
+    with pytest.raises(NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, wrn_40_2"):
+        make_network("???", data_of(3, 32, 32))
+
+
+def test_without_timm_its_names_are_refused_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert parameters(make_network("small_resnet", data_of(1, 8, 8))) == 5122
+    with pytest.raises(NetworkError, match=r"'mobilenetv3_small_050' is none of .*need timm.*pip install timm"):
+        make_network("mobilenetv3_small_050", data_of(3, 32, 32))

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from training.checkpoints import CheckpointError
@@ -24,15 +25,15 @@ from training.settings import PRESETS, DataName, Settings
 
 @dataclass(frozen=True)
 class Choice:
-    """What decides where the settings start from.
+    """What decides where the settings start from; `Command` looks at whether there is such a data set.
 
     Attributes:
         data: the data set, if one is named.
         preset: the preset, if one is named.
     """
 
-    data: DataName | None = None
-    preset: DataName | None = None
+    data: str | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Command:
     """
 
     settings: Settings
-    preset: DataName | None = None
+    preset: Annotated[DataName | None, tyro.conf.arg(metavar="DATA")] = None
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
@@ -60,11 +61,11 @@ def parse(arguments: Sequence[str]) -> Command:
         The settings, and whether to resume.
     """
     choice, _ = tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False)
-    preset = PRESETS[choice.preset or choice.data or "digits"]
+    preset = PRESETS.get(choice.preset or choice.data or "digits", Settings())
     return tyro.cli(
         Command,
         args=arguments,
-        default=Command(preset, choice.preset),
+        default=Command(preset),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )

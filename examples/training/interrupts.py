@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+PATIENCE = 3.0
 
 
 class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no error
@@ -28,19 +31,23 @@ class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no erro
 
 @contextmanager
 def noted_signals() -> Iterator[Callable[[], int | None]]:
-    """Note the first SIGINT or SIGTERM instead of obeying it; the second one acts as it would have before.
+    """Note a SIGINT or SIGTERM instead of obeying it, until there is a good moment to stop.
 
-    Outside the main thread, where Python has no signals, nothing is noted.
+    One that comes again within `PATIENCE` seconds is the same request, which terminals and batch systems send to a
+    process and to its group. After that it acts as it would have before. Outside the main thread, where Python has no
+    signals, nothing is noted.
 
     Yields:
         A function that returns the number of the signal, or None.
     """
-    noted: list[int] = []
+    noted: list[tuple[int, float]] = []
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        restore()
+        if noted and time.monotonic() - noted[0][1] > PATIENCE:
+            restore()
+            signal.raise_signal(number)
+        noted.append((number, time.monotonic()))
 
     def restore() -> None:
         for number, handler in before.items():
@@ -49,6 +56,6 @@ def noted_signals() -> Iterator[Callable[[], int | None]]:
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: noted[0] if noted else None
+        yield lambda: noted[0][0] if noted else None
     finally:
         restore()

@@ -377,7 +377,7 @@ class _Run:
 
 
 def measured_errors(rows: Sequence[Row]) -> list[float]:
-    """The errors that settings may be chosen by: on validation samples, or on test samples where there are no others."""
+    """The errors that settings may be chosen by: on validation samples, or on test samples where there are none."""
     errors = (row["test_error"] if row["validation_error"] is None else row["validation_error"] for row in rows)
     return [error for error in errors if error is not None]
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,7 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
         options: of train.py, for every run.
 
     Returns:
-        The runs.
+        The runs, all different.
 
     Raises:
         SweepError: an option is the sweep's to set.
@@ -107,13 +107,16 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
     if own:
         raise SweepError(f"{own[0]} is set by the sweep: use --methods, --epsilons, --seeds, --first-seed")
     seeds = range(grid.first_seed, grid.first_seed + grid.seeds)
-    return [
+    runs = [
         planned_run(grid.out, method, chosen, factor, seed, options)
         for seed in seeds
         for method in grid.methods
         for chosen in choices(grid, method)
         for factor in (grid.plain_factors if method == "plain" else (1,))
     ]
+    # Twice 60 epochs and once 120 are one run.
+    different = {replace(run.settings, out=grid.out): run for run in reversed(runs)}
+    return list(reversed(different.values()))
 
 
 def choices(grid: Grid, method: str) -> Iterator[dict[str, str]]:

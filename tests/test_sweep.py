@@ -59,6 +59,11 @@ def test_any_option_can_be_varied_and_names_what_it_varies():
     assert (run.settings.training.epochs, run.settings.model.width) == (2 * 5, 8)
 
 
+def test_a_run_that_two_ways_lead_to_is_one():
+    grid = Grid(methods=("plain",), epsilons=(), seeds=1, vary=("epochs=60,120",))
+    assert names(grid) == ["plain-epochs60-seed0", "plain-epochs60-2xepochs-seed0", "plain-epochs120-2xepochs-seed0"]
+
+
 def test_what_a_method_does_not_read_is_not_varied_for_it():
     grid = Grid(("plain", "apart", "sam"), seeds=1, plain_factors=(1,), vary=("rho=0.1,0.2", "groups=2,4"))
     assert names(grid) == [

@@ -96,7 +96,7 @@ def test_every_data_set_yields_normalised_float_batches_of_the_stated_shape(name
     assert labels.dtype == torch.int64
     assert 0 <= labels.min() <= labels.max() < data.classes
     for split in filter(None, (data.validation, data.test)):
-        measured = list(evaluation_batches(data, split, batch_size=4))
+        measured = list(evaluation_batches(data, split, batch_size=100))
         assert sum(len(labels) for _, labels in measured) == len(split)
         assert all(samples.shape[1:] == data.sample_shape for samples, _ in measured)
 
@@ -109,6 +109,12 @@ def test_batches_are_the_same_for_any_number_of_workers(name, folders):
     for workers in (1, 3):
         iterator = training_batches(data, batch_size=4, seed=1, epoch=2, workers=workers)
         assert_same(first, [next(iterator) for _ in first])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_data_set_can_be_sent_to_workers_that_are_not_forked(name, folders):
+    data = load(name, folders)
+    assert_same(batches_of(data)[:3], batches_of(pickle.loads(pickle.dumps(data)))[:3])
 
 
 @pytest.mark.parametrize("name", HOW_TO_GET)
@@ -383,6 +389,13 @@ def test_images_of_any_colours_and_format_become_rgb(suffix, mode, tmp_path):
     assert decoded.min() > 250  # JPEG is not exact
 
 
+def test_a_format_that_is_not_an_image_of_pixels_is_refused_whatever_its_name(tmp_path):
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (20, 16)).save(path, format="EPS")
+    with pytest.raises(DataError, match=r"picture.jpg cannot be decoded"):
+        read_image(str(path))
+
+
 def test_images_of_16_bits_are_refused_and_not_made_white(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(np.full((16, 20), 40000, dtype=np.uint16)).save(path)
@@ -630,6 +643,7 @@ def test_workers_end_when_nobody_asks_for_more():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_program_that_fails():
     """The traceback keeps the iterator alive, so that nothing but the parent's SIGTERM tells them."""
     program = """

@@ -210,6 +210,14 @@ def test_all_methods_start_from_the_same_weights_and_see_the_same_batches(digits
             assert torch.equal(a.labels, b.labels)
 
 
+@pytest.mark.parametrize(("measure_on", "images"), [("test", 1241), ("validation", 300)])
+def test_the_error_is_measured_on_the_chosen_images(measure_on, images, digits):
+    settings = replace(TINY, epochs=1, measure_on=measure_on)
+    run = compare.train(compare.METHODS["plain"], digits, settings, 0, lambda loss: None)
+    wrong = run.errors[-1] * images / 100
+    assert wrong == pytest.approx(round(wrong), abs=1e-6)
+
+
 def test_another_seed_is_another_run(digits):
     plain = compare.METHODS["plain"]
     losses = {0: [], 1: []}

@@ -142,9 +142,10 @@ def _encode(text: str, encoding: str | bytes) -> bytes:
     return text.encode("latin1")
 
 
-def _rebuilder(value: Any) -> Any:
-    """The private function of numpy that rebuilds a value; its module has changed its name."""
-    return value.__reduce_ex__(5)[0]
+def _rebuilder(value: Any, protocol: int) -> Callable[..., Any]:
+    """The private function of numpy that rebuilds a value from a pickle; its module has changed its name."""
+    function: Callable[..., Any] = value.__reduce_ex__(protocol)[0]
+    return function
 
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
@@ -153,9 +154,9 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _encode,
 }
 for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _rebuilder(np.int64(0))
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _rebuilder(np.empty(1))
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _rebuilder(np.empty(1), protocol=2)
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = _rebuilder(np.int64(0), protocol=2)
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _rebuilder(np.empty(1), protocol=5)
 
 
 def _entry(content: Any, key: str) -> Any:

@@ -16,6 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images_to
 
+# What the extensions of torchvision's image folders stand for; Pillow would hand others to outside programs.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
 
 class DataError(ValueError):
     """Data is not as it must be; the message says what was looked for, where, and how to get it."""
@@ -87,7 +90,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFiles:
-    """Image files, in any format that Pillow decodes.
+    """Image files, in any of `FORMATS`.
 
     Attributes:
         paths: of the files.
@@ -134,7 +137,7 @@ def read_image(path: str) -> Tensor:
         DataError: it is not an image, or a damaged one.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are {image.mode!r}, where 8 bits a channel are expected")
             decoded: Tensor = images_to.pil_to_tensor(image.convert("RGB"))

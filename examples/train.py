@@ -46,7 +46,7 @@ class Command:
         resume: go on with the run that is in OUT, if there is one.
     """
 
-    settings: Settings
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
     preset: Annotated[DataName | None, tyro.conf.arg(metavar="DATA")] = None
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
 

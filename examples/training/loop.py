@@ -76,6 +76,8 @@ def train(settings: Settings, show: Show | None = None, *, resume: bool = True) 
         return settings.out
     device = prepared_device(settings.machine)
     data = load_dataset(settings.data.name, settings.data.folder, settings.data.crop)
+    if settings.training.channels_last and len(data.sample_shape) != 3:
+        raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
     torch.manual_seed(settings.seed)
     learner = Learner(make_network(settings.model.name, data, settings.model.width).to(device), settings)
     steps_per_epoch(data, settings.training.batch_size)

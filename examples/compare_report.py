@@ -36,7 +36,7 @@ class Run:
 
     Attributes:
         losses: mean training loss of every epoch, without perturbation.
-        passes: forward-backward passes over the training images, at each point of the learning curve.
+        passes: forward-backward passes over the training data, at each point of the learning curve.
         errors: error in percent at these points; the last is the result.
         step_seconds: time of every step.
     """
@@ -208,7 +208,7 @@ def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Run]], error_name: str) 
     axes.yaxis.set_minor_formatter("")
     axes.set(
         title="Learning curves: mean ± standard error",
-        xlabel="forward-backward passes over the training images",
+        xlabel="forward-backward passes over the training data",
         ylabel=f"{error_name} (%)",
     )
     axes.legend(frameon=False)

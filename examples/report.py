@@ -27,6 +27,7 @@ from training.runs import METHODS, FinishedRun, FolderError, find_runs, is_finis
 NAMES = {"plain": "plain", "apart": "APART", "sam": "SAM", "apart_sam": "APART-SAM"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
 COLUMNS = ("method", "seeds", "passes", "training loss", "error %", "gain on plain", "gain on plain, 2× epochs")
+FILE_WIDTH = 120  # of the printed table where there is no terminal
 EXPLANATION = (
     "Means over seeds, ± standard error. A gain is by how many points the error is lower, within seeds, with its 95 % "
     "interval, in bold where that excludes zero. Passes are forward-backward passes over the training data; the "
@@ -234,12 +235,15 @@ def print_table(title: str, rows: Sequence[Sequence[Cell]], notes: str) -> None:
         rows: its cells.
         notes: below it.
     """
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     table = Table(title=title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for cells in rows:
         table.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in cells))
-    Console().print(table)
+    console.print(table)
 
 
 def markdown(title: str, rows: Sequence[Sequence[Cell]], notes: str) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import report
-from paired import paired_difference
+from paired import estimate, paired_difference
 from training.runs import FolderError
 from training.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
+PAGE = Path(report.__file__).parent / "RESULTS.md"
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5}
 TWICE = {0: 7.0, 1: 5.5, 2: 7.5}
 APART = {0: 5.5, 1: 4.0, 2: 5.0}
@@ -237,8 +238,7 @@ def test_every_data_set_has_its_own_table_figure_and_errors(runs, tmp_path):
         assert group["errors"] == {"3": error}
 
 
-def test_the_printed_table_says_what_the_written_one_says(grid, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_printed_table_says_what_the_written_one_says(grid, capsys):
     rows = make(grid)
     printed = capsys.readouterr().out
     for label, cells in rows.items():
@@ -305,3 +305,24 @@ def test_a_damaged_file_is_named(runs, name, content):
     (write_run(runs / "a") / name).write_text(content)
     with pytest.raises(FolderError, match=f"runs/a/{name} is not as train.py writes it .*: leave .*a out"):
         make(runs)
+
+
+# the page of results
+
+
+@pytest.mark.parametrize("table", sorted((PAGE.parent / "results").glob("*-test.md")), ids=lambda path: path.stem)
+def test_the_page_of_results_shows_each_table_and_figure_as_the_report_wrote_them(table):
+    page = PAGE.read_text(encoding="utf-8")
+    assert table.read_text(encoding="utf-8") in page
+    assert f"(results/{table.stem}.png)" in page
+    assert table.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("errors", sorted((PAGE.parent / "results").glob("*-test.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_page_follow_from_the_errors_beside_them(errors):
+    table = read_table(errors.with_suffix(".md").read_text(encoding="utf-8"))
+    groups = json.loads(errors.read_text(encoding="utf-8"))["groups"]
+    assert [group["label"] for group in groups] == list(table)
+    for group in groups:
+        found = estimate(list(group["errors"].values()))
+        assert table[group["label"]]["error %"] == f"{found.mean:.2f} ± {found.standard_error:.2f}"

@@ -1,8 +1,8 @@
 """Train a grid of methods, radii, settings and seeds over the cores: `python examples/sweep.py --data digits ...`.
 
-Every run is a command line of `train.py`: options that are not listed here go to it as they are. Runs that have
-finished are passed over and interrupted ones go on, so the same command starts a sweep, continues it, and extends it
-by further seeds or radii. What a method does not read is not varied for it: ε is APART's, ρ is SAM's.
+Every run is a command line of `train.py`: options that are not listed here go to it as they are (`train.py --help`).
+Runs that have finished are passed over and interrupted ones go on, so the same command starts a sweep, continues it,
+and extends it by further seeds or radii. What a method does not read is not varied for it: ε is APART's, ρ is SAM's.
 """
 
 from __future__ import annotations
@@ -61,14 +61,19 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Refuse a grid without runs, and axes that are none."""
-        counts = {"seeds": self.seeds, "workers": self.workers, "plain-factors": min(self.plain_factors, default=0)}
+        if not (self.methods and self.epsilons and self.plain_factors):
+            raise SweepError("--methods, --epsilons and --plain-factors need one value or more")
+        counts = {"seeds": self.seeds, "workers": self.workers, "plain-factors": min(self.plain_factors)}
         for name, count in counts.items():
             if count < 1:
                 raise SweepError(f"--{name} must be 1 or more, not {count}")
         for axis in self.vary:
             name, _, values = axis.partition("=")
-            if not all((name, *values.split(","))):
-                raise SweepError(f"--vary {axis}: expected an option of train.py and its values, as in lr=0.05,0.1")
+            if f"--{name}" in OWN or not all((name, *values.split(","))):
+                raise SweepError(
+                    f"--vary {axis}: expected an option of train.py and its values, as in lr=0.05,0.1; "
+                    f"the sweep itself sets {', '.join(OWN)}"
+                )
 
 
 class Planned(NamedTuple):

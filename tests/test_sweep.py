@@ -60,7 +60,7 @@ def test_any_option_can_be_varied_and_names_what_it_varies():
 
 
 def test_a_run_that_two_ways_lead_to_is_one():
-    grid = Grid(methods=("plain",), epsilons=(), seeds=1, vary=("epochs=60,120",))
+    grid = Grid(methods=("plain",), seeds=1, vary=("epochs=60,120",))
     assert names(grid) == ["plain-epochs60-seed0", "plain-epochs60-2xepochs-seed0", "plain-epochs120-2xepochs-seed0"]
 
 
@@ -88,6 +88,8 @@ def test_the_longer_run_costs_more_and_a_second_pass_does_too():
         ({"plain_factors": (1, 0)}, "--plain-factors must be 1 or more, not 0"),
         ({"vary": ("lr",)}, "--vary lr: expected .* as in lr=0.05,0.1"),
         ({"vary": ("lr=0.1,",)}, "--vary lr=0.1,: expected"),
+        ({"vary": ("seed=1,2",)}, "--vary seed=1,2: .*the sweep itself sets .*--seed"),
+        ({"methods": ()}, "--methods, --epsilons and --plain-factors need one value or more"),
     ],
 )
 def test_a_grid_without_runs_is_refused(changes, message):

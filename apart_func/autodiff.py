@@ -61,6 +61,11 @@ def is_traced() -> bool:
     return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_mapped(leaves: Sequence[Any]) -> bool:
+    """Whether the innermost transform around this call is a vmap over one of some tensors."""
+    return any(isinstance(leaf, Tensor) and torch._C._functorch.is_batchedtensor(leaf) for leaf in leaves)
+
+
 def is_recomputing() -> bool:
     """Whether this call is part of a backward, in which activation checkpointing runs layers once more."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1

@@ -12,13 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from apart_func.autodiff import is_traced
 from apart_func.errors import BatchError, SettingError
+from apart_func.kernels import (
+    KERNEL_DEVICES,
+    differentiate,
+    fold_groups,
+    moments,
+    normalize,
+    outruns_batch_norm,
+    statistics_dtype,
+    unfold_groups,
+)
 from apart_func.pytrees import BatchStats, Perturbation
 
 
@@ -64,15 +73,10 @@ class RunningStats(NamedTuple):
     batches: Tensor
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of moments for activations of `dtype`: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def clean_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, BatchStats, Taps]:
-    """Plain training-mode batch norm, by PyTorch's own call, and what the method wants to know of it. Eager only.
+    """Plain training-mode batch norm, and what the method wants to know of it. Eager only.
 
     Args:
         x: activations `(N, C, ...)`.
@@ -85,6 +89,9 @@ def clean_batch_norm(
     """
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
     taps = Taps(_tap(weight, 1.0, channels, dtype, x.device), _tap(bias, 0.0, channels, dtype, x.device))
+    if outruns_batch_norm(x):
+        y, mean, var = _KernelLayer.apply(x, *taps, None, None, eps, 1)
+        return y, BatchStats(mean, var), taps
     # Running statistics that start from nothing and take the batch whole are the batch's.
     mean, var = torch.zeros(2, channels, dtype=dtype, device=x.device)
     y = torch.batch_norm(x, *taps, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
@@ -151,9 +158,17 @@ def perturbed_batch_norm(
     weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
     bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
     shift, scale = (vector.to(dtype) for vector in perturbation)
-    layer = _layer_of_ops if is_traced() or x.device.type not in _NATIVE_DEVICES else _NativeLayer.apply
-    y, mean, var = layer(x, weight, bias, shift, scale, eps, groups)
+    y, mean, var = _layer_for(x, scale)(x, weight, bias, shift, scale, eps, groups)
     return y, BatchStats(mean, var) if groups == 1 else BatchStats(mean.view(groups, -1), var.view(groups, -1))
+
+
+def _layer_for(x: Tensor, scale: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The form of the layer that is best for some activations; all compute the same."""
+    if is_traced() or x.device.type not in KERNEL_DEVICES:
+        return _arithmetic_layer
+    if x.numel() < SMALL and x.dtype == scale.dtype and scale.dim() == 1:
+        return _small_layer
+    return _KernelLayer.apply  # type: ignore[no-any-return]
 
 
 def number_of_groups(groups: int, samples: int) -> int:
@@ -200,46 +215,30 @@ def check_input(name: str, x: Tensor, channels: int, groups: int = 1) -> None:
     )
 
 
-def fold_groups(x: Tensor, groups: int) -> Tensor:
-    """Make channels of the ghost groups: sample i is in group i mod `groups`."""
-    return x if groups == 1 else rearrange(x, "(b g) c ... -> b (g c) ...", g=groups)
+# Below this many activations, it costs more to start operators than to run them.
+SMALL = 2**15
 
 
-def unfold_groups(x: Tensor, groups: int) -> Tensor:
-    """Undo `fold_groups`."""
-    return x if groups == 1 else rearrange(x, "b (g c) ... -> (b g) c ...", g=groups)
-
-
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, in at least float32; where a reduction over ranks belongs."""
-    dtype = statistics_dtype(x.dtype)
-    # Running statistics of a wider dtype are what makes the kernel accumulate half precision in float32.
-    blank = None if x.dtype == dtype else x.new_zeros(x.shape[1], dtype=dtype)
-    mean, var = torch.batch_norm_update_stats(x, blank, blank, 0.0)
-    return mean, var
-
-
-# Where batch_norm_update_stats and native_batch_norm exist as kernels.
-_NATIVE_DEVICES = ("cpu", "cuda")
-
-
-class _NativeLayer(torch.autograd.Function):
-    """The eager layer: BN's own kernels, forward and backward, and arithmetic on `(G·C,)` vectors."""
+class _KernelLayer(torch.autograd.Function):
+    """The layer of large activations: `normalize` and `differentiate` of kernels.py, and arithmetic on vectors."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+        groups: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        def normalize(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor) -> tuple[Tensor, ...]:
-            # BN in evaluation mode computes any affine map of x: give it the perturbed centre and scale.
-            mean, var = batch_moments(x)
-            return torch.native_batch_norm(x, gamma, beta, mean * move, var, False, 0.0, eps)[0], mean, var
-
-        factor = 1 + scale
-        gamma, beta, move = (_for_each_group(vector, groups) for vector in (weight * factor, bias, 1 + shift))
-        y, mean, var = _by_group(normalize, groups, [x], [gamma, beta, move])
-        ctx.eps, ctx.groups, ctx.shape = eps, groups, shift.shape
-        ctx.save_for_backward(x, weight, gamma, factor, move, mean, (var + eps).rsqrt_())
+        factor, move = (None if vector is None else 1 + vector for vector in (scale, shift))
+        gamma = _for_each_group(weight if factor is None else weight * factor, groups)
+        beta = _for_each_group(bias, groups)
+        y, mean, var = normalize(x, gamma, beta, None if move is None else _for_each_group(move, groups), eps, groups)
+        ctx.groups = groups
+        ctx.save_for_backward(x, weight, gamma, shift, factor, mean, (var + eps).rsqrt_())
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # no zeros for these two
         return y, mean, var
@@ -249,86 +248,63 @@ class _NativeLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        x, weight, gamma, factor, move, mean, invstd = ctx.saved_tensors
+        x, weight, gamma, shift, factor, mean, invstd = ctx.saved_tensors
         for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
-
-        def differentiate(grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, ...]:
-            # BN's own backward, with the perturbed scale: g_gamma = Σ grad · x̂ and g_beta = Σ grad.
-            backward: Callable[..., tuple[Tensor, ...]] = torch.ops.aten.native_batch_norm_backward
-            return backward(grad, x, gamma, None, None, mean, invstd, True, ctx.eps, [for_x, True, True])
-
-        grad_x, g_gamma, g_beta = _by_group(differentiate, ctx.groups, [grad, x], [gamma, mean, invstd])
-        # y = γ' (x̂ − δμ · offset) + β with γ' = γ (1 + δσ) and offset = sg(μ/s)
-        g_offset = mean * invstd * g_beta
-        g_gamma = torch.addcmul(g_gamma, g_offset, move - 1, value=-1).view(ctx.groups, -1)
+        grad_x, g_gamma, g_beta = differentiate(grad, x, gamma, mean, invstd, ctx.groups, for_x)
+        g_gamma, g_beta = g_gamma.view(ctx.groups, -1), g_beta.view(ctx.groups, -1)
+        g_shift = None
+        if shift is not None:  # y = γ' (x̂ − δμ · offset) + β with γ' = γ (1 + δσ) and offset = sg(μ/s)
+            g_offset = (mean * invstd).view(ctx.groups, -1) * g_beta
+            g_gamma = torch.addcmul(g_gamma, g_offset, shift, value=-1)
+            g_shift = _summed(-gamma.view(ctx.groups, -1) * g_offset, shift.shape) if for_shift else None
         return (
-            grad_x if for_x else None,
-            _summed(g_gamma * factor, weight.shape) if for_weight else None,
+            grad_x,
+            _summed(g_gamma if factor is None else g_gamma * factor, weight.shape) if for_weight else None,
             _summed(g_beta, weight.shape) if for_bias else None,
-            _summed(-gamma * g_offset, ctx.shape) if for_shift else None,
-            _summed(g_gamma * weight, ctx.shape) if for_scale else None,
+            g_shift,
+            _summed(g_gamma * weight, factor.shape) if for_scale else None,
             None,
             None,
         )
 
 
-def _by_group(
-    kernel: Callable[..., tuple[Tensor, ...]], groups: int, activations: list[Tensor], vectors: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """Run a batch-norm kernel with ghost groups.
-
-    Where channels are the innermost dimension of the memory, folding would copy all activations back and forth. A
-    group at a time is copied there, which stays in the processor's cache until the kernel is through with it.
-
-    Args:
-        kernel: from activations and vectors of a batch to one activation and further vectors.
-        groups: number of ghost groups.
-        activations: `(N, C, ...)`, all of the memory format of the first.
-        vectors: `(G·C,)`.
-
-    Returns:
-        The activation `(N, C, ...)`, which is no view, and the vectors `(G·C,)`.
-    """
-    x = activations[0]
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if groups == 1 or x.is_contiguous() or channels_last is None or not x.is_contiguous(memory_format=channels_last):
-        y, *results = kernel(*(fold_groups(activation, groups) for activation in activations), *vectors)
-        return _unfold_fresh(y, x), *results
-    y, pieces = torch.empty_like(x), []
-    scratch = [torch.empty_like(x[::groups], memory_format=channels_last) for _ in activations]
-    for g in range(groups):
-        of_group = [room.copy_(activation[g::groups]) for room, activation in zip(scratch, activations, strict=True)]
-        part, *results = kernel(*of_group, *(vector.view(groups, -1)[g] for vector in vectors))
-        if part is not None:
-            y[g::groups] = part
-        pieces.append(results)
-    return y, *(torch.cat(piece) for piece in zip(*pieces, strict=True))
-
-
-def _layer_of_ops(
+def _small_layer(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer in operators that every transform, compiler and device knows.
-
-    Compiled, the moments below and those inside a large batch_norm are one loop, and the perturbation a fused one.
-    """
+    """The layer of small activations: few operators, all of which autograd differentiates without Python."""
     folded = fold_groups(x, groups)
-    dims = [0, *range(2, x.dim())]
-    var, mean = torch.var_mean(folded.to(weight.dtype), dims, correction=0, keepdim=True)
-    var, mean = var.flatten(), mean.flatten()
-    gamma = _for_each_group(weight * (1 + scale), groups)
-    offset = (mean * torch.rsqrt(var + eps)).detach()
-    beta = _for_each_group(bias, groups) - gamma * _for_each_group(shift, groups) * offset
-    y = F.batch_norm(folded, None, None, gamma, beta, True, 0.0, eps)
-    return unfold_groups(y, groups), mean, var
+    mean, var = moments(folded.detach())
+    moved = -_for_each_group(shift, groups) * (mean * torch.rsqrt(var + eps))
+    standard = torch.batch_norm(folded, None, moved, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    y = torch.addcmul(_column(bias, x), unfold_groups(standard, x), _column(weight * (1 + scale), x))
+    return y, mean, var
 
 
-def _unfold_fresh(y: Tensor, like: Tensor) -> Tensor:
-    """Undo `fold_groups` on a tensor nobody else holds.
+def _arithmetic_layer(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer in arithmetic that every transform, compiler and device knows.
 
-    Autograd must not see a view here: an in-place activation after it would copy gradients.
+    The groups stand in a dimension of their own, which is a view in every memory layout. `drift` is zero and has the
+    mean's derivative: a backward through `grouped - mean` would have to sum over the activations once more.
     """
-    return y if y is None or y.shape == like.shape else torch.ops.aten._unsafe_view(y, like.shape)
+    grouped = rearrange(x, "(b g) c ... -> b g c ...", g=groups).to(weight.dtype)
+    dims = (0, *range(3, grouped.dim()))
+    mean = grouped.mean(dims, keepdim=True)
+    drift = mean - mean.detach()
+    centred = grouped - mean.detach()
+    var = centred.square().mean(dims, keepdim=True) - drift.square()
+    invstd = torch.rsqrt(var + eps)
+    gamma = _column(weight * (1 + scale), x)
+    slope = gamma * invstd
+    intercept = _column(bias, x) - drift * slope - gamma * _column(shift, x) * (mean * invstd).detach()
+    y = (centred * slope + intercept).to(x.dtype)
+    return unfold_groups(y, x), mean.flatten(), var.flatten()
+
+
+def _column(vector: Tensor, x: Tensor) -> Tensor:
+    """`(C,)` or `(G, C)` as what is broadcast over the positions of every channel."""
+    return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))
 
 
 def _for_each_group(vector: Tensor, groups: int) -> Tensor:
@@ -339,8 +315,8 @@ def _for_each_group(vector: Tensor, groups: int) -> Tensor:
 
 
 def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of a `(C,)` or `(G, C)` vector from that of its `(G·C,)` use."""
-    return grad.view(shape) if grad.numel() == shape.numel() else grad.view(-1, shape[-1]).sum(0)
+    """The gradient of a `(C,)` or `(G, C)` vector from `(G, C)`, that of its use in every group."""
+    return grad.view(shape) if grad.numel() == shape.numel() else grad.sum(0)
 
 
 def advance_running_stats(

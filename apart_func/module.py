@@ -26,7 +26,7 @@ from apart_func.functional import layer_specs
 from apart_func.intercept import Handler, Route, is_stock, training_layers
 from apart_func.passes import Calls, advanced, check_perturbation, statistics, statistics_like, zero_shifts
 from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
-from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree, Tensors
+from apart_func.pytrees import BatchStats, PerturbationTree, StatTree, Tensors, constant
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -164,8 +164,7 @@ class APART:
     def _perturbation(self) -> PerturbationTree:
         like = next(iter(self.stat_grads.values())).mean
         radius = torch.as_tensor(self.epsilon, dtype=like.dtype, device=like.device)
-        shifts = self.rule(self.stats, self.stat_grads, radius)
-        return {layer: Perturbation(shift.mean.detach(), shift.var.detach()) for layer, shift in shifts.items()}
+        return constant(self.rule(self.stats, self.stat_grads, radius))
 
 
 class _Proxy(NamedTuple):

@@ -14,8 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_compiling, is_recomputing, is_traced
+from apart_func.autodiff import (
+    Opened,
+    gradient_eager,
+    gradient_traced,
+    is_compiling,
+    is_mapped,
+    is_recomputing,
+    is_traced,
+)
 from apart_func.batch_norm import (
     Call,
     RunningStats,
@@ -87,6 +96,7 @@ def proxy_pass(
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
     """
     tensors = _checked_state(fmodel, params, buffers)
+    batch = _laid_out(batch, tensors)
     like = statistics_like(tensors)
     record = _Record(fmodel.layers, like)
 
@@ -146,6 +156,7 @@ def adversarial_pass(
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
     tensors = _checked_state(fmodel, params, buffers)
+    batch = _laid_out(batch, tensors)
     groups = number_of_groups(groups, batch_size(batch))
     check_perturbation(fmodel.layers, perturbation, groups)
 
@@ -272,6 +283,24 @@ def _forward(
             f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
         )
     return loss, output
+
+
+def _laid_out(batch: Any, tensors: Tensors) -> Any:
+    """Images that a compiler is about to see on a CPU, in channels_last, in which Inductor's convolutions compute.
+
+    In one graph with its backward, Inductor keeps activations in the layout that they would have had without it, and
+    copies them to and fro for every convolution. Under vmap, layouts are not ours to choose.
+    """
+    if not is_compiling() or is_mapped([*tensors.values(), *tree_leaves(batch)]):
+        return batch
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+    def laid_out(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or leaf.dim() not in formats:
+            return leaf
+        return leaf.contiguous(memory_format=formats[leaf.dim()])
+
+    return tree_map(laid_out, batch)
 
 
 def _outcome(tree: Any) -> Any:

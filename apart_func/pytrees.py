@@ -44,6 +44,11 @@ StatTree: TypeAlias = dict[str, BatchStats]
 PerturbationTree: TypeAlias = dict[str, Perturbation]
 
 
+def constant(perturbation: PerturbationTree) -> PerturbationTree:
+    """A perturbation that nothing is differentiated by."""
+    return {layer: Perturbation(shift.mean.detach(), shift.var.detach()) for layer, shift in perturbation.items()}
+
+
 class ProxyOutput(NamedTuple):
     """What the proxy pass returns.
 

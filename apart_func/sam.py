@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from apart_func.batch_norm import statistics_dtype
 from apart_func.errors import SettingError
 from apart_func.functional import FunctionalModel
+from apart_func.kernels import statistics_dtype
 from apart_func.passes import LossFunction
 from apart_func.perturbation import Rule, sign_perturbation
 from apart_func.pytrees import Tensors

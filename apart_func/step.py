@@ -8,7 +8,6 @@
 `make_apart_step` puts the four lines into one function; everything it does can be done by hand with these parts.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -26,8 +25,8 @@ from apart_func.pytrees import (
     Tensors,
     batch_size,
     concatenate_trees,
+    constant,
     cut_batch,
-    detached,
     stack_trees,
     tree_leaves,
 )
@@ -123,7 +122,7 @@ def make_step_at(
         samples = batch_size(batch)
         chosen = _adversarial_samples(samples, ratio, groups, remainder)
         proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=precision)
-        perturbation = detached(rule(proxy.stats, proxy.stat_grads, radius))
+        perturbation = constant(rule(proxy.stats, proxy.stat_grads, radius))
         adversarial = adversarial_pass(
             fmodel,
             loss_fn,
@@ -215,8 +214,9 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if is_traced():
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-    # A largest magnitude is finite if and only if all are; the kernel is one for all tensors.
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]).isfinite().all()
+    # A NaN is the least and the greatest of the values that it is among. One kernel for all tensors.
+    least, greatest = torch.aminmax(torch.cat([tensor.detach().flatten() for tensor in tensors]))
+    return least.isfinite() & greatest.isfinite()
 
 
 def _chosen(condition: Tensor, new: Tensors, old: Tensors) -> Tensors:

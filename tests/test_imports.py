@@ -12,7 +12,8 @@ PACKAGE = Path(apart_func.__file__).parent
 LAYERS = [
     {"errors"},
     {"autodiff", "pytrees"},
-    {"batch_norm", "perturbation", "distributed"},
+    {"kernels", "perturbation", "distributed"},
+    {"batch_norm"},
     {"intercept"},
     {"functional"},
     {"passes"},

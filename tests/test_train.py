@@ -27,7 +27,7 @@ from training import loop
 from training.datasets import NAMES, load_dataset
 from training.interrupts import Interrupted
 from training.logs import COLUMNS, TIMING_COLUMNS, Progress
-from training.loop import RunError, train
+from training.loop import RunError, read_config, train
 from training.networks import make_network
 from training.nonfinite import NonFiniteError
 from training.settings import PRESETS, Settings, SettingsError, as_json, from_json
@@ -138,15 +138,32 @@ def test_the_configuration_is_all_settings_and_the_machine(finished):
     assert stored["environment"]["torch"] == torch.__version__
 
 
-def test_tensorboard_gets_losses_errors_and_the_statistic_gradients_of_every_layer(finished):
+def test_tensorboard_gets_losses_accuracies_and_the_statistic_gradients_of_every_layer(finished):
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
-    assert {"loss/clean", "loss/adversarial", "test error", "train error", "lr"} <= set(tags)
+    assert {"loss/clean", "loss/adversarial", "accuracy/test", "accuracy/train", "lr"} <= set(tags)
     layers = {name for name, module in network().named_modules() if isinstance(module, nn.BatchNorm2d)}
     for kind in ("mean", "scale"):
         assert {tag.removeprefix(f"{kind} gradient/") for tag in tags if tag.startswith(kind)} == layers
     assert [event.step for event in events.Scalars("loss/clean")] == [3, 6]
-    assert [event.step for event in events.Scalars("test error")] == [4, 8]
+    assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8]
+    expected = [100 - float(row["test_error"]) for row in rows(finished)]
+    assert [event.value for event in events.Scalars("accuracy/test")] == pytest.approx(expected)
+
+
+def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
+    settings = tiny(tmp_path, tensorboard=True, log_steps=1, checkpoint_epochs=1)
+
+    def fail(progress: Progress) -> None:
+        if progress.step == 7:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(settings, fail)
+    quietly(settings)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/clean")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8]
 
 
 def network() -> nn.Module:
@@ -388,8 +405,8 @@ def test_another_preset_can_be_named():
 
 def test_flags_are_flat():
     line = (
-        "--data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5 "
-        "--epochs 20 --batch-size 64 --seed 3 --out runs/x --resume --compile --amp bf16 --microbatches 2 --clip 1 "
+        "--data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5"
+        " --epochs 20 --batch-size 64 --seed 3 --out runs/x --resume --compile --amp bf16 --microbatches 2 --clip 1 "
         "--channels-last --ema 0.99 --rho 0.05"
     )
     command = program.parse(line.split())
@@ -408,7 +425,7 @@ def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit, match="0"):
         program.parse(["--data", "imagenet", "--help"])
     shown = capsys.readouterr().out
-    flags = re.findall(r"^│ (--[a-z-]+)", shown, re.MULTILINE)
+    flags = re.findall(r"^\W+(--[a-z-]+)", shown, re.MULTILINE)
     assert {"--preset", "--resume", "--data", "--data-dir", "--amp", "--epsilon", "--checkpoint-seconds"} <= set(flags)
     assert "(default: resnet50)" in shown
     assert "0.0001" in shown
@@ -439,12 +456,20 @@ def test_an_error_is_one_line(tmp_path, monkeypatch):
         program.main(["--out", str(tmp_path), "--resume"])
 
 
+@pytest.mark.slow
+def test_a_compiled_run_follows_the_eager_one(tmp_path):
+    quietly(tiny(tmp_path / "eager", epochs=1))
+    quietly(tiny(tmp_path / "compiled", epochs=1, compile=True))
+    eager, compiled = (float(rows(tmp_path / name)[0]["adversarial_loss"]) for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)  # four steps amplify the rounding a little
+
+
 # the program, killed
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen[str]:
     """The program in a process of its own, on epochs of 16 steps, with a checkpoint every few of them."""
-    command = [sys.executable, str(PROGRAM), "--data", "digits", "--batch-size", "16", "--epochs", "12"]
+    command = [sys.executable, str(PROGRAM), "--data", "digits", "--batch-size", "16", "--epochs", "20"]
     command += ["--checkpoint-seconds", "0.05", "--no-tensorboard", "--out", str(out), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
@@ -458,30 +483,30 @@ def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
-    killed, steps = tmp_path / "killed", []
-    for low in (1, 5):
-        process = start(killed, *(["--resume"] if steps else []))
-        wait_for_epoch(process, random.randint(low, low + 3))
-        with pytest.raises(subprocess.TimeoutExpired):  # it is still running then
-            process.wait(timeout=random.uniform(0, 0.2))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        steps.append(checkpoints(killed)[-1])
-    assert steps[0] < steps[1]  # both times it was training, and the second time beyond the first
-    for out in (killed, tmp_path / "undisturbed"):
-        process = start(out, "--resume")
+    killed, newest = tmp_path / "killed", []
+    for low in (1, 7):
+        with start(killed, "--resume") as process:
+            wait_for_epoch(process, random.randint(low, low + 4))
+            with pytest.raises(subprocess.TimeoutExpired):  # it is still training then
+                process.wait(timeout=random.uniform(0, 0.2))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        newest.append(checkpoints(killed)[-1])
+    assert newest[0] < newest[1]  # the second time it was killed beyond where it had gone on from
+    with start(killed, "--resume") as process:
         assert process.communicate()[1] == ""
         assert process.returncode == 0
-    assert outcome(killed) == outcome(tmp_path / "undisturbed")
+    settings = read_config(killed / "config.json")
+    assert outcome(killed) == outcome(quietly(replace(settings, out=tmp_path / "undisturbed")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path):
-    process = start(tmp_path, "--workers", "1")
-    wait_for_epoch(process, 1)
-    process.send_signal(number)
-    said = process.communicate()[1]
+    with start(tmp_path, "--workers", "1") as process:
+        wait_for_epoch(process, 1)
+        process.send_signal(number)
+        said = process.communicate()[1]
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}; a checkpoint is written. Go on with: python" in said
     assert said.rstrip().endswith("--workers 1 --resume")

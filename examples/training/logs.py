@@ -1,7 +1,7 @@
 """What a run tells: `metrics.csv`, TensorBoard, and a progress bar.
 
-`Metrics` is a row an epoch. `Scalars` is TensorBoard: losses, errors, and the size of the statistic gradients by layer.
-`progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+`Metrics` is a row an epoch. `Scalars` is TensorBoard: losses, accuracies, and the size of the statistic gradients of
+every layer. `progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
@@ -164,10 +164,12 @@ class Scalars:
         """What an epoch came to."""
         if self._writer is None:
             return
-        for column in ("train_error", "validation_error", "test_error", "images_per_second", "data_wait"):
-            value = row[column]
-            if value is not None:
-                self._writer.add_scalar(column.replace("_error", " error"), value, row["step"])
+        for split in ("train", "validation", "test"):
+            error = row[f"{split}_error"]
+            if error is not None:
+                self._writer.add_scalar(f"accuracy/{split}", 100 - error, row["step"])
+        for column in ("images_per_second", "data_wait"):
+            self._writer.add_scalar(column, row[column], row["step"])
 
     def close(self) -> None:
         """Write what is left."""

@@ -199,7 +199,7 @@ class _Run:
         self.place = self._restored(self.checkpoints.load())
         self.saved_at = self.shown_at = time.monotonic()
         folder = settings.out / "tensorboard" if settings.machine.tensorboard else None
-        self.scalars = stack.enter_context(closing(Scalars(folder, self.step)))
+        self.scalars = stack.enter_context(closing(Scalars(folder, self.step + 1)))
         self.metrics = stack.enter_context(closing(Metrics(settings.out / METRICS, self.place.rows)))
 
     @property

@@ -105,7 +105,8 @@ def first_nonfinite(
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(start.random_state)
         out = step(start.params, start.buffers, start.batch, loss_scale=start.loss_scale)
-    search.look("the loss", out.loss, PASSES[settings.name][0])
+    for pass_name, loss in zip(search.passes, (out.loss, out.adversarial_loss), strict=False):
+        search.look("the loss", loss, pass_name)
     return search.found
 
 

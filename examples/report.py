@@ -8,6 +8,7 @@ the learning curves are drawn. A folder that holds run folders stands for all of
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,13 @@ class Options:
         folders: run folders, and folders of run folders.
         measure_on: whose error: settings are chosen on validation data, results stated on test data.
         out: folder for tables (.md), the errors of every seed (.json) and figures (.png), named after the data.
+        page: Markdown file that shows the tables too, each between `<!-- digits-test -->` and `<!-- end -->`.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     measure_on: Literal["test", "validation"] = "test"
     out: Path = Path("runs/report")
+    page: Path | None = None
 
 
 class Group(NamedTuple):
@@ -263,6 +266,24 @@ def markdown(title: str, rows: Sequence[Sequence[Cell]], notes: str) -> str:
     return f"**{title}**\n\n{table}\n\n{notes}\n"
 
 
+def show_on_page(page: Path, name: str, table: str) -> None:
+    """Replace a table on a page.
+
+    Args:
+        page: Markdown file.
+        name: of the table.
+        table: its text.
+
+    Raises:
+        FolderError: the page has no place for it.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    if not place.search(text):
+        raise FolderError(f"{page} has no place for the table: expected the lines <!-- {name} --> and <!-- end -->")
+    page.write_text(place.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")
+
+
 def shared_settings(groups: Sequence[Group]) -> str:
     """The settings that are the same in all groups that have them.
 
@@ -326,7 +347,10 @@ def report(data: str, runs: Sequence[FinishedRun], options: Options) -> None:
 
     stem = options.out / f"{data}-{options.measure_on}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(markdown(title, rows, notes), encoding="utf-8")
+    text = markdown(title, rows, notes)
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    if options.page is not None:
+        show_on_page(options.page, stem.name, text)
     draw(stem.with_suffix(".png"), groups, title)
     errors = [
         {"label": group.label, "settings": group.settings, "errors": {seed: group.error(seed) for seed in group.runs}}

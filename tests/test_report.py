@@ -271,6 +271,30 @@ def test_a_run_given_twice_counts_once(runs):
     assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["seeds"] == "1"
 
 
+def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
+    page = tmp_path / "page.md"
+    other = "after\n<!-- mnist1d-test -->\nkept\n<!-- end -->\n"
+    page.write_text(f"before\n<!-- digits-test -->\nold\n<!-- end -->\n{other}")
+    write_run(runs / "a", error=5)
+    for _ in range(2):  # the same again changes nothing
+        make(runs, page=page)
+        text = page.read_text(encoding="utf-8")
+        assert (tmp_path / "report/digits-test.md").read_text(encoding="utf-8") in text
+        assert text.startswith("before\n")
+        assert text.endswith(other)
+        assert text.count("digits: test error") == 1
+        assert "old" not in text
+
+
+def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n")
+    write_run(runs / "a")
+    with pytest.raises(FolderError, match=r"page\.md has no place for the table: .* <!-- digits-test -->"):
+        make(runs, page=page)
+    assert page.read_text() == "text\n"
+
+
 # errors
 
 

@@ -274,7 +274,7 @@ def test_a_run_given_twice_counts_once(runs):
 def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
     page = tmp_path / "page.md"
     other = "after\n<!-- mnist1d-test -->\nkept\n<!-- end -->\n"
-    page.write_text(f"before\n<!-- digits-test -->\nold\n<!-- end -->\n{other}")
+    page.write_text(f"before\n<!-- digits-test -->\nstale\n<!-- end -->\n{other}")
     write_run(runs / "a", error=5)
     for _ in range(2):  # the same again changes nothing
         make(runs, page=page)
@@ -283,7 +283,7 @@ def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
         assert text.startswith("before\n")
         assert text.endswith(other)
         assert text.count("digits: test error") == 1
-        assert "old" not in text
+        assert "stale" not in text
 
 
 def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):

@@ -274,6 +274,13 @@ def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypa
     assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "undisturbed")))
 
 
+def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path):
+    settings = tiny(tmp_path, checkpoint_epochs=1, ema=0.5)
+    before = outcome(quietly(settings))
+    (tmp_path / "model.safetensors").unlink()
+    assert outcome(quietly(settings)) == before
+
+
 def test_a_run_without_a_checkpoint_begins_anew_and_repeats_no_row(tmp_path):
     def fail(progress: Progress) -> None:
         if progress.step == 6:
@@ -404,11 +411,11 @@ def test_another_preset_can_be_named():
 
 
 def test_flags_are_flat():
-    line = (
-        "--data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5"
-        " --epochs 20 --batch-size 64 --seed 3 --out runs/x --resume --compile --amp bf16 --microbatches 2 --clip 1 "
-        "--channels-last --ema 0.99 --rho 0.05"
-    )
+    line = """
+        --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
+        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last --ema 0.99
+        --seed 3 --out runs/x --resume
+    """
     command = program.parse(line.split())
     assert command.resume
     stored = as_json(command.settings)

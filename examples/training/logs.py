@@ -15,8 +15,9 @@ from typing import IO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from apart_func import StepOutput
@@ -69,12 +70,11 @@ class Progress:
 
     def __str__(self) -> str:
         """All of it, for a person."""
-        parts = [f"epoch {self.epoch}/{self.epochs}"]
+        parts = [f"epoch {self.epoch}/{self.epochs}", f"{self.images_per_second:.0f} images/s"]
         if self.loss is not None and self.train_error is not None:
             parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
         if self.error is not None:
             parts.append(f"error {self.error:.2f} % (best {self.best:.2f} %)")
-        parts.append(f"{self.images_per_second:.0f} images/s")
         return ", ".join(parts)
 
 
@@ -90,12 +90,11 @@ def progress_bar() -> Iterator[Show]:
     """
     console = Console()
     columns = [
-        BarColumn(),
-        TaskProgressColumn(),
+        BarColumn(bar_width=10),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     ]
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         complete: set[int] = set()
 

@@ -74,14 +74,7 @@ def train(settings: Settings, show: Show | None = None, *, resume: bool = True) 
     """
     if is_complete(settings, resume):
         return settings.out
-    device = prepared_device(settings.machine)
-    data = load_dataset(settings.data.name, settings.data.folder, settings.data.crop)
-    if settings.training.channels_last and len(data.sample_shape) != 3:
-        raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
-    torch.manual_seed(settings.seed)
-    learner = Learner(make_network(settings.model.name, data, settings.model.width).to(device), settings)
-    steps_per_epoch(data, settings.training.batch_size)
-    learner.rehearse(blank_batch(data, settings.training.batch_size))
+    data, learner = prepared(settings)
     with full_disk_explained(settings.out), noted_signals() as noted, ExitStack() as stack:
         config = as_json(settings) | {"environment": environment()}
         write_whole(settings.out / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
@@ -134,6 +127,29 @@ def read_config(path: Path) -> Settings:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path} is no JSON: {error}") from error
+
+
+def prepared(settings: Settings) -> tuple[DataSet, Learner]:
+    """Find the data and make the network. Whatever does not fit is refused here, before there is a run.
+
+    Args:
+        settings: of the run.
+
+    Returns:
+        The data set, and the learner at its first step.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    device = prepared_device(settings.machine)
+    data = load_dataset(settings.data.name, settings.data.folder, settings.data.crop)
+    steps_per_epoch(data, settings.training.batch_size)  # refuses a batch that cannot be filled
+    if settings.training.channels_last and len(data.sample_shape) != 3:
+        raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
+    torch.manual_seed(settings.seed)
+    learner = Learner(make_network(settings.model.name, data, settings.model.width).to(device), settings)
+    learner.rehearse(blank_batch(data, settings.training.batch_size))
+    return data, learner
 
 
 def learning_rate(training: TrainingSettings, done: float) -> float:

@@ -8,6 +8,7 @@ The weight r of the proxy gradient cancels in its direction.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,13 +59,15 @@ def make_apart_sam_step(
     if not (math.isfinite(rho) and rho >= 0):
         raise SettingError(f"rho={rho}; expected a finite radius ≥ 0, such as 0.05.")
 
-    def climbed(params: Tensors, grads: Tensors) -> Tensors:
-        """θ + ρ g/‖g‖, or θ where the gradient is zero."""
-        norm = global_norm(grads)
-        length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
-        return {name: param + length.to(param.dtype) * grads[name] for name, param in params.items()}
+    point = partial(climbed, rho=rho)
+    return make_step_at(point, model, loss_fn, epsilon, groups, ratio, remainder, microbatches, rule, autocast_dtype)
 
-    return make_step_at(climbed, model, loss_fn, epsilon, groups, ratio, remainder, microbatches, rule, autocast_dtype)
+
+def climbed(params: Tensors, grads: Tensors, rho: float) -> Tensors:
+    """θ + ρ g/‖g‖, with the norm over all tensors together, or θ where the gradient is zero."""
+    norm = global_norm(grads)
+    length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
+    return {name: param + length.to(param.dtype) * grads[name] for name, param in params.items()}
 
 
 def global_norm(tensors: Tensors) -> Tensor:

@@ -145,7 +145,7 @@ def make_step_at(
             stats=proxy.stats,
             stat_grads=proxy.stat_grads,
             perturbation=perturbation,
-            all_finite=_all_finite(values) & (radius >= 0),
+            all_finite=all_finite(values) & (radius >= 0),
         )
 
     def apart_step(
@@ -164,14 +164,36 @@ def make_step_at(
         precision = Precision(
             autocast_dtype, None if loss_scale is None else _scalar(loss_scale, torch.float32, like.device)
         )
-        outputs, moved = [], buffers
-        for part in _parts(batch, microbatches):
-            outputs.append(one_batch(params, moved, part, radius, precision))
-            moved = outputs[-1].buffers
-        out = outputs[0] if microbatches == 1 else _mean_output(outputs)
-        return out._replace(buffers=_chosen(out.all_finite, out.buffers, buffers))
+        return over_microbatches(
+            lambda moved, part: one_batch(params, moved, part, radius, precision), buffers, batch, microbatches
+        )
 
     return apart_step
+
+
+def over_microbatches(
+    one_batch: Callable[[Tensors, Any], StepOutput], buffers: Tensors, batch: Any, microbatches: int
+) -> StepOutput:
+    """Run a step on the parts of a batch, one after another.
+
+    Args:
+        one_batch: the step, from buffers and a part; the buffers it returns go to the next part.
+        buffers: for the first part.
+        batch: `(input, target)`, of which every part gets an equal share.
+        microbatches: number of parts.
+
+    Returns:
+        One output for all of them. Where something is not finite, its buffers are those that came in.
+
+    Raises:
+        BatchError: the batch cannot be cut into so many parts.
+    """
+    outputs, moved = [], buffers
+    for part in _parts(batch, microbatches):
+        outputs.append(one_batch(moved, part))
+        moved = outputs[-1].buffers
+    out = outputs[0] if microbatches == 1 else _mean_output(outputs)
+    return out._replace(buffers=_chosen(out.all_finite, out.buffers, buffers))
 
 
 def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -188,7 +210,7 @@ def _interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
     return dict(zip(start, torch._foreach_lerp(list(start.values()), ends, weight), strict=True))
 
 
-def _all_finite(tensors: list[Tensor]) -> Tensor:
+def all_finite(tensors: list[Tensor]) -> Tensor:
     """Whether no tensor holds an infinity or NaN, as a 0-d bool."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if is_traced():

@@ -31,7 +31,8 @@ from torch.utils.benchmark import Measurement, Timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from compare_report import environment, write_json
+from compare_report import write_json
+from environment import environment
 
 import apart_func
 

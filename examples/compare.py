@@ -20,8 +20,9 @@ from typing import Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 import tyro
-from compare_report import Run, draw, environment, gain, print_table, summarise, verdict, write_json
+from compare_report import Run, draw, gain, print_table, summarise, verdict, write_json
 from data import ImageData, Split, load, shuffled_batches
+from environment import environment
 from models import small_resnet
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn

@@ -1,0 +1,522 @@
+"""The training program: what a run leaves behind, and that nothing on the way to its end changes it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train as program
+from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from training import loop
+from training.datasets import NAMES, load_dataset
+from training.interrupts import Interrupted
+from training.logs import COLUMNS, TIMING_COLUMNS, Progress
+from training.loop import RunError, read_config, train
+from training.networks import make_network
+from training.nonfinite import NonFiniteError
+from training.settings import PRESETS, Settings, SettingsError, as_json, from_json
+
+PROGRAM = Path(program.__file__)
+WRITERS = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "tiny-imagenet": write_tiny_imagenet,
+    "imagenet": write_class_folders,
+    "folder": write_class_folders,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def told_every_step(monkeypatch):
+    monkeypatch.setattr(loop, "SHOW_SECONDS", 0)
+
+
+def tiny(out: Path, **changes: Any) -> Settings:
+    """Two epochs of four steps on digits. Changes go by a setting's name; `name` is that of the method."""
+    settings = replace(PRESETS["digits"], out=out)
+    changes = {"epochs": 2, "tensorboard": False, **changes}
+    parts = {"out": settings.out, "seed": changes.pop("seed", 0)}
+    for part in ("method", "data", "model", "training", "machine"):
+        values = getattr(settings, part)
+        own = {name: changes.pop(name) for name in list(changes) if hasattr(values, name)}
+        parts[part] = replace(values, **own)
+    assert not changes
+    return Settings(**parts)
+
+
+def quietly(settings: Settings) -> Path:
+    return train(settings, show=lambda progress: None)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def outcome(out: Path) -> tuple[bytes, list[list[str]]]:
+    """Everything about a finished run that is no time."""
+    lines = [[value for name, value in row.items() if name not in TIMING_COLUMNS] for row in rows(out)]
+    return (out / "model.safetensors").read_bytes(), lines
+
+
+def stop_at(step: int) -> Callable[[Progress], None]:
+    """Ask a run to stop once it has taken so many steps."""
+
+    def show(progress: Progress) -> None:
+        if progress.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return show
+
+
+def interrupted(settings: Settings, step: int) -> None:
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(settings, stop_at(step))
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+# what a run leaves behind
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return quietly(tiny(tmp_path_factory.mktemp("run"), tensorboard=True, log_steps=3))
+
+
+def test_metrics_have_a_row_an_epoch_with_all_columns(finished):
+    table = rows(finished)
+    assert [row["epoch"] for row in table] == ["1", "2"]
+    assert [row["step"] for row in table] == ["4", "8"]
+    assert tuple(table[0]) == COLUMNS
+    for row in table:
+        assert all(row.values())
+        assert 0 <= float(row["train_error"]) <= 100
+        assert 0 <= float(row["data_wait"]) <= 1
+        assert float(row["images_per_second"]) > 0
+
+
+def test_the_saved_network_has_the_test_error_of_the_last_row(finished):
+    data = load_dataset("digits", None)
+    model = make_network("small_resnet", data)
+    model.load_state_dict(load_file(finished / "model.safetensors"))
+    images, labels = data.test.batch(range(len(data.test)))
+    wrong = int((model.eval()(images).argmax(dim=1) != labels).sum())
+    assert float(rows(finished)[-1]["test_error"]) == pytest.approx(100 * wrong / len(labels))
+
+
+def test_the_configuration_is_all_settings_and_the_machine(finished):
+    stored = json.loads((finished / "config.json").read_text(encoding="utf-8"))
+    assert from_json(stored) == tiny(finished, tensorboard=True, log_steps=3)
+    assert stored["environment"]["torch"] == torch.__version__
+
+
+def test_tensorboard_gets_losses_accuracies_and_the_statistic_gradients_of_every_layer(finished):
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss/clean", "loss/adversarial", "accuracy/test", "accuracy/train", "lr"} <= set(tags)
+    layers = {name for name, module in network().named_modules() if isinstance(module, nn.BatchNorm2d)}
+    for kind in ("mean", "scale"):
+        assert {tag.removeprefix(f"{kind} gradient/") for tag in tags if tag.startswith(kind)} == layers
+    assert [event.step for event in events.Scalars("loss/clean")] == [3, 6]
+    assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8]
+    expected = [100 - float(row["test_error"]) for row in rows(finished)]
+    assert [event.value for event in events.Scalars("accuracy/test")] == pytest.approx(expected)
+
+
+def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
+    settings = tiny(tmp_path, tensorboard=True, log_steps=1, checkpoint_epochs=1)
+
+    def fail(progress: Progress) -> None:
+        if progress.step == 7:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(settings, fail)
+    quietly(settings)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/clean")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8]
+
+
+def network() -> nn.Module:
+    return make_network("small_resnet", load_dataset("digits", None))
+
+
+def test_plain_training_has_no_adversarial_loss(tmp_path):
+    quietly(tiny(tmp_path, name="plain", epochs=1, tensorboard=True, log_steps=1))
+    assert rows(tmp_path)[0]["adversarial_loss"] == ""
+    assert "loss/adversarial" not in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_errors_are_measured_every_so_many_epochs_and_after_the_last(tmp_path):
+    quietly(tiny(tmp_path, epochs=5, evaluate_every=2))
+    assert [bool(row["test_error"]) for row in rows(tmp_path)] == [False, True, False, True, True]
+    assert [bool(row["validation_error"]) for row in rows(tmp_path)] == [False, True, False, True, True]
+
+
+def test_a_run_tells_how_it_gets_on(tmp_path):
+    told: list[Progress] = []
+    train(tiny(tmp_path), told.append)
+    assert [progress.step for progress in told] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert [progress.epoch for progress in told] == [0] * 4 + [1] * 5 + [2]
+    assert told[0].steps == 8
+    assert told[3].error is None
+    table = rows(tmp_path)
+    assert told[-1].error == float(table[1]["validation_error"])
+    assert told[-1].best == min(float(row["validation_error"]) for row in table)
+    assert told[-1].loss == float(table[1]["train_loss"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_epoch_can_be_trained_on_every_data_set(name, tmp_path):
+    changes: dict[str, Any] = {"epochs": 1, "width": 2, "evaluate_every": 1}
+    if name in WRITERS:
+        changes |= {"folder": WRITERS[name](tmp_path), "batch_size": 4, "groups": 2}
+        changes["crop"] = 32 if name in ("imagenet", "folder") else None
+    settings = tiny(tmp_path / "out", **changes)
+    settings = replace(
+        settings,
+        data=replace(settings.data, name=name),
+        model=replace(settings.model, name="resnet1d" if name == "mnist1d" else "small_resnet"),
+    )
+    out = quietly(settings)
+    (row,) = rows(out)
+    assert 0 <= float(row["test_error"]) <= 100
+    assert load_file(out / "model.safetensors")
+
+
+# a run goes on as if nothing had happened
+
+
+EXACT = {
+    "plain": {"name": "plain"},
+    "apart": {},
+    "sam": {"name": "sam"},
+    "apart_sam": {"name": "apart_sam"},
+    "averaged weights": {"ema": 0.9},
+    "float16": {"amp": "fp16"},
+    "bfloat16": {"amp": "bf16", "channels_last": True},
+    "clipped": {"clip": 0.5},
+    "micro-batches": {"microbatches": 2},
+    "steps": {"schedule": "steps", "milestones": (0.3, 0.8)},
+}
+
+
+@pytest.mark.parametrize("changes", EXACT.values(), ids=EXACT)
+def test_a_run_that_was_stopped_within_an_epoch_ends_as_the_undisturbed_one(changes, tmp_path):
+    stopped = tiny(tmp_path / "stopped", **changes)
+    interrupted(stopped, step=2)
+    interrupted(stopped, step=7)
+    assert checkpoints(stopped.out) == ["step-000000002.pt", "step-000000007.pt"]
+    assert outcome(quietly(stopped)) == outcome(quietly(tiny(tmp_path / "undisturbed", **changes)))
+
+
+def test_what_draws_from_the_default_generator_goes_on_too(tmp_path, monkeypatch):
+    def with_dropout(*arguments: Any) -> nn.Module:
+        model = make_network(*arguments)
+        model.head.insert(2, nn.Dropout(0.5))
+        return model
+
+    monkeypatch.setattr(loop, "make_network", with_dropout)
+    changes = {"ema": 0.5}
+    interrupted(tiny(tmp_path / "stopped", **changes), step=3)
+    torch.manual_seed(1)
+    assert outcome(quietly(tiny(tmp_path / "stopped", **changes))) == outcome(quietly(tiny(tmp_path / "b", **changes)))
+
+
+def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def noted_signals() -> Iterator[Callable[[], int | None]]:
+        yield lambda: signal.SIGTERM if asked else None
+
+    def stop_while_measuring(*arguments: Any, **keywords: Any) -> Any:
+        asked.append(True)
+        return loop_evaluation_batches(*arguments, **keywords)
+
+    loop_evaluation_batches = loop.evaluation_batches
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "noted_signals", noted_signals)
+        patch.setattr(loop, "evaluation_batches", stop_while_measuring)
+        with pytest.raises(Interrupted):
+            quietly(tiny(tmp_path / "stopped"))
+    assert checkpoints(tmp_path / "stopped") == ["step-000000004.pt"]
+    assert rows(tmp_path / "stopped") == []
+    assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path):
+    settings = tiny(tmp_path, checkpoint_epochs=1, ema=0.5)
+    before = outcome(quietly(settings))
+    (tmp_path / "model.safetensors").unlink()
+    assert outcome(quietly(settings)) == before
+
+
+def test_a_run_without_a_checkpoint_begins_anew_and_repeats_no_row(tmp_path):
+    def fail(progress: Progress) -> None:
+        if progress.step == 6:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tiny(tmp_path / "stopped"), fail)
+    assert len(rows(tmp_path / "stopped")) == 1
+    assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_what_belongs_to_the_machine_may_change_and_changes_nothing(tmp_path):
+    interrupted(tiny(tmp_path / "stopped"), step=2)
+    resumed = tiny(tmp_path / "stopped", workers=1, checkpoint_epochs=1, checkpoint_seconds=0.0)
+    assert outcome(quietly(resumed)) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    settings = tiny(tmp_path / "stopped", checkpoint_seconds=0.0)
+    interrupted(settings, step=6)
+    newest = settings.out / "checkpoints" / "step-000000006.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step-000000006\.pt is damaged"):
+        quietly(settings)
+    assert outcome(settings.out) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_checkpoints_come_by_epochs_by_seconds_and_the_last_two_are_kept(tmp_path):
+    quietly(tiny(tmp_path / "never"))
+    assert not (tmp_path / "never" / "checkpoints").exists()
+    quietly(tiny(tmp_path / "epochs", epochs=7, checkpoint_epochs=2, evaluate_every=7))
+    assert checkpoints(tmp_path / "epochs") == ["step-000000016.pt", "step-000000024.pt"]
+    quietly(tiny(tmp_path / "seconds", checkpoint_seconds=0.0))
+    assert checkpoints(tmp_path / "seconds") == ["step-000000007.pt", "step-000000008.pt"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    quietly(tiny(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert quietly(tiny(tmp_path)) == tmp_path
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# what is refused
+
+
+def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path):
+    settings = tiny(tmp_path)
+    interrupted(settings, step=2)
+    with pytest.raises(RunError, match=f"{tmp_path} already holds a run. Add --resume"):
+        train(settings, show=None, resume=False)
+
+
+def test_other_settings_than_the_stored_ones_are_refused_by_name(tmp_path):
+    interrupted(tiny(tmp_path), step=2)
+    with pytest.raises(RunError, match=r"(?s)training\.epochs: 3, stored 2.*seed: 1, stored 0") as refused:
+        quietly(tiny(tmp_path, epochs=3, seed=1, workers=1))
+    assert "workers" not in str(refused.value)
+    assert checkpoints(tmp_path) == ["step-000000002.pt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": 5}, "groups=5 does not divide"),
+        ({"microbatches": 3}, "microbatches=3 does not divide"),
+        ({"batch_size": 300}, "no batch of 300"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"folder": Path("nowhere")}, "nowhere|folder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        quietly(tiny(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_channels_last_is_refused_for_signals(tmp_path):
+    settings = replace(PRESETS["mnist1d"], out=tmp_path / "out")
+    with pytest.raises(SettingsError, match=r"channels_last .* mnist1d"):
+        quietly(replace(settings, training=replace(settings.training, channels_last=True)))
+
+
+def test_a_step_that_is_not_finite_stops_the_run_with_step_pass_and_layer(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 2 is not finite.*layer 'stages.*in the proxy pass"):
+        quietly(tiny(tmp_path, lr=1e25, checkpoint_seconds=0.0))
+    assert checkpoints(tmp_path) == ["step-000000001.pt"]
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_as_it_was(tmp_path):
+    settings = tiny(tmp_path / "stopped", checkpoint_seconds=0.0)
+    interrupted(settings, step=2)
+    before = {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()}
+    with files_limited_to(8000), pytest.raises(RunError, match=r"File too large.*make room, and go on with --resume"):
+        quietly(settings)
+    assert {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()} == before
+    assert outcome(quietly(settings)) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let the operating system refuse to make a file of this process any larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# the command line
+
+
+def test_the_settings_start_from_the_preset_of_the_data_set():
+    settings = program.parse(["--data", "cifar100", "--epochs", "3"]).settings
+    preset = PRESETS["cifar100"]
+    assert settings == replace(preset, training=replace(preset.training, epochs=3))
+
+
+def test_another_preset_can_be_named():
+    settings = program.parse(["--data", "folder", "--data-dir", "x", "--preset", "cifar10", "--groups", "2"]).settings
+    assert settings.training == PRESETS["cifar10"].training
+    assert settings.data.name == "folder"
+    assert settings.data.folder == Path("x")
+    assert settings.method.groups == 2
+
+
+def test_flags_are_flat():
+    line = """
+        --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
+        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last --ema 0.99
+        --seed 3 --out runs/x --resume
+    """
+    command = program.parse(line.split())
+    assert command.resume
+    stored = as_json(command.settings)
+    assert stored["data"]["folder"] == "PATH"
+    assert stored["model"]["name"] == "preact_resnet18"
+    expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "microbatches": 2, "rho": 0.05}
+    assert expected.items() <= stored["method"].items()
+    expected = {"epochs": 20, "batch_size": 64, "amp": "bf16", "compile": True, "clip": 1.0, "ema": 0.99}
+    assert expected.items() <= stored["training"].items()
+    assert (stored["seed"], stored["out"]) == (3, "runs/x")
+
+
+def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.parse(["--data", "imagenet", "--help"])
+    shown = capsys.readouterr().out
+    flags = re.findall(r"^\W+(--[a-z-]+)", shown, re.MULTILINE)
+    assert {"--preset", "--resume", "--data", "--data-dir", "--amp", "--epsilon", "--checkpoint-seconds"} <= set(flags)
+    assert "(default: resnet50)" in shown
+    assert "0.0001" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "cifar"], "cifar100"),
+        (["--preset", "cifar"], "cifar100"),
+        (["--lr", "-1"], "lr is -1"),
+        (["--milestones", "0.5", "0.2"], "rising fractions"),
+        (["--ema", "1"], "expected a decay"),
+        (["--clip", "0"], "a norm above 0"),
+    ],
+)
+def test_a_bad_flag_is_refused_with_what_is_expected(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.parse(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_error_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "load_dataset", lambda *_: pytest.fail("it must not come to that"))
+    interrupted_out = tmp_path / "config.json"
+    interrupted_out.write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"error: .*config.json is no JSON"):
+        program.main(["--out", str(tmp_path), "--resume"])
+
+
+@pytest.mark.slow
+def test_a_compiled_run_follows_the_eager_one(tmp_path):
+    quietly(tiny(tmp_path / "eager", epochs=1))
+    quietly(tiny(tmp_path / "compiled", epochs=1, compile=True))
+    eager, compiled = (float(rows(tmp_path / name)[0]["adversarial_loss"]) for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)  # four steps amplify the rounding a little
+
+
+# the program, killed
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen[str]:
+    """The program in a process of its own, on epochs of 16 steps, with a checkpoint every few of them."""
+    command = [sys.executable, str(PROGRAM), "--data", "digits", "--batch-size", "16", "--epochs", "20"]
+    command += ["--checkpoint-seconds", "0.05", "--no-tensorboard", "--out", str(out), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
+    for line in process.stdout:
+        if line.startswith(f"epoch {epoch}/"):
+            return
+    pytest.fail(f"the run ended before epoch {epoch}: {process.stderr.read()}")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_path):
+    killed, newest = tmp_path / "killed", []
+    for low in (1, 7):
+        with start(killed, "--resume") as process:
+            wait_for_epoch(process, random.randint(low, low + 4))
+            with pytest.raises(subprocess.TimeoutExpired):  # it is still training then
+                process.wait(timeout=random.uniform(0, 0.2))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        newest.append(checkpoints(killed)[-1])
+    assert newest[0] < newest[1]  # the second time it was killed beyond where it had gone on from
+    with start(killed, "--resume") as process:
+        assert process.communicate()[1] == ""
+        assert process.returncode == 0
+    settings = read_config(killed / "config.json")
+    assert outcome(killed) == outcome(quietly(replace(settings, out=tmp_path / "undisturbed")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path):
+    with start(tmp_path, "--workers", "1") as process:
+        wait_for_epoch(process, 1)
+        process.send_signal(number)
+        said = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python" in said
+    assert said.rstrip().endswith("--workers 1 --resume")
+    assert "Traceback" not in said
+    assert checkpoints(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()

@@ -1,0 +1,520 @@
+"""The parts of the training program: its steps, what they move, its checkpoints and settings."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from training import interrupts
+from training.checkpoints import CheckpointError, Checkpoints, write_whole
+from training.datasets import NAMES
+from training.interrupts import noted_signals
+from training.learner import Learner, LossScale
+from training.loop import learning_rate
+from training.methods import PASSES, make_step
+from training.nonfinite import NonFiniteError, Start, first_nonfinite
+from training.settings import (
+    PRESETS,
+    DataName,
+    MethodName,
+    MethodSettings,
+    Settings,
+    SettingsError,
+    TrainingSettings,
+    as_json,
+    from_json,
+)
+
+from apart_func import split_state
+
+METHODS = get_args(MethodName)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 4 * 4, 3)
+    )
+
+
+def batch_of(count: int = 16, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, 6, 6, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def learner_of(model: nn.Module | None = None, method: str = "plain", **training: Any) -> Learner:
+    settings = Settings(method=MethodSettings(method, groups=4), training=TrainingSettings(**training))
+    return Learner(model or network(), settings)
+
+
+def take(learner: Learner, steps: int = 1, lr: float = 0.1) -> None:
+    for number in range(1, steps + 1):
+        learner.take(batch_of(seed=number), lr, number)
+
+
+# steps
+
+
+def test_the_plain_step_is_an_ordinary_forward_and_backward():
+    model, (images, labels) = network(), batch_of()
+    out = make_step(model, MethodSettings("plain"))(*split_state(model), (images, labels))
+    ordinary = copy.deepcopy(model)
+    loss = F.cross_entropy(ordinary(images), labels)
+    loss.backward()
+    assert out.loss == loss
+    assert out.adversarial_loss.isnan()
+    assert out.grads.keys() == dict(ordinary.named_parameters()).keys()
+    for name, parameter in ordinary.named_parameters():
+        assert torch.equal(out.grads[name], parameter.grad)
+    for name, buffer in ordinary.named_buffers():
+        assert torch.equal(out.buffers[name], buffer)
+
+
+def test_the_sam_step_has_the_gradient_of_the_package():
+    from pytorch_optimizer import SAM
+
+    model, (images, labels) = network(), batch_of()
+    out = make_step(model, MethodSettings("sam", rho=0.1))(*split_state(model), (images, labels))
+    other = copy.deepcopy(model)
+    optimizer = SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.0)
+    F.cross_entropy(other(images), labels).backward()
+    optimizer.first_step(zero_grad=True)
+    second_loss = F.cross_entropy(other(images), labels)
+    second_loss.backward()
+    torch.testing.assert_close(out.adversarial_loss, second_loss.detach())
+    for name, parameter in other.named_parameters():
+        # They differ in how the norm is rounded, and the package adds 1e-12 to it.
+        torch.testing.assert_close(out.grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_sam_moves_the_running_statistics_by_its_first_pass_alone():
+    model, batch = network(), batch_of()
+    params, buffers = split_state(model)
+    sam = make_step(model, MethodSettings("sam"))(params, buffers, batch)
+    plain = make_step(model, MethodSettings("plain"))(params, buffers, batch)
+    for name, buffer in plain.buffers.items():
+        assert torch.equal(sam.buffers[name], buffer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_changes_nothing(method):
+    model, batch = network(), batch_of()
+    before = copy.deepcopy(model.state_dict())
+    params, buffers = split_state(model)
+    out = make_step(model, MethodSettings(method, groups=4))(params, buffers, batch)
+    assert out.all_finite
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_micro_batches_are_averaged_and_move_the_running_statistics_in_turn(method):
+    model, (images, labels) = network(), batch_of()
+    params, buffers = split_state(model)
+    step = make_step(model, MethodSettings(method, groups=4))
+    first = step(params, buffers, (images[:8], labels[:8]))
+    second = step(params, first.buffers, (images[8:], labels[8:]))
+    out = make_step(model, MethodSettings(method, groups=4, microbatches=2))(params, buffers, (images, labels))
+    for name, grad in out.grads.items():
+        torch.testing.assert_close(grad, (first.grads[name] + second.grads[name]) / 2)
+    for name, buffer in out.buffers.items():
+        assert torch.equal(buffer, second.buffers[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_scale_leaves_the_gradients_as_they_are(method):
+    model, batch = network(), batch_of()
+    step = make_step(model, MethodSettings(method, groups=4))
+    out, scaled = (step(*split_state(model), batch, loss_scale=scale) for scale in (None, torch.tensor(1024.0)))
+    for name, grad in out.grads.items():
+        torch.testing.assert_close(scaled.grads[name], grad)
+    assert scaled.loss == out.loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_low_precision_reaches_the_activations_and_not_the_gradients(method):
+    model, batch = network(), batch_of()
+    out = make_step(model, MethodSettings(method, groups=4), torch.bfloat16)(*split_state(model), batch)
+    assert out.output.dtype == torch.bfloat16
+    assert {grad.dtype for grad in out.grads.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["plain", "sam"])
+def test_a_step_compiles_into_one_graph(method):
+    model, batch = network(), batch_of()
+    step = make_step(model, MethodSettings(method, groups=4))
+    params, buffers = split_state(model)
+    eager, compiled = step(params, buffers, batch), torch.compile(step, fullgraph=True)(params, buffers, batch)
+    for name, grad in eager.grads.items():
+        torch.testing.assert_close(compiled.grads[name], grad)
+    for name, buffer in eager.buffers.items():
+        torch.testing.assert_close(compiled.buffers[name], buffer)
+
+
+def test_every_method_has_names_for_its_passes():
+    assert set(PASSES) == set(METHODS)
+
+
+# the learner
+
+
+def test_plain_steps_are_those_of_an_ordinary_loop():
+    model = network()
+    other = copy.deepcopy(model)
+    learner = learner_of(model, momentum=0.9, weight_decay=5e-4, clip=0.5)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for number in range(3):
+        images, labels = batch_of(seed=number)
+        learner.take((images, labels), 0.1, number)
+        optimizer.zero_grad()
+        F.cross_entropy(other(images), labels).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        optimizer.step()
+    trained = learner.evaluated([]).state_dict()
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(trained[name], tensor)
+
+
+def test_a_rehearsal_changes_nothing():
+    learner = learner_of(nn.Sequential(network(), nn.Dropout(0.5)), "apart")
+    before, state = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
+    learner.rehearse(batch_of())
+    assert torch.equal(torch.get_rng_state(), state)
+    for kind in ("params", "buffers"):
+        for name, tensor in learner.state_dict()[kind].items():
+            assert torch.equal(tensor, before[kind][name])
+
+
+def test_averaged_weights_are_evaluated_with_statistics_of_their_own():
+    learner = learner_of(ema=0.5)
+    averaged: dict[str, Tensor] = {}
+    for number in (1, 2, 3):
+        learner.take(batch_of(seed=number), 0.1, number)
+        for name, param in learner.params.items():
+            averaged[name] = param.clone() if number == 1 else 0.5 * averaged[name] + 0.5 * param
+    batches = [batch_of(seed=number) for number in (4, 5)]
+    model = learner.evaluated(batches)
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param, averaged[name])
+    with torch.no_grad():
+        before_norm = [model[0](images) for images, _ in batches]
+    means = torch.stack([x.mean((0, 2, 3)) for x in before_norm]).mean(0)
+    variances = torch.stack([x.var((0, 2, 3)) for x in before_norm]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)
+    torch.testing.assert_close(model[1].running_var, variances)
+
+
+def test_an_overflow_of_float16_changes_the_loss_scale_alone():
+    learner = learner_of(method="apart", amp="fp16")
+    learner._loss_scale.value = 2.0**40  # float16 ends at 65504
+    before = copy.deepcopy(learner.state_dict())
+    assert learner.take(batch_of(), 0.1, 1) is None
+    after = learner.state_dict()
+    assert after["loss_scale"]["value"] == 2.0**39
+    for kind in ("params", "buffers"):
+        for name, tensor in after[kind].items():
+            assert torch.equal(tensor, before[kind][name])
+    while learner.take(batch_of(), 0.1, 2) is None:
+        pass
+    assert 2.0**5 < learner.state_dict()["loss_scale"]["value"] < 2.0**30
+
+
+def test_the_loss_scale_follows_that_of_torch():
+    ours, theirs = LossScale(), torch.amp.GradScaler("cpu", growth_interval=LossScale.interval)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for finite in [True] * 2000 + [False] * 3 + [True] * 1999 + [False] + [True] * 2001:
+        assert ours.value == theirs.scale(torch.ones(())).item()
+        parameter.grad = torch.full((1,), 0.0 if finite else math.inf)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(finite)
+
+
+# steps that are not finite
+
+
+class Fault(nn.Module):
+    """Passes its input on, unless a condition holds."""
+
+    def __init__(self, spoil: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spoil(x)
+
+
+class Infinite(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / 0
+
+
+class SpoiltLinear(nn.Linear):
+    """A linear layer, with an infinite gradient by its weight alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, Infinite.apply(self.weight), self.bias)
+
+
+def shifted(x: Tensor) -> bool:
+    """Whether batch norm's output has been moved off its mean, as in an adversarial pass alone."""
+    return bool(x.mean((0, 2, 3)).abs().max() > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "method", "where"),
+    [
+        (lambda x: x / 0, "plain", "the output of layer '2', in the training pass"),
+        (lambda x: x / 0, "apart", "the output of layer '2', in the proxy pass"),
+        (lambda x: x / (0 if shifted(x) else 1), "apart", "the output of layer '2', in the adversarial pass"),
+        (lambda x: x / (0 if shifted(x) else 1), "apart_sam", "the output of layer '2', in the adversarial pass"),
+        (Infinite.apply, "sam", "the gradient by the output of layer '1', in the first pass"),
+        (
+            lambda x: Infinite.apply(x) if shifted(x) else x,
+            "apart",
+            "the gradient by the output of layer '1', in the adversarial pass",
+        ),
+    ],
+)
+def test_the_first_thing_that_is_not_finite_is_found_with_its_pass_and_layer(spoil, method, where):
+    model = network()
+    model.insert(2, Fault(spoil))
+    learner = learner_of(model, method)
+    take(learner)
+    with pytest.raises(NonFiniteError, match=f"step 1 is not finite. The first infinity or NaN: {where}"):
+        learner.settle()
+
+
+def test_a_gradient_that_no_other_layer_sees_is_found():
+    model = network()
+    model[4] = SpoiltLinear(64, 3)
+    learner = learner_of(model, "apart")
+    take(learner)
+    with pytest.raises(NonFiniteError, match="the gradient of weight of layer '4', in the proxy pass"):
+        learner.settle()
+
+
+def test_a_step_that_is_not_finite_is_noticed_when_the_next_one_begins():
+    learner = learner_of()
+    learner.take((batch_of()[0] * math.nan, batch_of()[1]), 0.1, 7)
+    with pytest.raises(NonFiniteError, match=r"step 7 is not finite.*: the samples it began with"):
+        learner.take(batch_of(), 0.1, 8)
+
+
+def test_weights_that_an_update_made_infinite_are_named():
+    model, batch = network(), batch_of()
+    params, buffers = split_state(model)
+    params["4.bias"][1] = math.inf
+    start = Start(3, params, buffers, batch, None, torch.get_rng_state())
+    assert first_nonfinite(model, MethodSettings("plain"), None, start) == "the weights it began with, in '4.bias'"
+
+
+def test_a_step_that_is_finite_the_second_time_is_said_to_be():
+    model = network()
+    start = Start(3, *split_state(model), batch_of(), None, torch.get_rng_state())
+    assert first_nonfinite(model, MethodSettings("apart", groups=4), None, start) is None
+
+
+def test_float16_that_overflows_at_any_scale_is_an_error():
+    model = network()
+    model.insert(2, Fault(lambda x: x / 0))
+    learner = learner_of(model, amp="fp16")
+    with pytest.raises(NonFiniteError, match=r"the output of layer '2', in the training pass.*--amp bf16"):
+        take(learner, steps=30)
+    assert learner.state_dict()["loss_scale"]["value"] == 0.5
+
+
+# checkpoints
+
+
+def test_a_checkpoint_comes_back_and_the_newest_wins(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None
+    for step in (9, 10, 11):
+        checkpoints.save(step, {"step": step, "tensors": {"a": torch.arange(3.0)}, "rows": [{"x": None}]})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000010.pt", "step-000000011.pt"]
+    state = checkpoints.load()
+    assert state["step"] == 11
+    assert state["rows"] == [{"x": None}]
+    assert torch.equal(state["tensors"]["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning(damage, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})
+    newest = tmp_path / "step-000000002.pt"
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    newest.write_bytes({"flipped": flipped, "truncated": content[:middle], "empty": b""}[damage])
+    with pytest.warns(UserWarning, match="is damaged and was set aside"):
+        assert checkpoints.load()["step"] == 1
+    assert (tmp_path / "step-000000002.damaged").exists()
+
+
+def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {})
+    (tmp_path / "step-000000001.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="all checkpoints in"):
+        checkpoints.load()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, {"state": Malicious()})
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
+        checkpoints.load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_killed_process_has_begun_to_write_is_swept_away(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1})
+    (tmp_path / "step-000000002.pt.tmp").write_bytes(b"half")
+    assert checkpoints.load() == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# signals
+
+
+def test_a_signal_is_noted_and_its_double_too():
+    before = signal.getsignal(signal.SIGINT)
+    with noted_signals() as noted:
+        assert noted() is None
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert noted() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_is_repeated_later_is_obeyed(monkeypatch):
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.0)
+    with noted_signals():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# settings
+
+
+def test_there_is_a_preset_for_every_data_set():
+    assert set(PRESETS) == set(NAMES) == set(get_args(DataName))
+    assert all(settings.data.name == name for name, settings in PRESETS.items())
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny-imagenet", "imagenet"])
+def test_presets_are_the_published_settings(name):
+    settings = PRESETS[name]
+    assert (settings.method.epsilon, settings.method.groups, settings.method.rho) == (0.1, 16, 0.1)
+    training = settings.training
+    assert (training.lr, training.momentum, training.schedule) == (0.1, 0.9, "steps")
+    imagenet = name == "imagenet"
+    assert training.epochs == (90 if imagenet else 200)
+    assert training.weight_decay == (1e-4 if imagenet else 5e-4)
+    assert training.batch_size == (128 if name.startswith("cifar") else 256)
+    assert settings.data.crop == {"tiny-imagenet": 64, "imagenet": 224}.get(name)
+
+
+def test_the_learning_rate_falls_tenfold_at_every_milestone():
+    training = TrainingSettings(lr=0.1, schedule="steps", milestones=(0.5, 0.75))
+    rates = [learning_rate(training, step / 8) for step in range(8)]
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_imagenet_has_the_milestones_of_105_epochs_scaled_to_its_own():
+    rates = [learning_rate(PRESETS["imagenet"].training, epoch / 105) for epoch in (29.9, 30, 60, 90, 100)]
+    assert rates == pytest.approx([0.1, 0.01, 0.001, 1e-4, 1e-5])
+
+
+def test_the_cosine_falls_to_zero():
+    training = TrainingSettings(lr=0.2, schedule="cosine")
+    assert [learning_rate(training, done) for done in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_come_back_from_json(name):
+    assert from_json(as_json(PRESETS[name]) | {"environment": {}}) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("training", {"optimiser": "adam"}, "optimiser"),
+        ("training", {"epochs": "many"}, "epochs"),
+        ("training", {"epochs": 0}, "epochs is 0"),
+        ("method", {"name": "magic"}, "name"),
+    ],
+)
+def test_stored_settings_that_make_no_sense_are_refused(part, changes, message):
+    stored = as_json(Settings())
+    stored[part] |= changes
+    with pytest.raises(SettingsError, match=message):
+        from_json(stored)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "evaluate_every"])
+def test_counts_start_at_one(name):
+    with pytest.raises(SettingsError, match=f"{name} is 0"):
+        TrainingSettings(**{name: 0})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_radii_are_finite_and_not_negative(value):
+    with pytest.raises(SettingsError, match="rho is"):
+        MethodSettings(rho=value)

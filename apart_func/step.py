@@ -156,8 +156,9 @@ def make_step_at(
         epsilon: float | Tensor | None = None,
         loss_scale: float | Tensor | None = None,
     ) -> StepOutput:
+        if epsilon is not None:
+            check_epsilon(epsilon)
         radius = default_epsilon if epsilon is None else epsilon
-        check_epsilon(radius)
         like = statistics_like({**params, **buffers})
         radius = _scalar(radius, like.dtype, like.device)
         precision = Precision(

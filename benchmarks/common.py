@@ -220,6 +220,7 @@ def record(
             "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
             "threads": threads,
             "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
+            "malloc_trim_threshold": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
         },
         "rows": list(rows),
     }

@@ -79,9 +79,9 @@ QUICK = Settings(
     models=("overhead", "mlp", "cifar_resnet"),
     ratios=(1.0,),
     groups=(16,),
-    compiled_models=("overhead", "cifar_resnet"),
-    rounds=5,
-    seconds=0.2,
+    compiled_models=("cifar_resnet",),
+    rounds=7,
+    seconds=0.1,
     threads=1,
 )
 

@@ -6,6 +6,7 @@ Every method is set against plain training, seed by seed. A positive difference 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from paired import Estimate, PairedDifference, estimate, paired_difference
@@ -23,7 +25,8 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ("#0072B2", "#E69F00", "#D55E00")  # Okabe and Ito: told apart with every kind of colour vision
+# Okabe and Ito, without their yellow, which is faint on white: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "^", "s")
 
 
@@ -33,7 +36,7 @@ class Run:
 
     Attributes:
         losses: mean training loss of every epoch, without perturbation.
-        passes: forward-backward passes over the training images, at each point of the learning curve.
+        passes: forward-backward passes over the training data, at each point of the learning curve.
         errors: error in percent at these points; the last is the result.
         step_seconds: time of every step.
     """
@@ -119,8 +122,8 @@ def print_table(rows: Sequence[Row], title: str, caption: str) -> None:
     for column in ("loss", "error %", "plain − method [95 %]", "time a step"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        error = f"{row.error.mean:.2f} ± {row.error.standard_error:.2f}"
         difference = "" if row.gain_over_plain is None else format_gain(row.gain_over_plain)
+        error = format_error(row.error)
         table.add_row(row.method, f"{row.training_loss:.3f}", error, difference, f"{row.step_ratio:.2f} ×")
     Console().print(table)
 
@@ -143,8 +146,15 @@ def verdict(method: str, other: str, difference: PairedDifference) -> str:
 
 
 def format_gain(difference: PairedDifference) -> str:
-    """A difference and its interval, as in `+1.26 [+0.91, +1.61]`."""
+    """A difference and its interval, as in `+1.26 [+0.91, +1.61]`; a single pair has no interval."""
+    if math.isnan(difference.low):
+        return f"{difference.mean:+.2f}"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def format_error(error: Estimate) -> str:
+    """An error and its standard error, as in `6.40 ± 0.28`; a single run has no standard error."""
+    return f"{error.mean:.2f}" + ("" if math.isnan(error.standard_error) else f" ± {error.standard_error:.2f}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -168,29 +178,37 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]], plain: str, error_name: 
         error_name: what the error was measured on, as in `test error`.
     """
     figure, (curves, pairs) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    _draw_curves(curves, runs, error_name)
+    draw_curves(curves, runs, error_name)
     _draw_pairs(pairs, runs, plain, error_name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _draw_curves(axes: Axes, runs: Mapping[str, Sequence[Run]], error_name: str) -> None:
-    """Mean error of each method against the passes it has cost, with a band of one standard error."""
-    for colour, (method, trained) in zip(COLOURS, runs.items(), strict=True):
-        errors = np.array([run.errors for run in trained])
-        mean, standard_error = errors.mean(axis=0), errors.std(axis=0, ddof=1) / len(errors) ** 0.5
-        axes.plot(trained[0].passes, mean, color=colour, label=method)
-        axes.fill_between(
-            trained[0].passes, mean - standard_error, mean + standard_error, color=colour, alpha=0.2, linewidth=0
-        )
+def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Run]], error_name: str) -> None:
+    """Draw the mean error of each method against the passes it has cost, with a band of one standard error.
+
+    Args:
+        axes: where to.
+        runs: for every method its runs, measured at the same points of training.
+        error_name: what the error was measured on, as in `test error`.
+    """
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS))
+    for method, trained in runs.items():
+        passes, errors = trained[0].passes, np.array([run.errors for run in trained])
+        mean = errors.mean(axis=0)
+        (line,) = axes.plot(passes, mean, label=method)
+        if len(errors) > 1:
+            standard_error = errors.std(axis=0, ddof=1) / len(errors) ** 0.5
+            band = (mean - standard_error, mean + standard_error)
+            axes.fill_between(passes, *band, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set(
         title="Learning curves: mean ± standard error",
-        xlabel="forward-backward passes over the training images",
+        xlabel="forward-backward passes over the training data",
         ylabel=f"{error_name} (%)",
     )
     axes.legend(frameon=False)
@@ -199,7 +217,7 @@ def _draw_curves(axes: Axes, runs: Mapping[str, Sequence[Run]], error_name: str)
 def _draw_pairs(axes: Axes, runs: Mapping[str, Sequence[Run]], plain: str, error_name: str) -> None:
     """Final error of each method against plain training's on the same seed."""
     plain_errors = _final_errors(runs[plain])
-    for colour, marker, (method, trained) in zip(COLOURS, MARKERS, runs.items(), strict=True):
+    for colour, marker, (method, trained) in zip(COLOURS, MARKERS, runs.items(), strict=False):
         if method != plain:
             axes.scatter(plain_errors, _final_errors(trained), color=colour, marker=marker, alpha=0.8, label=method)
     axes.axline((plain_errors[0], plain_errors[0]), slope=1, color="grey", linewidth=1, label="same error")

@@ -4,7 +4,7 @@
     members = vmap(step)                                               all networks, each with batch and radius
     torch.compile(members)                                             one program for all of them
 
-The networks are small ResNets on handwritten digits, of several seeds at each radius ε. A seed decides initial weights
+The networks are small ResNets on a bundled data set, of several seeds at each radius ε. A seed decides initial weights
 and batches, so the networks of a seed differ by ε alone. The learning curves are drawn into `--out`.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,7 +23,7 @@ import tyro
 from compare_report import write_json
 from data import ImageData, Split, load, shuffled_batches
 from environment import environment
-from models import small_resnet
+from models import mnist_resnet, resnet1d, small_resnet
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.func import stack_module_state, vmap
@@ -32,15 +32,18 @@ from apart_func import FunctionalModel, functionalize, make_apart_step
 
 Tensors = dict[str, Tensor]
 
+NETWORKS = {"digits": small_resnet, "mnist5k": mnist_resnet, "mnist1d": resnet1d}
+
 
 @dataclass(frozen=True)
 class Settings:
     """What is trained.
 
     Attributes:
+        data: bundled data set; nothing is downloaded.
         epsilons: perturbation radii; ε = 0 is the control with two passes and no perturbation.
         seeds: networks at each radius.
-        epochs: passes over the 256 training images.
+        epochs: passes over the training samples.
         groups: ghost groups of the adversarial pass; they divide the batch size.
         width: channels of the networks' first block.
         lr: learning rate at the start; it falls to zero along a cosine.
@@ -52,6 +55,7 @@ class Settings:
         out: folder for ensemble.json and ensemble.png.
     """
 
+    data: Literal["digits", "mnist5k", "mnist1d"] = "digits"
     epsilons: tuple[float, ...] = (0.0, 0.1)
     seeds: int = 4
     epochs: int = 60
@@ -95,7 +99,7 @@ def make_models(settings: Settings) -> list[nn.Module]:
     for _ in settings.epsilons:
         for seed in range(settings.seeds):
             torch.manual_seed(seed)
-            models.append(small_resnet(in_channels=1, classes=10, width=settings.width))
+            models.append(NETWORKS[settings.data](1, 10, settings.width))
     return models
 
 
@@ -185,7 +189,7 @@ def train(settings: Settings) -> Curves:
         Losses and errors; the networks of the first radius come first.
     """
     torch.set_num_threads(settings.threads)
-    data = load("digits")
+    data = load(settings.data)
     models = make_models(settings)
     members = stack(models)
     epsilons = torch.tensor(settings.epsilons).repeat_interleave(settings.seeds)

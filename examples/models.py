@@ -1,8 +1,8 @@
 """Residual networks with batch normalization, for small images and for signals.
 
-One class, three forms: `small_resnet` for 8 × 8 digits and their like, `cifar_resnet` for 32 × 32 colour images,
-`resnet1d` for signals. All are stages of residual blocks; every stage after the first halves the resolution and doubles
-the width.
+One class, four forms: `small_resnet` for 8 × 8 digits and their like, `mnist_resnet` for 28 × 28 images,
+`cifar_resnet` for 32 × 32 colour images, `resnet1d` for signals. All are stages of residual blocks; every stage after
+the first halves the resolution and doubles the width.
 """
 
 from __future__ import annotations
@@ -48,6 +48,20 @@ def small_resnet(in_channels: int, classes: int, width: int = 8, blocks: int = 2
     return ResNet(in_channels, classes, width, stages=blocks, blocks_per_stage=1)
 
 
+def mnist_resnet(in_channels: int, classes: int, width: int = 16) -> ResNet:
+    """A ResNet for 28 × 28 images whose stem halves them, so that it costs a quarter; each of its stages is one block.
+
+    Args:
+        in_channels: channels of the images.
+        classes: number of classes.
+        width: channels of the first block; the other two have twice and four times as many.
+
+    Returns:
+        The network, freshly initialised from torch's default generator.
+    """
+    return ResNet(in_channels, classes, width, stages=3, blocks_per_stage=1, stem_stride=2)
+
+
 def cifar_resnet(width: int = 16, blocks_per_stage: int = 2, classes: int = 10, in_channels: int = 3) -> ResNet:
     """The CIFAR form of ResNet: three stages, on 32 × 32, 16 × 16 and 8 × 8 positions.
 
@@ -88,6 +102,7 @@ class ResNet(nn.Module):
         stages: number of stages; each after the first halves the resolution and doubles the width.
         blocks_per_stage: residual blocks in each stage.
         layers: those for images, or for signals.
+        stem_stride: step of the first convolution.
     """
 
     def __init__(
@@ -98,9 +113,11 @@ class ResNet(nn.Module):
         stages: int,
         blocks_per_stage: int,
         layers: Layers = IMAGES,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv3(layers, in_channels, width), layers.batch_norm(width), nn.ReLU(inplace=True))
+        convolution = _conv3(layers, in_channels, width, stem_stride)
+        self.stem = nn.Sequential(convolution, layers.batch_norm(width), nn.ReLU(inplace=True))
         self.stages = nn.Sequential(_stage(layers, width, width, blocks_per_stage, stride=1))
         for _ in range(1, stages):
             self.stages.append(_stage(layers, width, 2 * width, blocks_per_stage, stride=2))

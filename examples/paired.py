@@ -6,6 +6,7 @@ seeds. The interval is Student's, over the seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Estimate:
 
     Attributes:
         mean: the mean.
-        standard_error: its standard error.
+        standard_error: its standard error; nan for a single value.
     """
 
     mean: float
@@ -32,7 +33,7 @@ class PairedDifference:
 
     Attributes:
         mean: mean of first − second.
-        low: lower end of the interval.
+        low: lower end of the interval; nan for a single pair, as is the upper end.
         high: upper end of the interval.
         confidence: the interval's level.
     """
@@ -49,7 +50,7 @@ class PairedDifference:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of at least two values, with its standard error.
+    """The mean of one value or more, with its standard error.
 
     Args:
         values: one a seed.
@@ -57,11 +58,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     Returns:
         Mean and standard error.
     """
-    return Estimate(float(np.mean(values)), float(stats.sem(values)))
+    return Estimate(float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else math.nan)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
-    """The mean of first − second over at least two pairs, with Student's interval.
+    """The mean of first − second over one pair or more, with Student's interval.
 
     Args:
         first: one value a seed.

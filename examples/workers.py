@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import suppress
@@ -38,6 +40,7 @@ def run_in_workers(
 
     Raises:
         Exception: whatever the first task that failed raised; tasks that have not started are dropped.
+        KeyboardInterrupt: Ctrl-C; the workers have been stopped.
     """
     context = multiprocessing.get_context("spawn")  # forking a process in which torch has started threads may hang
     news: Queue[Any] = context.Queue()
@@ -51,6 +54,10 @@ def run_in_workers(
                 finished.result()
             show(_take_all(news))
         return [finished.result() for finished in tasks]
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         news.close()
@@ -71,7 +78,17 @@ def _start_worker(news: Queue[Any]) -> None:
     global _to_parent
     _to_parent = news
     news.cancel_join_thread()  # unread news must not keep a worker alive
+    os.setsid()  # Ctrl-C reaches the parent alone, which decides
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _leave_with_the_parent() -> None:
+    """End with a parent that was killed: the worker would otherwise work on, beside those of the next attempt."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers are started here"
+    parent.join()
+    os._exit(1)
 
 
 def _take_all(news: Queue[Any]) -> list[Any]:

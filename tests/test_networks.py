@@ -12,7 +12,7 @@ from training.datasets import DataSet
 from training.networks import NAMES, NetworkError, make_network
 from training.splits import InMemory
 
-IMAGES = ("small_resnet", "preact_resnet18", "wrn_40_2", "resnet18", "resnet50")
+IMAGES = ("small_resnet", "mnist_resnet", "preact_resnet18", "wrn_40_2", "resnet18", "resnet50")
 
 
 def data_of(*sample_shape: int, classes: int = 10) -> DataSet:
@@ -53,6 +53,15 @@ def test_the_depth_is_that_of_the_name():
     wide, preact = (convolutions(make_network(name, data_of(3, 32, 32))) for name in ("wrn_40_2", "preact_resnet18"))
     assert len(wide) == 40
     assert sum(module.kernel_size == (3, 3) for module in preact) + 1 == 18
+
+
+def test_the_stem_of_mnist_resnet_halves_the_images_and_each_later_stage_again():
+    model = make_network("mnist_resnet", data_of(1, 28, 28))
+    sizes = []
+    for stage in (model.stem, *model.stages):
+        stage.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
+    model(torch.zeros(2, 1, 28, 28))
+    assert sizes == [(16, 14, 14), (16, 14, 14), (32, 7, 7), (64, 4, 4)]
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -111,7 +120,8 @@ def test_a_network_for_another_kind_of_data_is_refused(name, shape):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("small_resnet", (3, 8, 8)), ("preact_resnet18", (3, 8, 8)), ("resnet1d", (1, 40))]
+    ("name", "shape"),
+    [("small_resnet", (3, 8, 8)), ("mnist_resnet", (1, 28, 28)), ("preact_resnet18", (3, 8, 8)), ("resnet1d", (1, 40))],
 )
 def test_the_width_is_that_of_the_first_stage(name, shape):
     model = make_network(name, data_of(*shape), width=6)
@@ -157,7 +167,9 @@ def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
 
 
 def test_a_name_like_no_other_is_refused_with_those_that_are_here():
-    with pytest.raises(NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, wrn_40_2"):
+    with pytest.raises(
+        NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, mnist_resnet, wrn_40_2"
+    ):
         make_network("???", data_of(3, 32, 32))
 
 

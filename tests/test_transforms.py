@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, stack_module_state, vmap
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from apart_func import (
     ApartStep,
@@ -226,6 +227,55 @@ def test_a_compiled_vmapped_step_equals_the_models_one_by_one() -> None:
     for i, factor in enumerate((1.0, 1.1)):
         one = step({name: factor * p for name, p in params.items()}, buffers, BATCH)
         assert_same(tree_map(lambda t, i=i: t[i], together), one)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_step_is_traced_once_more_for_a_second_batch_size_and_never_again() -> None:
+    step, params, buffers = small_step(groups=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for samples in (8, 12, 6, 16):
+        batch = images(samples)
+        assert_same(compiled(params, buffers, batch), step(params, buffers, batch))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_sync_batch_norm_that_has_nobody_to_synchronise_with_compiles() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+    step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(params, buffers, BATCH), step(params, buffers, BATCH))
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_checkpointed_model_does_not_compile_and_the_compiler_says_why() -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    layers = list(convolutional())
+    model = nn.Sequential(Checkpointed(*layers[:3]), *layers[3:])
+    step = make_apart_step(model, F.cross_entropy)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"checkpoint"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(*split_state(model), BATCH)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here, and CUDA graphs exist there alone")
+@pytest.mark.usefixtures("dynamo")
+def test_cuda_graphs_replay_the_step() -> None:
+    model = convolutional(dtype=torch.float32).cuda()
+    step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for seed in range(5):  # recorded on the way, and replayed later
+        batch = tuple(tensor.cuda() for tensor in images(seed=seed, dtype=torch.float32))
+        torch.compiler.cudagraph_mark_step_begin()
+        out, expected = compiled(params, buffers, batch), step(params, buffers, batch)
+        torch.testing.assert_close(out.grads, expected.grads, rtol=1e-3, atol=1e-5)  # float32 sums in another order
+        torch.testing.assert_close(out.buffers, expected.buffers, rtol=1e-4, atol=1e-5)
+        buffers = {name: buffer.clone() for name, buffer in out.buffers.items()}  # the graph will write there again
 
 
 # The parts.

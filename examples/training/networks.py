@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torchvision
-from models import initialise, resnet1d, small_resnet
+from models import initialise, mnist_resnet, resnet1d, small_resnet
 from torch import Tensor, nn
 
 from training.datasets import DataSet
@@ -199,5 +199,6 @@ ANY_WIDTH = {
     "small_resnet": Choice(small_resnet, 8),
     "resnet1d": Choice(resnet1d, 16),
     "preact_resnet18": Choice(preact_resnet18, 64),
+    "mnist_resnet": Choice(mnist_resnet, 16),
 }
 NAMES = (*ANY_WIDTH, "wrn_40_2", "resnet18", "resnet50")

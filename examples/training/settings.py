@@ -57,7 +57,8 @@ class ModelSettings:
     """The network.
 
     Attributes:
-        name: small_resnet, wrn_40_2, preact_resnet18, resnet18, resnet50, resnet1d (signals), or any model of timm.
+        name: small_resnet, mnist_resnet, wrn_40_2, preact_resnet18, resnet18, resnet50, resnet1d (signals), or any of
+            timm's.
         width: channels of its first stage, where it has a choice.
     """
 

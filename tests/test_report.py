@@ -1,0 +1,352 @@
+"""The report on finished runs: which runs are a row, what it is compared with, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import report
+from paired import estimate, paired_difference
+from training.runs import FolderError
+from training.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
+
+ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
+PAGE = Path(report.__file__).parent / "RESULTS.md"
+PLAIN = {0: 8.0, 1: 6.0, 2: 7.5}
+TWICE = {0: 7.0, 1: 5.5, 2: 7.5}
+APART = {0: 5.5, 1: 4.0, 2: 5.0}
+
+
+def write_run(folder: Path, *, error=5.0, loss=0.01, validation_error=None, finished=True, seed=0, **sections) -> Path:
+    """A run folder as train.py writes it. Two epochs of plain training, where `sections` do not say otherwise."""
+    settings = Settings(
+        data=DataSettings(**sections.get("data", {})),
+        model=ModelSettings(**sections.get("model", {})),
+        method=MethodSettings(**{"name": "plain", **sections.get("method", {})}),
+        training=TrainingSettings(**{"epochs": 2, **sections.get("training", {})}),
+        seed=seed,
+        out=folder,
+    )
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**as_json(settings), "environment": ENVIRONMENT}))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["epoch", "train_loss", "validation_error", "test_error"])
+        for left in reversed(range(settings.training.epochs)):
+            table.writerow([settings.training.epochs - left, loss + left, validation_error, error + left])
+    if finished:
+        (folder / "model.safetensors").touch()
+    return folder
+
+
+def method(name: str, **settings) -> dict[str, object]:
+    return {"method": {"name": name, **settings}}
+
+
+def epochs(count: int) -> dict[str, object]:
+    return {"training": {"epochs": count}}
+
+
+def write_runs(folder: Path, errors: dict[int, float], **sections) -> None:
+    for seed, error in errors.items():
+        write_run(folder / f"run{len(list(folder.glob('*')))}", seed=seed, error=error, **sections)
+
+
+def make(runs: Path, **options) -> dict[str, dict[str, str]]:
+    """Report on a folder and read the rows of the Markdown table, by label and column."""
+    options = {"out": runs.parent / "report", **options}
+    report.main(report.Options((runs,), **options))
+    return read_table(next(options["out"].glob("*.md")).read_text(encoding="utf-8"))
+
+
+def read_table(markdown: str) -> dict[str, dict[str, str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {cells[0]: dict(zip(head[1:], cells[1:], strict=True)) for cells in rows}
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    return tmp_path / "runs"
+
+
+# rows
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_with_mean_and_standard_error(runs):
+    write_runs(runs, {0: 5.0, 1: 6.0, 2: 7.0}, loss=0.0125)
+    assert make(runs) == {
+        "plain": {
+            "seeds": "3",
+            "passes": "2",
+            "training loss": "0.0125",
+            "error %": "6.00 ± 0.58",
+            "gain on plain": "",
+            "gain on plain, 2× epochs": "",
+        }
+    }
+
+
+def test_a_label_is_made_of_what_differs(runs):
+    write_run(runs / "a", **method("plain"))
+    write_run(runs / "b", **method("plain"), **epochs(4))
+    write_run(runs / "c", **method("plain"), **epochs(3))
+    write_run(runs / "d", **method("apart", epsilon=0))
+    write_run(runs / "e", **method("apart", epsilon=0.05))
+    write_run(runs / "f", **method("apart", epsilon=0.1))
+    write_run(runs / "g", **method("sam"))
+    write_run(runs / "h", **method("apart_sam"), **epochs(4))
+    assert list(make(runs)) == [
+        "plain",
+        "plain, 3 epochs",
+        "plain, 2× epochs",
+        "zero radius",
+        "APART, ε 0.05",
+        "APART, ε 0.1",
+        "SAM",
+        "APART-SAM, ε 0.1, 2× epochs",
+    ]
+
+
+def test_what_is_the_same_everywhere_is_in_no_label_but_in_the_notes(runs, tmp_path):
+    write_run(runs / "a", **method("plain"), training={"epochs": 2, "lr": 0.3})
+    write_run(runs / "b", **method("apart"), training={"epochs": 2, "lr": 0.3})
+    assert list(make(runs)) == ["plain", "APART"]
+    notes = (tmp_path / "report/digits-test.md").read_text(encoding="utf-8")
+    for setting in ("lr 0.3", "ε 0.1", "model small_resnet", "torch 2.14.1, a processor"):
+        assert setting in notes
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"), [("plain", "epsilon"), ("plain", "rho"), ("sam", "groups"), ("apart", "rho")]
+)
+def test_what_a_method_does_not_read_does_not_split_its_row(runs, name, foreign):
+    write_run(runs / "a", seed=0, **method(name, **{foreign: 1}))
+    write_run(runs / "b", seed=1, **method(name, **{foreign: 2}))
+    (row,) = make(runs).values()
+    assert row["seeds"] == "2"
+
+
+def test_where_the_data_lay_does_not_split_a_row(runs):
+    write_run(runs / "a", seed=0, data={"name": "cifar10", "folder": Path("here")})
+    write_run(runs / "b", seed=1, data={"name": "cifar10", "folder": Path("there")})
+    assert list(make(runs)) == ["plain"]
+
+
+def test_data_of_ones_own_is_told_apart_by_its_folder(runs):
+    write_run(runs / "a", data={"name": "folder", "folder": Path("cats")})
+    write_run(runs / "b", data={"name": "folder", "folder": Path("dogs")}, **method("apart"))
+    rows = make(runs)
+    assert list(rows) == ["plain, folder cats", "APART, folder dogs"]
+    assert rows["APART, folder dogs"]["gain on plain"] == ""
+
+
+def test_a_pass_is_forward_and_backward_over_the_data(runs):
+    write_run(runs / "a", **method("plain"), **epochs(10))
+    write_run(runs / "b", **method("apart", ratio=0.5), **epochs(10))
+    write_run(runs / "c", **method("sam"), **epochs(10))
+    write_run(runs / "d", **method("apart_sam", ratio=1.0), **epochs(10))
+    assert [row["passes"] for row in make(runs).values()] == ["10", "15", "20", "20"]
+
+
+# differences
+
+
+@pytest.fixture
+def grid(runs) -> Path:
+    write_runs(runs, PLAIN)
+    write_runs(runs, TWICE, **epochs(4))
+    write_runs(runs, APART, **method("apart"))
+    return runs
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    seeds = sorted(first.keys() & second.keys())
+    found = paired_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def test_a_method_is_set_against_plain_training_and_against_twice_its_epochs(grid):
+    row = make(grid)["APART"]
+    assert row["gain on plain"].strip("*") == difference(PLAIN, APART)
+    assert row["gain on plain, 2× epochs"].strip("*") == difference(TWICE, APART)
+
+
+def test_longer_plain_training_is_set_against_the_shortest(grid):
+    rows = make(grid)
+    assert rows["plain, 2× epochs"]["gain on plain"] == difference(PLAIN, TWICE)
+    assert rows["plain, 2× epochs"]["gain on plain, 2× epochs"] == ""
+    assert rows["plain"]["gain on plain, 2× epochs"] == difference(TWICE, PLAIN)
+
+
+def test_bold_are_the_intervals_that_exclude_zero(grid):
+    rows = make(grid)
+    assert rows["APART"]["gain on plain"].startswith("**+2.33")
+    assert "*" not in rows["plain, 2× epochs"]["gain on plain"]
+
+
+def test_only_seeds_that_both_have_are_paired_and_their_number_is_told(runs):
+    write_runs(runs, PLAIN)
+    write_runs(runs, {1: 4.0, 2: 5.0, 7: 90.0}, **method("apart"))
+    row = make(runs)["APART"]
+    assert row["seeds"] == "3"
+    assert row["gain on plain"].strip("*") == difference(PLAIN, {1: 4.0, 2: 5.0}) + " (2 seeds)"
+
+
+def test_one_seed_has_a_difference_without_an_interval(runs):
+    write_run(runs / "a", error=8)
+    write_run(runs / "b", error=5.5, **method("apart"))
+    row = make(runs)["APART"]
+    assert (row["error %"], row["gain on plain"]) == ("5.50", "+2.50")
+
+
+def test_seeds_in_common_with_none_leave_the_difference_open(runs):
+    write_run(runs / "a", seed=0)
+    write_run(runs / "b", seed=1, **method("apart"))
+    assert make(runs)["APART"]["gain on plain"] == ""
+
+
+def test_plain_training_of_another_network_is_no_pair(runs):
+    for width in (8, 16):
+        write_run(runs / f"plain{width}", model={"width": width}, error=width)
+        write_run(runs / f"apart{width}", model={"width": width}, error=3, **method("apart"))
+    rows = make(runs)
+    assert rows["APART, width 8"]["gain on plain"] == "+5.00"
+    assert rows["APART, width 16"]["gain on plain"] == "+13.00"
+
+
+# what is written and read
+
+
+def test_validation_errors_are_read_where_asked_for(runs, tmp_path):
+    write_run(runs / "a", error=5, validation_error=9.25)
+    assert make(runs, measure_on="validation")["plain"]["error %"] == "9.25"
+    assert (tmp_path / "report/digits-validation.md").is_file()
+
+
+def test_every_data_set_has_its_own_table_figure_and_errors(runs, tmp_path):
+    write_run(runs / "a", seed=3, error=5)
+    write_run(runs / "b", seed=3, error=6, data={"name": "mnist1d"}, **epochs(7))
+    make(runs)
+    for data, error in (("digits", 5), ("mnist1d", 6)):
+        stem = tmp_path / "report" / f"{data}-test"
+        assert list(read_table(stem.with_suffix(".md").read_text(encoding="utf-8"))) == ["plain"]
+        assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        (group,) = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))["groups"]
+        assert group["errors"] == {"3": error}
+
+
+def test_the_printed_table_says_what_the_written_one_says(grid, capsys):
+    rows = make(grid)
+    printed = capsys.readouterr().out
+    for label, cells in rows.items():
+        assert all(text.strip("*") in printed for text in (label, *cells.values()))
+
+
+def test_the_curves_show_error_against_passes(runs, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "draw_curves", lambda axes, runs, title: drawn.update(runs))
+    write_runs(runs, {0: 5.0, 1: 6.0}, **method("apart"))
+    make(runs)
+    assert [run.passes for run in drawn["APART"]] == [[2, 4], [2, 4]]
+    assert [run.errors for run in drawn["APART"]] == [[6, 5], [7, 6]]
+
+
+def test_unfinished_runs_and_other_folders_are_named_and_left_out(runs, capsys):
+    write_run(runs / "a", seed=0)
+    write_run(runs / "b", seed=1, finished=False)
+    (runs / "notes").mkdir()
+    report.main(report.Options(tuple(runs.iterdir()), out=runs.parent / "report"))
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert f"left out: {runs / 'b'} has not finished" in printed
+    assert f"left out: {runs / 'notes'} is no run folder" in printed
+    assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["seeds"] == "1"
+
+
+def test_a_run_given_twice_counts_once(runs):
+    write_run(runs / "a")
+    report.main(report.Options((runs, runs / "a"), out=runs.parent / "report"))
+    assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["seeds"] == "1"
+
+
+def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
+    page = tmp_path / "page.md"
+    other = "after\n<!-- mnist1d-test -->\nkept\n<!-- end -->\n"
+    page.write_text(f"before\n<!-- digits-test -->\nstale\n<!-- end -->\n{other}")
+    write_run(runs / "a", error=5)
+    for _ in range(2):  # the same again changes nothing
+        make(runs, page=page)
+        text = page.read_text(encoding="utf-8")
+        assert (tmp_path / "report/digits-test.md").read_text(encoding="utf-8") in text
+        assert text.startswith("before\n")
+        assert text.endswith(other)
+        assert text.count("digits: test error") == 1
+        assert "stale" not in text
+
+
+def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n")
+    write_run(runs / "a")
+    with pytest.raises(FolderError, match=r"page\.md has no place for the table: .* <!-- digits-test -->"):
+        make(runs, page=page)
+    assert page.read_text() == "text\n"
+
+
+# errors
+
+
+def test_two_runs_of_the_same_settings_and_seed_are_refused(runs):
+    write_run(runs / "a", seed=4)
+    write_run(runs / "b", seed=4)
+    with pytest.raises(FolderError, match=r"runs/a and .*runs/b have the same settings and seed 4"):
+        make(runs)
+
+
+def test_a_missing_folder_is_named(runs):
+    with pytest.raises(FolderError, match=r"runs does not exist: expected what was given .* as --out"):
+        make(runs)
+
+
+def test_nothing_finished_says_where_it_looked_and_for_what(runs):
+    write_run(runs / "a", finished=False)
+    with pytest.raises(FolderError, match=r"no finished run in .*runs: expected folders that train.py"):
+        make(runs)
+
+
+def test_an_error_that_was_not_measured_points_to_the_other_split(runs):
+    write_run(runs / "a")
+    with pytest.raises(FolderError, match=r"a/metrics.csv has no validation error .* --measure-on test"):
+        make(runs, measure_on="validation")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", "{"), ("config.json", "{}"), ("metrics.csv", "a,b\n1,2\n")]
+)
+def test_a_damaged_file_is_named(runs, name, content):
+    (write_run(runs / "a") / name).write_text(content)
+    with pytest.raises(FolderError, match=f"runs/a/{name} is not as train.py writes it .*: leave .*a out"):
+        make(runs)
+
+
+# the page of results
+
+
+@pytest.mark.parametrize("table", sorted((PAGE.parent / "results").glob("*-test.md")), ids=lambda path: path.stem)
+def test_the_page_of_results_shows_each_table_and_figure_as_the_report_wrote_them(table):
+    page = PAGE.read_text(encoding="utf-8")
+    assert table.read_text(encoding="utf-8") in page
+    assert f"(results/{table.stem}.png)" in page
+    assert table.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("errors", sorted((PAGE.parent / "results").glob("*-test.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_page_follow_from_the_errors_beside_them(errors):
+    table = read_table(errors.with_suffix(".md").read_text(encoding="utf-8"))
+    groups = json.loads(errors.read_text(encoding="utf-8"))["groups"]
+    assert [group["label"] for group in groups] == list(table)
+    for group in groups:
+        found = estimate(list(group["errors"].values()))
+        assert table[group["label"]]["error %"] == f"{found.mean:.2f} ± {found.standard_error:.2f}"

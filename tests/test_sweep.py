@@ -1,0 +1,177 @@
+"""The sweep over methods, radii and seeds: which runs there are, and that nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sweep
+import torch
+from safetensors.torch import load_file
+from sweep import Grid, SweepError, plan
+from training.logs import TIMING_COLUMNS
+from training.loop import RunError, train
+
+SWEEP = Path(sweep.__file__)
+DIGITS = ["--data", "digits", "--no-tensorboard"]
+TINY = [*DIGITS, "--epochs", "1", "--width", "2"]
+
+
+def names(grid: Grid, options: list[str] = DIGITS) -> list[str]:
+    return [run.name for run in plan(grid, options)]
+
+
+# the grid
+
+
+def test_every_method_is_run_at_its_radii_and_plain_training_at_its_factors_seed_after_seed():
+    grid = Grid(methods=("plain", "apart", "sam", "apart_sam"), epsilons=(0, 0.1), seeds=2, first_seed=3)
+    for_a_seed = ["plain", "plain-2xepochs", "apart-eps0", "apart-eps0.1", "sam", "apart_sam-eps0", "apart_sam-eps0.1"]
+    assert names(grid) == [f"{name}-seed{seed}" for seed in (3, 4) for name in for_a_seed]
+
+
+def test_settings_are_what_the_names_say(tmp_path):
+    runs = {run.name: run.settings for run in plan(Grid(seeds=1, epsilons=(0.3,), out=tmp_path), DIGITS)}
+    plain, twice, apart = runs["plain-seed0"], runs["plain-2xepochs-seed0"], runs["apart-eps0.3-seed0"]
+    assert (plain.method.name, apart.method.name, apart.method.epsilon) == ("plain", "apart", 0.3)
+    assert twice.training.epochs == 2 * plain.training.epochs
+    assert all(settings.seed == 0 and settings.out == tmp_path / name for name, settings in runs.items())
+
+
+def test_options_that_are_not_the_sweep_s_go_to_every_run():
+    options = [*DIGITS, "--lr", "0.03", "--batch-size", "32"]
+    runs = plan(Grid(seeds=1), options)
+    assert {(run.settings.training.lr, run.settings.training.batch_size) for run in runs} == {(0.03, 32)}
+
+
+def test_any_option_can_be_varied_and_names_what_it_varies():
+    grid = Grid(methods=("plain", "sam"), plain_factors=(2,), seeds=1, vary=("epochs=3,5", "width=4,8"))
+    assert names(grid)[:4] == [f"plain-epochs{e}-width{w}-2xepochs-seed0" for e in (3, 5) for w in (4, 8)]
+    run = plan(grid, DIGITS)[3]
+    assert (run.settings.training.epochs, run.settings.model.width) == (2 * 5, 8)
+
+
+def test_a_run_that_two_ways_lead_to_is_one():
+    grid = Grid(methods=("plain",), seeds=1, vary=("epochs=60,120",))
+    assert names(grid) == ["plain-epochs60-seed0", "plain-epochs60-2xepochs-seed0", "plain-epochs120-2xepochs-seed0"]
+
+
+def test_what_a_method_does_not_read_is_not_varied_for_it():
+    grid = Grid(("plain", "apart", "sam"), seeds=1, plain_factors=(1,), vary=("rho=0.1,0.2", "groups=2,4"))
+    assert names(grid) == [
+        "plain-seed0",
+        "apart-eps0.1-groups2-seed0",
+        "apart-eps0.1-groups4-seed0",
+        "sam-rho0.1-seed0",
+        "sam-rho0.2-seed0",
+    ]
+
+
+def test_the_longer_run_costs_more_and_a_second_pass_does_too():
+    costs = {run.name: run.passes for run in plan(Grid(seeds=1), [*DIGITS, "--epochs", "10", "--ratio", "0.5"])}
+    assert costs == {"plain-seed0": 10, "plain-2xepochs-seed0": 20, "apart-eps0.1-seed0": 15}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 0}, "--seeds must be 1 or more, not 0"),
+        ({"workers": 0}, "--workers must be 1 or more, not 0"),
+        ({"plain_factors": (1, 0)}, "--plain-factors must be 1 or more, not 0"),
+        ({"vary": ("lr",)}, "--vary lr: expected .* as in lr=0.05,0.1"),
+        ({"vary": ("lr=0.1,",)}, "--vary lr=0.1,: expected"),
+        ({"vary": ("seed=1,2",)}, "--vary seed=1,2: .*the sweep itself sets .*--seed"),
+        ({"methods": ()}, "--methods, --epsilons and --plain-factors need one value or more"),
+    ],
+)
+def test_a_grid_without_runs_is_refused(changes, message):
+    with pytest.raises(SweepError, match=message):
+        Grid(**changes)
+
+
+@pytest.mark.parametrize("option", ["--seed", "--method", "--epsilon=0.2"])
+def test_an_option_that_the_sweep_sets_is_refused(option):
+    with pytest.raises(SweepError, match=rf"{option.partition('=')[0]} is set by the sweep: use --methods"):
+        plan(Grid(), [*DIGITS, option])
+
+
+# training
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """What a run measured, but for its times."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name not in TIMING_COLUMNS} for row in rows]
+
+
+def written(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys):
+    grid = Grid(seeds=1, plain_factors=(1,), workers=1, out=tmp_path / "swept")
+    sweep.main(grid, TINY)
+    for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
+        train(run.settings, show=lambda progress: None)
+        assert metrics(grid.out / run.name) == metrics(run.settings.out)
+
+    before = written(grid.out)
+    sweep.main(grid, TINY)
+    assert f"2 runs in {grid.out}, 2 of them finished" in capsys.readouterr().out
+    assert written(grid.out) == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):
+    grid = Grid(("apart", "plain"), seeds=1, plain_factors=(1,), workers=1, out=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(grid, [*TINY, "--groups", "5"])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"failed: apart-eps0.1-seed0: \w+: groups=5 does not divide", printed)
+    assert f"train.py {' '.join(TINY)} --groups 5 --method apart" in printed
+    assert (tmp_path / "plain-seed0/model.safetensors").exists()
+
+
+def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_path):
+    run = plan(Grid(seeds=1, out=tmp_path), TINY)[0]
+    train(run.settings, show=lambda progress: None)
+    before = written(tmp_path)
+    with pytest.raises(RunError, match="other settings"):
+        sweep.main(Grid(seeds=1, out=tmp_path), [*TINY, "--lr", "0.5"])
+    assert written(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(tmp_path, kind):
+    arguments = [*DIGITS, "--epochs", "40", "--seeds", "2", "--checkpoint-epochs", "1"]
+    out = tmp_path / "stopped"
+    process = subprocess.Popen([sys.executable, str(SWEEP), "--out", str(out), *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(len(metrics(path.parent)) > 5 for path in out.glob("*/metrics.csv")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, kind)
+    assert process.wait(timeout=60) != 0
+    time.sleep(0.5)  # a worker sees that its parent has gone
+    before = written(out)
+    time.sleep(1)
+    assert written(out) == before, "workers train on without their parent"
+
+    unfinished = [path.parent for path in out.glob("*/config.json") if not (path.parent / "model.safetensors").exists()]
+    assert unfinished
+    for folder in (out, tmp_path / "undisturbed"):
+        subprocess.run([sys.executable, str(SWEEP), "--out", str(folder), *arguments], check=True, timeout=300)
+    for run in (tmp_path / "undisturbed").iterdir():
+        assert metrics(out / run.name) == metrics(run)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / run.name, run))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -38,7 +38,7 @@ from common import (
     spread,
 )
 from networks import make_case
-from steps import METHODS, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -164,9 +164,7 @@ def count_graphs(choice: Choice, device: str) -> Graphs:
 
     inner: Any = aot_autograd(fw_compiler=count, bw_compiler=count, decompositions=select_decomp_table)
     backend = CompileCounterWithBackend(inner)
-    step = make_step(
-        choice, make_case(choice.model, device, choice.samples), partial(torch.compile, fullgraph=True, backend=backend)
-    )
+    step = make_step(choice, make_case(choice.model, device, choice.samples), partial(ONE_GRAPH, backend=backend))
     for _ in range(3):
         step()
     return Graphs(backend.frame_count, len(sizes), sum(sizes))

@@ -34,7 +34,7 @@ from common import (
 )
 from networks import NETWORKS, make_case
 from rich.progress import TaskID
-from steps import METHODS, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
 
 BASELINES = ("plain", "plain compiled", "plain one graph")
 
@@ -96,7 +96,7 @@ def measure(settings: Settings) -> list[Row]:
         A row for every step.
     """
     rows: list[Row] = []
-    compiler = partial(torch.compile, fullgraph=True, mode=settings.compile_mode)
+    compiler = partial(ONE_GRAPH, mode=settings.compile_mode)
     with progress_bar() as progress:
         for model in settings.models:
             torch._dynamo.reset()  # the compiled steps share code, and Dynamo limits the versions it keeps of one

@@ -33,8 +33,8 @@ Step = Callable[[], object]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 Tensors = dict[str, Tensor]
 
-# One graph or an error: a step in pieces would be measured for something else.
-ONE_GRAPH: Compiler = partial(torch.compile, fullgraph=True)
+# One graph or an error: a step in pieces would be measured for something else, and so would one for any batch size.
+ONE_GRAPH: "partial[Callable[..., Any]]" = partial(torch.compile, fullgraph=True, dynamic=False)
 
 RADIUS = 0.1
 RHO = 0.05

@@ -195,7 +195,7 @@ def train(settings: Settings) -> Curves:
     epsilons = torch.tensor(settings.epsilons).repeat_interleave(settings.seeds)
     update = make_update(models[0], settings)
     if settings.compile:
-        update = torch.compile(update, fullgraph=True)
+        update = torch.compile(update, fullgraph=True, dynamic=False)
     predict = functionalize(models[0])
 
     per_epoch = len(data.train.labels) // settings.batch_size

@@ -58,7 +58,9 @@ class Learner:
         self._loss_scale = LossScale() if training.amp == "fp16" else None
         self._watch = Watch(self._explain)
         self._eager_step = make_step(model, settings.method, self._autocast_dtype)
-        self._step: Step = torch.compile(self._eager_step, fullgraph=True) if training.compile else self._eager_step
+        self._step: Step = self._eager_step
+        if training.compile:  # batches are all of one size, and symbolic sizes would take Inductor minutes
+            self._step = torch.compile(self._eager_step, fullgraph=True, dynamic=False)
 
     def rehearse(self, batch: Batch) -> None:
         """Compute one step and forget it, so that settings that do not fit are refused before a run begins.

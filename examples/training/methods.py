@@ -68,7 +68,7 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
 
     Returns:
-        The step, which `torch.compile(step, fullgraph=True)` takes as well.
+        The step, which `torch.compile(step, fullgraph=True, dynamic=False)` takes as well.
 
     Raises:
         ApartError: a setting is out of range, or the network has no batch norm to perturb.

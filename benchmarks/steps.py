@@ -34,7 +34,7 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 Tensors = dict[str, Tensor]
 
 # One graph or an error: a step in pieces would be measured for something else, and so would one for any batch size.
-ONE_GRAPH: "partial[Callable[..., Any]]" = partial(torch.compile, fullgraph=True, dynamic=False)
+ONE_GRAPH: partial[Callable[..., Any]] = partial(torch.compile, fullgraph=True, dynamic=False)
 
 RADIUS = 0.1
 RHO = 0.05

@@ -96,6 +96,19 @@ def test_gradients_of_the_kernel_layer_are_those_of_finite_differences() -> None
     assert torch.autograd.gradcheck(lambda *t: layer(*t, zero, zero), inputs)
 
 
+def test_first_and_second_derivatives_of_the_arithmetic_layer_are_those_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((6, 2, 3), (2,), (2,)))
+    zero = torch.zeros(2, dtype=torch.float64)  # the shift of the mean is a constant, which differences do not know
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return _arithmetic_layer(*tensors, zero, 0.3 + zero, 1e-5, 2)[0]
+
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
 # torch.func
 
 

@@ -26,7 +26,7 @@ taken by `torch.utils.benchmark` in interleaved rounds: all rows of a block are 
 order, after a first call that is not counted. A time is the median over all calls, a ratio the median over the rounds
 of the row's median divided by that of the baseline in the same round; the distance of the quartiles (IQR) stands
 behind it in brackets. `make bench` lets the timed processes keep the memory that they free (`MALLOC_TRIM_THRESHOLD_`):
-by glibc's default every large activation is mapped anew, which takes a virtual machine up to half of a step.
+by glibc's default large activations are mapped anew again and again, which is slow and noisy on a virtual machine.
 """
 
 # Read together with the docstring of the script, which says what its rows are.

@@ -4,7 +4,14 @@ from apart_func.errors import ApartError, BatchError, ModelError, SettingError, 
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.module import APART
 from apart_func.passes import Precision, adversarial_pass, proxy_pass
-from apart_func.perturbation import PerturbedStats, Rule, perturbed_stats, sign_perturbation
+from apart_func.perturbation import (
+    PerturbedStats,
+    Rule,
+    l2_perturbation,
+    perturbed_stats,
+    random_sign_perturbation,
+    sign_perturbation,
+)
 from apart_func.pytrees import AdversarialOutput, BatchStats, Perturbation, ProxyOutput, StepOutput
 from apart_func.sam import make_apart_sam_step
 from apart_func.step import ApartStep, make_apart_step
@@ -32,11 +39,13 @@ __all__ = [
     "adversarial_pass",
     "assign_grads_",
     "functionalize",
+    "l2_perturbation",
     "load_state_",
     "make_apart_sam_step",
     "make_apart_step",
     "perturbed_stats",
     "proxy_pass",
+    "random_sign_perturbation",
     "sign_perturbation",
     "split_state",
 ]

@@ -57,6 +57,53 @@ def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) ->
     return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.var.sign()) for layer, g in stat_grads.items()}
 
 
+def random_sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    """Push every statistic to its radius, in a direction drawn by lot: the control for whether the direction matters.
+
+    Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
+    "same". Ranks that are to agree on δ need the same seed.
+
+    Args:
+        stats: batch statistics of the proxy pass, ignored.
+        stat_grads: their gradients, of which only shape, dtype and device are looked at.
+        epsilon: perturbation radius, 0-d, ≥ 0, as a fraction of the statistic.
+
+    Returns:
+        A perturbation for every layer in `stat_grads`: |δ| = ε.
+    """
+
+    def signs(like: Tensor) -> Tensor:
+        return 2 * torch.rand_like(like).round() - 1
+
+    return {layer: Perturbation(epsilon * signs(g.mean), epsilon * signs(g.var)) for layer, g in stat_grads.items()}
+
+
+def l2_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    """Move the statistics of every layer by ε along their gradient.
+
+    The L2 ascent step δ = ε · g/‖g‖, with the norm over δμ and δσ of a layer together. The sign rule's step has norm
+    ε√(2C) in a layer of C channels, so this rule wants a radius that is larger by about that factor.
+
+    Args:
+        stats: batch statistics of the proxy pass, ignored.
+        stat_grads: gradient of the proxy loss with respect to the relative shifts, `(C,)` each.
+        epsilon: perturbation radius, 0-d, ≥ 0: the norm of a layer's relative shifts.
+
+    Returns:
+        A perturbation for every layer in `stat_grads`: ‖δ‖ = ε, or 0 where all of the layer's gradient is 0.
+    """
+    return {layer: _of_length(epsilon, g) for layer, g in stat_grads.items()}
+
+
+def _of_length(epsilon: Tensor, g: BatchStats) -> Perturbation:
+    # Squares of tiny or huge gradients leave the range of float32, so the largest entry is made one before.
+    largest = torch.maximum(g.mean.abs().max(), g.var.abs().max())
+    divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
+    mean, var = g.mean / divisor, g.var / divisor
+    norm = torch.sqrt(mean.square().sum() + var.square().sum()).clamp(min=1)  # below 1 only where all is zero
+    return Perturbation(epsilon * (mean / norm), epsilon * (var / norm))
+
+
 class PerturbedStats(NamedTuple):
     """The statistics that a perturbed layer normalises by.
 

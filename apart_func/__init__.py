@@ -3,11 +3,13 @@
 from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.module import APART
-from apart_func.passes import Precision, adversarial_pass, proxy_pass
+from apart_func.passes import Precision, adversarial_pass, gradients_at, proxy_pass
 from apart_func.perturbation import (
+    IterativeRule,
     PerturbedStats,
     Rule,
     l2_perturbation,
+    multi_step,
     perturbed_stats,
     random_sign_perturbation,
     sign_perturbation,
@@ -26,6 +28,7 @@ __all__ = [
     "BatchError",
     "BatchStats",
     "FunctionalModel",
+    "IterativeRule",
     "ModelError",
     "Perturbation",
     "PerturbedStats",
@@ -39,10 +42,12 @@ __all__ = [
     "adversarial_pass",
     "assign_grads_",
     "functionalize",
+    "gradients_at",
     "l2_perturbation",
     "load_state_",
     "make_apart_sam_step",
     "make_apart_step",
+    "multi_step",
     "perturbed_stats",
     "proxy_pass",
     "random_sign_perturbation",

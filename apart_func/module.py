@@ -25,7 +25,7 @@ from apart_func.errors import UsageError
 from apart_func.functional import layer_specs
 from apart_func.intercept import Handler, Route, is_stock, training_layers
 from apart_func.passes import Calls, advanced, check_perturbation, statistics, statistics_like, zero_shifts
-from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
+from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
 from apart_func.pytrees import BatchStats, PerturbationTree, StatTree, Tensors, constant
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class APART:
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         number_of_groups(min(groups, 1), 1)
+        if isinstance(rule, IterativeRule):  # the passes are the user's
+            raise rule.refusal()
         self.model, self.groups, self.rule, self.process_group = model, groups, rule, process_group
         self.set_epsilon(epsilon)
         self.stats: StatTree = {}

@@ -30,7 +30,10 @@ GradientsAt = Callable[[PerturbationTree], StatTree]
 
 @dataclass(frozen=True)
 class IterativeRule:
-    """A rule that asks for gradients at perturbations of its own. Only functional steps can run the passes for them.
+    """A rule that asks for gradients at perturbations of its own, each of which costs a pass.
+
+    `make_apart_step` and `make_apart_sam_step` run these. In the drop-in the passes are the user's, and the one-pass
+    step has one: both refuse such a rule.
 
     Attributes:
         search: `(stats, stat_grads, epsilon, gradients_at) -> perturbation`, where `gradients_at(perturbation)` is
@@ -46,9 +49,9 @@ class IterativeRule:
         raise self.refusal()
 
     def refusal(self) -> SettingError:
-        """What to say where passes are not the library's to run."""
+        """What to say where there are no further passes."""
         return SettingError(
-            f"rule={self.name} needs further passes over the batch, which nobody can run here. Use it in "
+            f"rule={self.name} needs further passes over the batch, and there are none here. Use it in "
             "make_apart_step or make_apart_sam_step, or take a rule of one gradient, such as sign_perturbation."
         )
 

@@ -20,6 +20,7 @@ from apart_func import (
     functionalize,
     load_state_,
     make_apart_step,
+    make_one_pass_step,
     multi_step,
     proxy_pass,
     sign_perturbation,
@@ -87,10 +88,12 @@ def test_steps_of_a_rule_out_of_range(option: str, value: Any) -> None:
         multi_step(**{"steps": 2, option: value})
 
 
-def test_a_rule_of_several_steps_where_the_passes_are_the_users() -> None:
+def test_a_rule_of_several_steps_where_there_are_no_further_passes() -> None:
     message = r"rule=multi_step\(3\) needs further passes.*Use it in make_apart_step.*or.*sign_perturbation"
     with pytest.raises(ApartError, match=message):
         APART(convolutional(), rule=multi_step(3))
+    with pytest.raises(ApartError, match=message):
+        make_one_pass_step(convolutional(), F.cross_entropy, epsilon=0.1, groups=2, rule=multi_step(3))
     with pytest.raises(ApartError, match=message):
         multi_step(3)({}, {}, torch.tensor(0.1))
 

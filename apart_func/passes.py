@@ -8,7 +8,7 @@ A pass gives every BN layer of the functional model something else to do, and di
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -36,8 +36,8 @@ from apart_func.batch_norm import (
     perturbed_batch_norm,
     statistic_gradients,
 )
-from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LayerSpec
+from apart_func.errors import SettingError, UsageError
+from apart_func.functional import FunctionalModel, LayerSpec, LossFunction, call_module, check_loss
 from apart_func.pytrees import (
     AdversarialOutput,
     BatchStats,
@@ -48,11 +48,10 @@ from apart_func.pytrees import (
     Tensors,
     batch_size,
     detached,
+    input_and_target,
     stack_trees,
     tree_leaves,
 )
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Precision(NamedTuple):
@@ -265,23 +264,11 @@ class _Record:
 def _forward(
     module: nn.Module, loss_fn: LossFunction, batch: tuple[Any, Any], precision: Precision
 ) -> tuple[Tensor, Any]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-        raise BatchError(f"the batch is {given}; expected (input, target).")
-    inputs, target = batch
+    inputs, target = input_and_target(batch)
     with _autocast(precision, batch):
-        if isinstance(inputs, tuple):
-            output = module(*inputs)
-        elif isinstance(inputs, Mapping):
-            output = module(**inputs)
-        else:
-            output = module(inputs)
+        output = call_module(module, inputs)
         loss = loss_fn(output, target)
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
-        raise UsageError(
-            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
-        )
+    check_loss(loss)
     return loss, output
 
 

@@ -70,7 +70,9 @@ def robustness(
     Raises:
         ApartError: a setting is out of range, there is no data, or the model has no running statistics.
     """
-    _check_settings(radii, draws, layer_draws)
+    check_radii(radii)
+    if draws < 1 or layer_draws < 0:
+        raise SettingError(f"draws={draws}, layer_draws={layer_draws}; expected draws ≥ 1 and layer_draws ≥ 0.")
     stats = running_stats(model)
     gradient = evaluation_gradients(model, loss_fn, held_out)
     generator = torch.Generator().manual_seed(seed)
@@ -93,6 +95,19 @@ def robustness(
         layer_random=dict(zip(stats, by_layer[1:].mean(0), strict=True)) if layer_draws else {},
         layer_adversarial=dict(zip(stats, by_layer[0], strict=True)),
     )
+
+
+def check_radii(radii: Sequence[float]) -> None:
+    """Make sure that radii are such as `robustness` takes.
+
+    Raises:
+        SettingError: they do not ascend between 0 and 1.
+    """
+    if not radii or not all(low < high for low, high in zip((0, *radii), (*radii, 1), strict=True)):
+        raise SettingError(
+            f"radii={list(radii)}; expected ascending numbers in (0, 1), such as (0.1, 0.2, 0.4): s/(1 + δσ) needs "
+            "|δσ| < 1, and 0 is always measured."
+        )
 
 
 def area(radii: Tensor, accuracies: Tensor) -> Tensor:
@@ -283,13 +298,3 @@ def _check_any(samples: int) -> None:
             "the batches held no sample. Pass a list or a data loader that is not empty; a generator is used up "
             "after one pass."
         )
-
-
-def _check_settings(radii: Sequence[float], draws: int, layer_draws: int) -> None:
-    if not radii or not all(low < high for low, high in zip((0, *radii), (*radii, 1), strict=True)):
-        raise SettingError(
-            f"radii={list(radii)}; expected ascending numbers in (0, 1), such as (0.1, 0.2, 0.4): s/(1 + δσ) needs "
-            "|δσ| < 1, and 0 is always measured."
-        )
-    if draws < 1 or layer_draws < 0:
-        raise SettingError(f"draws={draws}, layer_draws={layer_draws}; expected draws ≥ 1 and layer_draws ≥ 0.")

@@ -194,7 +194,7 @@ def test_a_layer_that_is_not_called_has_zero_gradients_and_a_flat_curve() -> Non
     model = WithASpareLayer(trained())
     gradients = evaluation_gradients(model, F.cross_entropy, [images()])
     assert all((part == 0).all() for part in gradients["spare"])
-    assert any((part != 0).all() for part in gradients["inner.1"])
+    assert all((part != 0).any() for part in gradients["inner.1"])
     result = robustness(model, F.cross_entropy, [images()], [images(40, seed=2)], RADII)
     assert result.layer_adversarial["spare"].unique().numel() == 1
     assert result.layer_adversarial["inner.1"].unique().numel() > 1

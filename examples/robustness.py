@@ -65,11 +65,13 @@ class Measured(NamedTuple):
     Attributes:
         label: what sets them apart from the others.
         is_plain: whether it is ordinary training.
+        is_apart: whether statistics were perturbed in training.
         evaluations: by seed, of `evaluate.py`.
     """
 
     label: str
     is_plain: bool
+    is_apart: bool
     evaluations: Sequence[Mapping[str, Any]]
 
     def values(self, *keys: str) -> Values:
@@ -105,7 +107,12 @@ def measured_groups(runs: Sequence[FinishedRun]) -> list[Measured]:
         FolderError: runs were measured at different radii.
     """
     groups = [
-        Measured(group.label, group.is_plain, [read_evaluation(run.folder) for run in group.runs.values()])
+        Measured(
+            group.label,
+            group.is_plain,
+            bool(group.settings.get("method.epsilon")),
+            [read_evaluation(run.folder) for run in group.runs.values()],
+        )
         for group in group_runs(runs)
     ]
     radii = {tuple(evaluation["radii"]) for group in groups for evaluation in group.evaluations}
@@ -116,10 +123,11 @@ def measured_groups(runs: Sequence[FinishedRun]) -> list[Measured]:
 
 
 def heat_map_groups(groups: Sequence[Measured]) -> list[Measured]:
-    """The two groups whose layers are shown: plain training, and what stands firmest against adversarial shifts."""
-    plain = next((group for group in groups if group.is_plain), groups[0])
-    others = [group for group in groups if group is not plain]
-    return [plain, *sorted(others, key=lambda group: -group.values("area", "adversarial").mean())[:1]]
+    """The groups whose layers are shown: plain training, and what APART has made firmest against adversarial shifts."""
+    firmest = sorted(groups, key=lambda group: -group.values("area", "adversarial").mean())
+    plain = [group for group in groups if group.is_plain]
+    apart = [group for group in firmest if group.is_apart]
+    return plain[:1] + apart[:1] or list(groups[:1])
 
 
 def print_table(data: str, groups: Sequence[Measured]) -> None:
@@ -213,7 +221,7 @@ def _draw_heat_maps(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
         image = place.imshow(accuracies, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         place.set_xticks(range(accuracies.shape[1]), [f"{radius:g}" for radius in group.evaluations[0]["radii"]])
         place.set_yticks(range(len(names)), names, fontsize=8)
-        place.set(title=f"{group.label}: one layer shifted against it", xlabel="radius ε")
+        place.set(title=f"{group.label}: single layers shifted", xlabel="radius ε")
         if len(names) <= 20:
             for (row, column), accuracy in np.ndenumerate(accuracies):
                 colour = "black" if accuracy > 60 else "white"

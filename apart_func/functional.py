@@ -5,7 +5,7 @@ the time of a call. The caller's model is never run.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from apart_func.errors import ModelError, StateError
+from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, training_layers
 from apart_func.pytrees import Tensors
 
@@ -62,6 +62,31 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor]) -> None:
     _check_tensors({name: tuple(targets[name].shape) for name in grads if name in targets}, grads)
     for name, target in targets.items():
         target.grad = grads[name].to(target.dtype) if name in grads else None
+
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def call_module(module: Callable[..., Any], inputs: Any) -> Any:
+    """Run a model on the input of a batch: a tuple is splatted, a dict passed as keywords."""
+    if isinstance(inputs, tuple):
+        return module(*inputs)
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(inputs)
+
+
+def check_loss(loss: Any) -> None:
+    """Make sure that what a loss function returned can be differentiated.
+
+    Raises:
+        UsageError: it is no scalar.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
+        raise UsageError(
+            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
+        )
 
 
 class LayerSpec(NamedTuple):
@@ -260,10 +285,22 @@ def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _copy_without_tensors(model: nn.Module) -> nn.Module:
     """Copy a model, with one `_Absent` for each tensor; what was tied stays tied."""
+    return copy_model(model, {id(tensor): _Absent(name) for name, tensor in _named_tensors(model)})
+
+
+def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model.
+
+    Args:
+        model: any module.
+        copies: what stands for an object in the copy, by the object's id.
+
+    Raises:
+        ModelError: it cannot be copied.
+    """
     lazy = [name for name, tensor in _named_tensors(model) if is_lazy(tensor)]
     if lazy:
         raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
-    copies: dict[int, Any] = {id(tensor): _Absent(name) for name, tensor in _named_tensors(model)}
     try:
         return copy.deepcopy(model, copies)
     except Exception as error:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from apart_func.batch_norm import number_of_groups, over_layers
 from apart_func.errors import SettingError
-from apart_func.functional import FunctionalModel, functionalize, layer_specs
+from apart_func.functional import FunctionalModel, LossFunction, functionalize, layer_specs
 from apart_func.intercept import training_layers
-from apart_func.passes import LossFunction, Precision, mixed_pass, statistics_like, zero_shifts
+from apart_func.passes import Precision, mixed_pass, statistics_like, zero_shifts
 from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
 from apart_func.pytrees import (
     BatchStats,

@@ -41,7 +41,7 @@ from apart_func.batch_norm import (
     statistic_gradients,
 )
 from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LayerSpec
+from apart_func.functional import FunctionalModel, LayerSpec, LossFunction, call_module, check_loss
 from apart_func.pytrees import (
     AdversarialOutput,
     BatchStats,
@@ -54,11 +54,10 @@ from apart_func.pytrees import (
     batch_size,
     cut_groups,
     detached,
+    input_and_target,
     stack_trees,
     tree_leaves,
 )
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Precision(NamedTuple):
@@ -415,32 +414,21 @@ def _moved(fmodel: FunctionalModel, tensors: Tensors, buffers: Tensors, own: Ten
 def _forward(
     module: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: tuple[Any, Any], precision: Precision
 ) -> tuple[Any, Any]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
-        raise BatchError(f"the batch is {given}; expected (input, target).")
-    inputs, target = batch
+    inputs, target = input_and_target(batch)
     with _autocast(precision, batch):
-        if isinstance(inputs, tuple):
-            output = module(*inputs)
-        elif isinstance(inputs, Mapping):
-            output = module(**inputs)
-        else:
-            output = module(inputs)
+        output = call_module(module, inputs)
         return loss_fn(output, target), output
 
 
 def _checked(loss_fn: LossFunction) -> LossFunction:
     """A loss function, with a look at what it returns."""
-    return lambda output, target: _scalar(loss_fn(output, target))
 
+    def loss_of(output: Any, target: Any) -> Tensor:
+        loss = loss_fn(output, target)
+        check_loss(loss)
+        return loss
 
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
-        raise UsageError(
-            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
-        )
-    return loss
+    return loss_of
 
 
 def _check_output(output: Any, samples: int) -> None:

@@ -136,6 +136,18 @@ class StepOutput(NamedTuple):
     all_finite: Tensor
 
 
+def input_and_target(batch: Any) -> tuple[Any, Any]:
+    """The two parts of a batch.
+
+    Raises:
+        BatchError: it is no pair.
+    """
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+        raise BatchError(f"the batch is {given}; expected (input, target).")
+    return batch[0], batch[1]
+
+
 def batch_size(batch: Any) -> int:
     """The number of samples M: the length that every tensor with a dimension shares.
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from apart_func.errors import SettingError
-from apart_func.functional import FunctionalModel
+from apart_func.functional import FunctionalModel, LossFunction
 from apart_func.kernels import statistics_dtype
-from apart_func.passes import LossFunction
 from apart_func.perturbation import Rule, sign_perturbation
 from apart_func.pytrees import Tensors
 from apart_func.step import ApartStep, make_step_at

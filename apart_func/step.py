@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from apart_func.autodiff import is_traced
 from apart_func.batch_norm import number_of_groups
 from apart_func.errors import BatchError, SettingError
-from apart_func.functional import FunctionalModel, functionalize
-from apart_func.passes import LossFunction, Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like
+from apart_func.functional import FunctionalModel, LossFunction, functionalize
+from apart_func.passes import Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like
 from apart_func.perturbation import Rule, check_epsilon, perturbation_by, sign_perturbation
 from apart_func.pytrees import (
     StepOutput,

@@ -23,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from training.runs import METHODS, FinishedRun, FolderError, find_runs, is_finished, passes_per_epoch, read_run
+from training.runs import METHODS, FinishedRun, FolderError, find_finished, passes_per_epoch, read_run
 
 NAMES = {"plain": "plain", "apart": "APART", "sam": "SAM", "apart_sam": "APART-SAM"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
@@ -369,20 +369,7 @@ def main(options: Options) -> None:
     Raises:
         FolderError: nothing can be compared.
     """
-    folders, without = find_runs(options.folders)
-    unfinished = [folder for folder in folders if not is_finished(folder)]
-    for path in without:
-        print(f"left out: {path} is no run folder and holds none (no config.json)")
-    for folder in unfinished:
-        print(f"left out: {folder} has not finished (no model.safetensors); train.py --resume goes on")
-    finished = [folder for folder in folders if folder not in unfinished]
-    if not finished:
-        looked = ", ".join(map(str, options.folders)) or "no folder at all"
-        raise FolderError(
-            f"no finished run in {looked}: expected folders that train.py or sweep.py wrote to, as in runs/*"
-        )
-
-    runs = [read_run(folder, options.measure_on) for folder in finished]
+    runs = [read_run(folder, options.measure_on) for folder in find_finished(options.folders)]
     for data in dict.fromkeys(run.settings["data.name"] for run in runs):
         report(data, [run for run in runs if run.settings["data.name"] == data], options)
 

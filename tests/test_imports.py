@@ -16,7 +16,7 @@ LAYERS = [
     {"batch_norm"},
     {"intercept"},
     {"functional"},
-    {"passes"},
+    {"passes", "robustness"},
     {"step"},
     {"sam", "one_pass"},
     {"module"},

@@ -83,6 +83,34 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return list(found.values()), without
 
 
+def find_finished(paths: Iterable[Path]) -> list[Path]:
+    """Look for run folders of finished runs, and say which others are left out.
+
+    Args:
+        paths: run folders and folders of run folders.
+
+    Returns:
+        At least one folder.
+
+    Raises:
+        FolderError: there is none.
+    """
+    paths = list(paths)
+    folders, without = find_runs(paths)
+    finished = [folder for folder in folders if is_finished(folder)]
+    for path in without:
+        print(f"left out: {path} is no run folder and holds none (no {CONFIG})")
+    for folder in folders:
+        if folder not in finished:
+            print(f"left out: {folder} has not finished (no {MODEL}); train.py --resume goes on")
+    if not finished:
+        looked = ", ".join(map(str, paths)) or "no folder at all"
+        raise FolderError(
+            f"no finished run in {looked}: expected folders that train.py or sweep.py wrote to, as in runs/*"
+        )
+    return finished
+
+
 def decisive_settings(settings: Settings) -> dict[str, Any]:
     """What decides a run's result, except the seed: without what its method does not read, machine and places.
 

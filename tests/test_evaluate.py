@@ -1,0 +1,273 @@
+"""What trained networks withstand: the corruptions, what is measured and written for a run, and the figure of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import robustness
+import torch
+from corruptions import CORRUPTIONS, SEVERITIES, blur, contrast, noise
+from evaluate import EVALUATION, Options, evaluate_all, evaluate_run, load_data, load_network, read_evaluation, scores
+from PIL import Image
+from test_report import method, write_run
+from training.loop import read_config, train
+from training.runs import FolderError, find_finished, read_run
+from training.settings import PRESETS
+
+from apart_func import SettingError
+
+RADII = (0.1, 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# corruptions
+
+SAMPLES = {
+    "images": torch.randn(6, 3, 9, 8, generator=torch.Generator().manual_seed(0)),
+    "signals": torch.randn(6, 1, 40, generator=torch.Generator().manual_seed(0)),
+}
+kinds = pytest.mark.parametrize("kind", SAMPLES)
+
+
+@kinds
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_higher_severity_changes_a_sample_more_and_every_call_does_the_same(kind, name):
+    samples = SAMPLES[kind]
+    before = samples.clone()
+    corrupted = [CORRUPTIONS[name](samples, severity) for severity in SEVERITIES]
+    distances = [(version - samples).norm().item() for version in corrupted]
+    assert distances[0] > 0
+    assert distances == sorted(distances)
+    assert all(version.shape == samples.shape and version.dtype == torch.float32 for version in corrupted)
+    assert torch.equal(CORRUPTIONS[name](samples, 3), corrupted[2])
+    assert torch.equal(samples, before)
+
+
+@kinds
+@pytest.mark.parametrize("name", ["blur", "contrast"])
+def test_a_sample_is_corrupted_by_itself(kind, name):
+    samples = SAMPLES[kind]
+    torch.testing.assert_close(CORRUPTIONS[name](samples[2:3], 4), CORRUPTIONS[name](samples, 4)[2:3])
+
+
+def test_blur_does_not_mix_channels_and_leaves_what_is_even():
+    samples = torch.zeros(1, 2, 8, 8)
+    samples[0, 0, 4, 4] = 1
+    blurred = blur(samples, 5)
+    assert (blurred[0, 1] == 0).all()
+    assert blurred[0, 0].max() < 0.5
+    torch.testing.assert_close(blur(torch.ones(1, 1, 8, 8), 5), torch.ones(1, 1, 8, 8))
+
+
+def test_blur_of_an_image_twice_the_size_reaches_twice_as_far():
+    def width(side: int) -> float:
+        impulse = torch.zeros(1, 1, side)
+        impulse[..., side // 2] = 1
+        weights = blur(impulse, 5).flatten()
+        return float((weights * (torch.arange(side) - side // 2) ** 2).sum().sqrt())
+
+    assert width(80) == pytest.approx(2 * width(40), rel=0.01)
+
+
+def test_noise_has_its_deviation_and_no_mean():
+    added = noise(torch.zeros(100, 1, 10, 10), 5)
+    assert added.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(added.mean().item()) < 0.05
+
+
+def test_contrast_keeps_the_mean_of_every_sample():
+    samples = SAMPLES["images"]
+    paler = contrast(samples, 5)
+    torch.testing.assert_close(paler.mean(dim=(1, 2, 3)), samples.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(paler.std(dim=(1, 2, 3)), 0.15 * samples.std(dim=(1, 2, 3)))
+
+
+# evaluation of a run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    preset = PRESETS["digits"]
+    settings = replace(
+        preset,
+        training=replace(preset.training, epochs=8),
+        machine=replace(preset.machine, tensorboard=False),
+        out=tmp_path_factory.mktemp("runs") / "apart-seed0",
+    )
+    return train(settings, show=lambda progress: None)
+
+
+@pytest.fixture(scope="module")
+def measured(run) -> dict:
+    assert evaluate_run(run, Options((run,), radii=RADII, draws=2)) is None
+    return read_evaluation(run)
+
+
+def test_errors_are_those_that_training_has_measured_at_its_end(run, measured):
+    with (run / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert measured["test_error"] == pytest.approx(float(last["test_error"]))
+    assert measured["validation_error"] == pytest.approx(float(last["validation_error"]))
+    assert 5 < measured["test_error"] < 80  # else what follows would say little
+
+
+def test_curves_begin_with_the_accuracy_on_the_test_samples(measured):
+    assert measured["radii"] == [0, *RADII]
+    for curve in (measured["random"], measured["adversarial"], *measured["layers"].values()):
+        assert len(curve) == 3
+        assert curve[0] == pytest.approx(100 - measured["test_error"])
+    assert measured["adversarial"][2] < measured["random"][2] < measured["random"][0]
+    for kind in ("random", "adversarial"):
+        assert measured["area"][kind] == pytest.approx(np.trapezoid(measured[kind], measured["radii"]) / RADII[-1])
+
+
+def test_every_layer_is_shifted_alone(run, measured):
+    layers = [
+        name
+        for name, module in load_network(run, read_config(run / "config.json")).named_modules()
+        if isinstance(module, torch.nn.BatchNorm2d)
+    ]
+    assert list(measured["layers"]) == layers
+    assert all(curve[1] > measured["adversarial"][1] for curve in measured["layers"].values())
+
+
+def test_calibration_is_the_gap_between_confidence_and_accuracy_over_15_bins(run, measured):
+    data = load_data("digits")
+    probabilities = scores(load_network(run, read_config(run / "config.json")), data.test.samples).softmax(dim=1)
+    confidence, label = (each.numpy() for each in probabilities.max(dim=1))
+    right = label == data.test.labels.numpy()
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    gaps = [abs((confidence[bins == b] - right[bins == b]).sum()) / len(right) for b in range(15)]
+    assert measured["ece"] == pytest.approx(100 * sum(gaps), abs=1e-3)
+    log_probability = probabilities[range(len(right)), data.test.labels].log().mean().item()
+    assert measured["loss"] == pytest.approx(-log_probability, rel=1e-4)
+
+
+def test_corrupted_samples_are_the_test_samples(run, measured):
+    assert {name: len(errors) for name, errors in measured["corruptions"].items()} == dict.fromkeys(CORRUPTIONS, 5)
+    data = load_data("digits")
+    model = load_network(run, read_config(run / "config.json"))
+    wrong = scores(model, noise(data.test.samples, 3)).argmax(1) != data.test.labels
+    assert measured["corruptions"]["noise"][2] == pytest.approx(100 * wrong.double().mean().item())
+
+
+def test_fewer_samples_shorten_the_curves_data_alone(run, measured):
+    assert evaluate_run(run, Options((run,), radii=RADII, samples=100)) is None
+    fewer = read_evaluation(run)
+    assert fewer["test_error"] == measured["test_error"]
+    assert fewer["random"][0] == pytest.approx(round(fewer["random"][0]))  # hundredths of 100 samples
+    (run / EVALUATION).write_text(json.dumps(measured))
+
+
+def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(run, measured, tmp_path, capsys):
+    foreign = write_run(tmp_path / "foreign", data={"name": "cifar10"})
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    for file in ("config.json", "metrics.csv", "model.safetensors"):
+        (fresh / file).write_bytes((run / file).read_bytes())
+    (run / EVALUATION).write_text("{}")
+    with pytest.raises(FolderError, match=r"1 of 2 runs.*\n.*foreign: .*trained on cifar10, and only runs on digits"):
+        evaluate_all([run, foreign, fresh], Options((), radii=RADII, draws=2, workers=1))
+    assert "3 finished runs, 1 of them measured already" in capsys.readouterr().out
+    assert (run / EVALUATION).read_text() == "{}"
+    assert read_evaluation(fresh) == measured
+    assert not (foreign / EVALUATION).exists()
+    assert evaluate_run(run, Options((run,), radii=RADII, draws=2)) is None  # as --again does
+    assert read_evaluation(run) == measured
+
+
+def test_settings_that_fit_no_run_are_refused_at_once():
+    with pytest.raises(SettingError, match="ascending"):
+        Options((), radii=(0.5, 1.5))
+    with pytest.raises(SettingError, match="--samples must be 1 or more, not 0"):
+        Options((), samples=0)
+
+
+def test_a_run_that_was_not_measured_is_named_with_the_command(tmp_path):
+    with pytest.raises(FolderError, match=r"evaluate.py --again .*nothing"):
+        read_evaluation(tmp_path / "nothing")
+
+
+# the figure
+
+
+def write_measured(folder: Path, level: float, radii=(0, *RADII), **options) -> None:
+    """A finished run and its evaluation, with curves that fall from `level`."""
+    write_run(folder, **options)
+    curve = [level - 50 * radius for radius in radii]
+    content = {
+        "test_error": 100 - level,
+        "ece": 1.0,
+        "radii": radii,
+        "random": curve,
+        "adversarial": curve,
+        "area": {"random": level, "adversarial": level},
+        "corruptions": {name: [100 - level + severity for severity in SEVERITIES] for name in CORRUPTIONS},
+        "layers": {"stem.1": curve, "head.1": curve},
+    }
+    (folder / EVALUATION).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    for seed in (0, 1):
+        write_measured(tmp_path / f"runs/plain{seed}", 90 + seed, seed=seed)
+        write_measured(tmp_path / f"runs/weak{seed}", 93, seed=seed, **method("apart", epsilon=0.05))
+        write_measured(tmp_path / f"runs/firm{seed}", 95, seed=seed, **method("apart", epsilon=0.2))
+    return tmp_path / "runs"
+
+
+def groups_of(folders: Path) -> list[robustness.Measured]:
+    return robustness.measured_groups([read_run(folder, "test") for folder in find_finished([folders])])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_line(folders):
+    groups = groups_of(folders)
+    assert [group.label for group in groups] == ["plain", "APART, ε 0.05", "APART, ε 0.2"]
+    assert groups[0].values("test_error").tolist() == [10, 9]
+    assert groups[0].values("corruptions", "blur").shape == (2, 5)
+
+
+def test_heat_maps_show_plain_training_and_what_stands_firmest(folders):
+    assert [group.label for group in robustness.heat_map_groups(groups_of(folders))] == ["plain", "APART, ε 0.2"]
+
+
+def test_runs_that_were_measured_at_different_radii_are_refused(folders):
+    write_measured(folders / "other", 90, radii=(0, 0.4), seed=7)
+    with pytest.raises(FolderError, match=r"different radii, \(0, 0.1, 0.3\) and \(0, 0.4\).*--again"):
+        groups_of(folders)
+
+
+def test_the_figure_and_the_table_are_made_from_run_folders(folders, tmp_path, capsys):
+    robustness.main(robustness.Options((folders,), out=tmp_path / "out"))
+    with Image.open(tmp_path / "out/digits-robustness.png") as image:
+        assert image.size[0] > 1000
+    printed = capsys.readouterr().out
+    assert "9.50 ± 0.50" in printed  # plain training's error over its two seeds
+    assert "digits-robustness.png" in printed
+
+
+def test_a_single_run_is_drawn_too(tmp_path):
+    write_measured(tmp_path / "runs/only", 90, **method("apart"))
+    robustness.main(robustness.Options((tmp_path / "runs",), out=tmp_path / "out"))
+    assert (tmp_path / "out/digits-robustness.png").exists()
+
+
+@pytest.mark.slow
+def test_without_folders_networks_are_trained_first(tmp_path):
+    robustness.main(robustness.Options(seeds=1, epochs=2, out=tmp_path))
+    assert (tmp_path / "digits-robustness.png").exists()
+    assert sorted(read_evaluation(folder)["radii"][0] for folder in find_finished([tmp_path])) == [0, 0]

@@ -166,7 +166,7 @@ def _layer_for(x: Tensor, scale: Tensor) -> Callable[..., tuple[Tensor, Tensor, 
     """The form of the layer that is best for some activations; all compute the same."""
     if is_traced() or x.device.type not in KERNEL_DEVICES:
         return _arithmetic_layer
-    if x.numel() < SMALL and x.dtype == scale.dtype and scale.dim() == 1:
+    if x.numel() < SMALL and x.dtype == scale.dtype:
         return _small_layer
     return _KernelLayer.apply  # type: ignore[no-any-return]
 
@@ -276,9 +276,14 @@ def _small_layer(
     mean, var = moments(folded.detach())
     moved = ((mean * torch.rsqrt(var + eps)).view(groups, -1) * -shift).view(-1)
     standard = torch.batch_norm(folded, None, moved, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    gamma = weight * (1 + scale)
+    if gamma.dim() == 1:
+        standard = unfold_groups(standard, x)
+    else:
+        gamma, bias = gamma.view(-1), bias.expand(groups, -1).reshape(-1)
     # An affine map, as batch norm in evaluation mode, whose backward sums both gradients in one go.
-    center, spread = mean.new_zeros(x.shape[1]), mean.new_ones(x.shape[1])
-    y = torch.batch_norm(unfold_groups(standard, x), weight * (1 + scale), bias, center, spread, False, 0.0, 0.0, False)
+    center, spread = torch.zeros_like(gamma), torch.ones_like(gamma)
+    y = unfold_groups(torch.batch_norm(standard, gamma, bias, center, spread, False, 0.0, 0.0, False), x)
     return y, mean, var
 
 

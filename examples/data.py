@@ -64,7 +64,7 @@ def load(name: str) -> ImageData:
 
 
 def load_digits(training: int = 256) -> ImageData:
-    """Scikit-learn's 1797 digits of 8 × 8 pixels: 256 or so for training, 300 for validation, the others for testing."""
+    """Scikit-learn's 1797 digits of 8 × 8 pixels: `training` of them, 300 for validation, the rest for testing."""
     digits = _require("sklearn.datasets").load_digits()
     everything = _as_split(digits.images, digits.target)
     train, rest = hold_out(everything, len(everything.labels) - training)

@@ -7,8 +7,8 @@
     one_pass    some groups of the batch perturbed         the weighted sum of both, by one backward
 
 `step(params, buffers, batch, carried)` is pure whatever the method is: gradients, new buffers and what the next step
-gets as `carried` come out. The last three are `apart_func`'s; the first two are PyTorch's own forward and backward, as a
-plain loop has them.
+gets as `carried` come out. The last three are `apart_func`'s; the first two are PyTorch's own forward and backward, as
+a plain loop has them.
 """
 
 from __future__ import annotations

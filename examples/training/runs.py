@@ -146,5 +146,5 @@ def passes_per_epoch(settings: Mapping[str, Any]) -> float:
         1 for plain training and APART in one pass, 2 for SAM, 1 + ratio where the second pass is an adversarial one;
         and one for every further gradient that a rule takes.
     """
-    ascent = settings.get("method.ascent_steps", 1) - 1
-    return ascent + (2.0 if settings["method.name"] == "sam" else 1.0 + settings.get("method.ratio", 0))
+    second = 1.0 if settings["method.name"] == "sam" else settings.get("method.ratio", 0.0)
+    return float(second + settings.get("method.ascent_steps", 1))

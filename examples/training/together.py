@@ -137,7 +137,7 @@ Update = Callable[[Members, Batch, Tensor], tuple[Members, Counted]]
 
 
 def make_update(step: Step, training: TrainingSettings) -> Update:
-    """Make the training step of all networks: the method's under vmap, then SGD, which works on stacks as on any tensor.
+    """Make the training step of all networks: the method's under vmap, and SGD.
 
     Args:
         step: of the method.
@@ -283,8 +283,12 @@ class _Group:
     def _share(self, number: int) -> Place:
         """What of the counted belongs to one run."""
         place, count = self.place, len(self.runs)
-        times = {"seconds": place.seconds / count, "waiting_seconds": place.waiting_seconds / count}
-        return replace(place, sums=place.sums[number], **times)
+        return replace(
+            place,
+            sums=place.sums[number],
+            seconds=place.seconds / count,
+            waiting_seconds=place.waiting_seconds / count,
+        )
 
     @torch.no_grad()
     def _errors(self, number: int) -> tuple[float | None, float]:
@@ -332,7 +336,7 @@ class _Group:
         carried = {layer: tuple(shift) for layer, shift in self.members.carried.items()}  # plain, as checkpoints are
         state = {
             "seeds": [run.seed for run in self.runs],
-            "members": self.members._replace(carried=carried)._asdict(),
+            "members": self.members._asdict() | {"carried": carried},
             "place": vars(self.place),
             "rows": self.rows,
             "random": random_state(self.device),

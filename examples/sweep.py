@@ -12,7 +12,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -143,9 +143,14 @@ def choices(grid: Grid, method: str) -> Iterator[dict[str, str]]:
     for axis in grid.vary:
         name, _, values = axis.partition("=")
         axes[name] = values.split(",")
-    own = {name: values for name, values in axes.items() if method in READ_BY.get(f"method.{name}", METHODS)}
+    own = {name: values for name, values in axes.items() if method in _readers(name)}
     for chosen in itertools.product(*own.values()):
         yield dict(zip(own, chosen, strict=True))
+
+
+def _readers(option: str) -> Collection[str]:
+    """The methods that an option of train.py concerns."""
+    return READ_BY.get(f"method.{option.replace('-', '_')}", METHODS)
 
 
 def planned_run(

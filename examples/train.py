@@ -1,4 +1,4 @@
-"""Train a network plainly, with APART in two passes or one, SAM or APART-SAM: `python examples/train.py --data digits --out runs/x`.
+"""Train a network plainly, with APART, SAM or APART-SAM: `python examples/train.py --data digits --out runs/x`.
 
 The settings start from a preset, by default that of the data set, with what the method was published with; every other
 flag changes one of them. OUT gets config.json, metrics.csv (a row an epoch), checkpoints, TensorBoard files, and in the

@@ -173,7 +173,7 @@ def adversarial_pass(
             loss, output = _forward(module, _checked(loss_fn), batch, precision)
             yield Opened(_scaled(loss, precision), (_outcome(loss), _outcome(output)))
 
-    (grads,), (loss, output), _ = gradient_traced(run, params) if is_traced() else gradient_eager(run, params)
+    (grads,), (loss, output), _ = (gradient_traced if is_traced() else gradient_eager)(run, params)
     if precision.loss_scale is not None:
         grads = _unscaled(grads, precision.loss_scale)
     return AdversarialOutput(loss, output, grads)
@@ -222,7 +222,7 @@ def gradients_at(
             loss, _ = _forward(module, _checked(loss_fn), batch, precision)
             yield Opened(_scaled(loss, precision), ())
 
-    (grads,), _, _ = gradient_traced(run, perturbation) if is_traced() else gradient_eager(run, perturbation)
+    (grads,), _, _ = (gradient_traced if is_traced() else gradient_eager)(run, perturbation)
     found = {layer: BatchStats(*grads[layer]) for layer in fmodel.layers}
     return found if precision.loss_scale is None else _unscaled_stats(found, precision.loss_scale)
 
@@ -281,24 +281,17 @@ def mixed_pass(
         return clean_loss, perturbed_loss
 
     @contextmanager
-    def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
-        taps: list[Tensor] = []
-        if shifts is None:
-            shifts = {layer: Perturbation(*(s.detach().requires_grad_() for s in point[layer])) for layer in point}
-            taps = tree_leaves(shifts)
+    def run(trained: Tensors, shifts: PerturbationTree) -> Iterator[Opened]:
         record.shifts = shifts
         with fmodel.opened({**tensors, **trained}, record) as (module, copy):
             losses, output = _forward(module, loss_of_both, batch, precision)
             calls = pooled_calls(record.calls, clean)
             moved = _moved(fmodel, tensors, buffers, copy.own_buffers(), calls)
             results = (*map(_outcome, losses), _outcome(output), moved, statistics(calls))
-            yield Opened(_scaled(torch.lerp(losses[1], losses[0], share), precision), results, taps)
+            yield Opened(_scaled(torch.lerp(losses[1], losses[0], share), precision), results)
 
-    if is_traced():
-        (grads, shift_grads), (loss, second, output, moved, stats), _ = gradient_traced(run, params, point)
-    else:
-        (grads,), (loss, second, output, moved, stats), found = gradient_eager(run, params)
-        shift_grads = dict(zip(point, zip(found[::2], found[1::2], strict=True), strict=True))
+    gradient = gradient_traced if is_traced() else gradient_eager
+    (grads, shift_grads), (loss, second, output, moved, stats), _ = gradient(run, params, point)
     stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
     if precision.loss_scale is not None:
         grads, stat_grads = _unscaled(grads, precision.loss_scale), _unscaled_stats(stat_grads, precision.loss_scale)

@@ -1,8 +1,8 @@
 """Small data sets that arrive with Python packages, so nothing is downloaded.
 
-`load("digits")`, `load("mnist5k")` and `load("mnist1d")` return an `ImageData`: normalised float32 images (N, C, H, W),
-or signals (N, C, L), with int64 labels, split into training, validation and test samples. The splits are stratified
-and always the same.
+`load("digits")`, `load("digits640")`, `load("mnist5k")` and `load("mnist1d")` return an `ImageData`: normalised float32
+images (N, C, H, W), or signals (N, C, L), with int64 labels, split into training, validation and test samples. The
+splits are stratified and always the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,11 +63,11 @@ def load(name: str) -> ImageData:
     return LOADERS[name]()
 
 
-def load_digits() -> ImageData:
-    """Scikit-learn's 1797 digits of 8 × 8 pixels: 256 for training, 300 for validation, 1241 for testing."""
+def load_digits(training: int = 256) -> ImageData:
+    """Scikit-learn's 1797 digits of 8 × 8 pixels: `training` of them, 300 for validation, the rest for testing."""
     digits = _require("sklearn.datasets").load_digits()
     everything = _as_split(digits.images, digits.target)
-    train, rest = hold_out(everything, len(everything.labels) - 256)
+    train, rest = hold_out(everything, len(everything.labels) - training)
     test, validation = hold_out(rest, 300)
     return _normalised(train, validation, test)
 
@@ -96,6 +97,7 @@ def load_mnist1d() -> ImageData:
 
 LOADERS: dict[str, Callable[[], ImageData]] = {
     "digits": load_digits,
+    "digits640": partial(load_digits, 640),
     "mnist5k": load_mnist5k,
     "mnist1d": load_mnist1d,
 }

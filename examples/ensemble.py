@@ -32,7 +32,7 @@ from apart_func import FunctionalModel, functionalize, make_apart_step
 
 Tensors = dict[str, Tensor]
 
-NETWORKS = {"digits": small_resnet, "mnist5k": mnist_resnet, "mnist1d": resnet1d}
+NETWORKS = {"digits": small_resnet, "digits640": small_resnet, "mnist5k": mnist_resnet, "mnist1d": resnet1d}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Settings:
         out: folder for ensemble.json and ensemble.png.
     """
 
-    data: Literal["digits", "mnist5k", "mnist1d"] = "digits"
+    data: Literal["digits", "digits640", "mnist5k", "mnist1d"] = "digits"
     epsilons: tuple[float, ...] = (0.0, 0.1)
     seeds: int = 4
     epochs: int = 60

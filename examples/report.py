@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from training.runs import METHODS, FinishedRun, FolderError, find_finished, passes_per_epoch, read_run
 
-NAMES = {"plain": "plain", "apart": "APART", "sam": "SAM", "apart_sam": "APART-SAM"}
+NAMES = {"plain": "plain", "apart": "APART", "one_pass": "APART in one pass", "sam": "SAM", "apart_sam": "APART-SAM"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
 COLUMNS = ("method", "seeds", "passes", "training loss", "error %", "gain on plain", "gain on plain, 2× epochs")
 FILE_WIDTH = 120  # of the printed table where there is no terminal

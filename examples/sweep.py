@@ -3,6 +3,7 @@
 Every run is a command line of `train.py`: options that are not listed here go to it as they are (`train.py --help`).
 Runs that have finished are passed over and interrupted ones go on, so the same command starts a sweep, continues it,
 and extends it by further seeds or radii. What a method does not read is not varied for it: ε is APART's, ρ is SAM's.
+With --together 20, as many seeds of a run are trained at the same time, in half the time where networks are tiny.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,9 +23,10 @@ import tyro
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from train import parse
 from training.interrupts import Interrupted
-from training.loop import RunError, is_complete, train
+from training.loop import CHECKPOINTS, RunError, is_complete, train
 from training.runs import METHODS, READ_BY, decisive_settings, passes_per_epoch
 from training.settings import MethodName, Settings, SettingsError
+from training.together import train_together
 from workers import run_in_workers, tell
 
 SHORT = {"epsilon": "eps"}  # in the names of folders
@@ -47,6 +49,7 @@ class Grid:
         plain_factors: plain training runs for these multiples of the epochs.
         vary: further options of train.py and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
         workers: processes that train at the same time, with one thread each.
+        together: seeds of a run that one process trains at the same time, on bundled data; without TensorBoard files.
         out: folder of the run folders.
     """
 
@@ -57,13 +60,15 @@ class Grid:
     plain_factors: tuple[int, ...] = (1, 2)
     vary: tuple[str, ...] = ()
     workers: int = 2
+    together: int = 1
     out: Path = Path("runs/sweep")
 
     def __post_init__(self) -> None:
         """Refuse a grid without runs, and axes that are none."""
         if not (self.methods and self.epsilons and self.plain_factors):
             raise SweepError("--methods, --epsilons and --plain-factors need one value or more")
-        counts = {"seeds": self.seeds, "workers": self.workers, "plain-factors": min(self.plain_factors)}
+        counts = {"seeds": self.seeds, "workers": self.workers, "together": self.together}
+        counts["plain-factors"] = min(self.plain_factors)
         for name, count in counts.items():
             if count < 1:
                 raise SweepError(f"--{name} must be 1 or more, not {count}")
@@ -138,9 +143,14 @@ def choices(grid: Grid, method: str) -> Iterator[dict[str, str]]:
     for axis in grid.vary:
         name, _, values = axis.partition("=")
         axes[name] = values.split(",")
-    own = {name: values for name, values in axes.items() if method in READ_BY.get(f"method.{name}", METHODS)}
+    own = {name: values for name, values in axes.items() if method in _readers(name)}
     for chosen in itertools.product(*own.values()):
         yield dict(zip(own, chosen, strict=True))
+
+
+def _readers(option: str) -> Collection[str]:
+    """The methods that an option of train.py concerns."""
+    return READ_BY.get(f"method.{option.replace('-', '_')}", METHODS)
 
 
 def planned_run(
@@ -171,48 +181,96 @@ def planned_run(
     return Planned(name, arguments, settings)
 
 
-def train_run(run: Planned) -> str | None:
-    """Train a run from where it stands, in a worker.
+class Job(NamedTuple):
+    """What a worker does at a time: one run, or several that differ in their seed alone.
+
+    Attributes:
+        runs: all of them.
+    """
+
+    runs: tuple[Planned, ...]
+
+    @property
+    def name(self) -> str:
+        """As in `apart-eps0.1-seed3`, or `apart-eps0.1-seed3 and 4 more`."""
+        others = len(self.runs) - 1
+        return self.runs[0].name + (f" and {others} more" if others else "")
+
+    @property
+    def passes(self) -> float:
+        """What it costs; see `Planned`."""
+        return sum(run.passes for run in self.runs)
+
+
+def jobs_of(runs: Sequence[Planned], together: int) -> list[Job]:
+    """Put the runs together that differ in their seed alone. A run that has begun by itself goes on by itself.
 
     Args:
-        run: what is trained.
+        runs: what there is to do.
+        together: how many at most are one job.
 
     Returns:
-        What went wrong, if anything did: other runs need not suffer from it.
+        The jobs, in the order of their first runs.
     """
+    alike: dict[object, list[Planned]] = {}
+    for run in runs:
+        is_alone = together == 1 or (run.settings.out / CHECKPOINTS).exists()
+        alike.setdefault(run.name if is_alone else replace(run.settings, seed=0, out=Path()), []).append(run)
+    jobs = [
+        Job(tuple(group[start : start + together]))
+        for group in alike.values()
+        for start in range(0, len(group), together)
+    ]
+    return sorted(jobs, key=lambda job: runs.index(job.runs[0]))
+
+
+def train_job(job: Job) -> str | None:
+    """Train runs from where they stand, in a worker.
+
+    Args:
+        job: what is trained.
+
+    Returns:
+        What went wrong, if anything did: other jobs need not suffer from it.
+    """
+    settings = [run.settings for run in job.runs]
     try:
-        train(run.settings, show=lambda progress: tell((run.name, progress.step / progress.steps)))
+        if len(settings) > 1:
+            train_together(settings, show=lambda share: tell((job.name, share)))
+            tell((job.name, 1.0))
+        else:
+            train(settings[0], show=lambda progress: tell((job.name, progress.step / progress.steps)))
     except Interrupted:
-        os._exit(1)  # a worker that lived on would be given the next run
+        os._exit(1)  # a worker that lived on would be given the next job
     except Exception as error:  # of any kind: it is told at the end
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def train_all(runs: Sequence[Planned], workers: int) -> dict[str, str]:
-    """Train all runs, under a progress bar.
+def train_all(jobs: Sequence[Job], workers: int) -> dict[str, str]:
+    """Do all jobs, under a progress bar.
 
     Args:
-        runs: what is trained.
+        jobs: what is trained.
         workers: how many at a time.
 
     Returns:
-        For each run that failed, what went wrong.
+        For each job that failed, what went wrong.
     """
-    with progress_bar(runs) as show:
-        problems = run_in_workers(train_run, runs, workers, show)
-    return {run.name: problem for run, problem in zip(runs, problems, strict=True) if problem is not None}
+    with progress_bar(jobs) as show:
+        problems = run_in_workers(train_job, jobs, workers, show)
+    return {job.name: problem for job, problem in zip(jobs, problems, strict=True) if problem is not None}
 
 
 @contextmanager
-def progress_bar(runs: Sequence[Planned]) -> Iterator[Callable[[list[tuple[str, float]]], None]]:
-    """A bar over all runs, with the time left.
+def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[list[tuple[str, float]]], None]]:
+    """A bar over all jobs, with the time left.
 
     Args:
-        runs: what there is to do.
+        jobs: what there is to do.
 
     Yields:
-        A function that takes (name of a run, share of it that is done) pairs and moves the bar.
+        A function that takes (name of a job, share of it that is done) pairs and moves the bar.
     """
     columns = (
         BarColumn(bar_width=None),
@@ -220,7 +278,8 @@ def progress_bar(runs: Sequence[Planned]) -> Iterator[Callable[[list[tuple[str, 
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.description}"),
     )
-    passes = {run.name: run.passes for run in runs}
+    passes = {job.name: job.passes for job in jobs}
+    runs = {job.name: len(job.runs) for job in jobs}
     done = dict.fromkeys(passes, 0.0)
     with Progress(*columns, expand=True, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=sum(passes.values()))
@@ -228,11 +287,11 @@ def progress_bar(runs: Sequence[Planned]) -> Iterator[Callable[[list[tuple[str, 
         def show(news: list[tuple[str, float]]) -> None:
             done.update(news)
             running = [name for name, share in done.items() if 0 < share < 1]
-            finished = sum(share == 1 for share in done.values())
+            finished = sum(runs[name] for name, share in done.items() if share == 1)
             progress.update(
                 task,
                 completed=sum(passes[name] * share for name, share in done.items()),
-                description=", ".join([f"{finished} of {len(runs)} runs", *running]),
+                description=", ".join([f"{finished} of {sum(runs.values())} runs", *running]),
             )
 
         show([])
@@ -253,11 +312,13 @@ def main(grid: Grid, options: Sequence[str]) -> None:
     runs = plan(grid, options)
     left = [run for run in runs if not is_complete(run.settings, resume=True)]
     print(f"{len(runs)} runs in {grid.out}, {len(runs) - len(left)} of them finished")
-    problems = train_all(left, grid.workers)
-    for run in left:
-        if run.name in problems:
-            print(f"failed: {run.name}: {problems[run.name]}")
-            print(f"  alone: python examples/train.py {shlex.join(run.arguments)} --resume")
+    jobs = jobs_of(left, grid.together)
+    problems = train_all(jobs, grid.workers)
+    for job in jobs:
+        if job.name in problems:
+            print(f"failed: {job.name}: {problems[job.name]}")
+            alone = f"python examples/train.py {shlex.join(job.runs[0].arguments)} --resume"
+            print(f"  alone: {alone if len(job.runs) == 1 else 'the same command with --together 1'}")
     if problems:
         sys.exit(1)
     print(f"Next: python examples/report.py {grid.out}")

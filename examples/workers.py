@@ -42,6 +42,8 @@ def run_in_workers(
         Exception: whatever the first task that failed raised; tasks that have not started are dropped.
         KeyboardInterrupt: Ctrl-C; the workers have been stopped.
     """
+    for setting in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # glibc would give memory back in every step
+        os.environ.setdefault(setting, str(2**32))
     context = multiprocessing.get_context("spawn")  # forking a process in which torch has started threads may hang
     news: Queue[Any] = context.Queue()
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(news,))

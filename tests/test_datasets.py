@@ -135,7 +135,9 @@ def test_an_empty_folder_is_refused_with_what_was_looked_for(name, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(DataError, match=r"'svhn'.*cifar10, cifar100, tiny-imagenet, imagenet, folder, digits"):
+    with pytest.raises(
+        DataError, match=r"'svhn'.*cifar10, cifar100, tiny-imagenet, imagenet, folder, digits, digits640"
+    ):
         load_dataset("svhn", Path())
 
 
@@ -146,6 +148,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     ("name", "sizes", "shape"),
     [
         ("digits", (256, 300, 1241), (1, 8, 8)),
+        ("digits640", (640, 300, 857), (1, 8, 8)),
         ("mnist5k", (1000, 1000, 3000), (1, 28, 28)),
         ("mnist1d", (3000, 1000, 1000), (1, 40)),
     ],

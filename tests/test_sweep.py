@@ -16,13 +16,14 @@ import pytest
 import sweep
 import torch
 from safetensors.torch import load_file
-from sweep import Grid, SweepError, plan
-from training.logs import TIMING_COLUMNS
+from sweep import Grid, SweepError, jobs_of, plan
+from training.logs import COLUMNS, TIMING_COLUMNS
 from training.loop import RunError, train
 
 SWEEP = Path(sweep.__file__)
 DIGITS = ["--data", "digits", "--no-tensorboard"]
 TINY = [*DIGITS, "--epochs", "1", "--width", "2"]
+METHODS = ("plain", "apart-eps0.1")
 
 
 def names(grid: Grid, options: list[str] = DIGITS) -> list[str]:
@@ -75,6 +76,36 @@ def test_what_a_method_does_not_read_is_not_varied_for_it():
     ]
 
 
+def test_epsilon_and_rule_are_those_of_one_pass_too_and_a_fraction_is_its_own():
+    grid = Grid(("plain", "apart", "one_pass"), seeds=1, plain_factors=(1,), vary=("rule=l2", "clean-fraction=0.25"))
+    assert names(grid) == [
+        "plain-seed0",
+        "apart-eps0.1-rulel2-seed0",
+        "one_pass-eps0.1-rulel2-clean-fraction0.25-seed0",
+    ]
+
+
+def test_a_single_pass_costs_as_much_as_plain_training_and_every_further_gradient_a_pass():
+    grid = Grid(("plain", "one_pass", "apart"), seeds=1, plain_factors=(1,), vary=("rule=sign,multi_step",))
+    options = [*DIGITS, "--epochs", "10", "--ascent-steps", "3"]
+    costs = {run.name: run.passes for run in plan(grid, options) if run.settings.method.name != "one_pass"}
+    assert costs == {"plain-seed0": 10, "apart-eps0.1-rulesign-seed0": 20, "apart-eps0.1-rulemulti_step-seed0": 40}
+    assert plan(Grid(("one_pass",), seeds=1), options)[0].passes == 10
+
+
+def test_seeds_of_a_run_are_trained_so_many_together():
+    grid = Grid(("plain", "apart"), plain_factors=(1,), seeds=5, together=2)
+    groups = [[run.name for run in job.runs] for job in jobs_of(plan(grid, DIGITS), grid.together)]
+    expected = [[f"{name}-seed{seed}" for seed in seeds] for seeds in ((0, 1), (2, 3), (4,)) for name in METHODS]
+    assert groups == expected
+
+
+def test_a_run_that_has_begun_by_itself_goes_on_by_itself(tmp_path):
+    runs = plan(Grid(("plain",), plain_factors=(1,), seeds=3, out=tmp_path), DIGITS)
+    (tmp_path / "plain-seed1/checkpoints").mkdir(parents=True)
+    assert [[run.settings.seed for run in job.runs] for job in jobs_of(runs, 3)] == [[0, 2], [1]]
+
+
 def test_the_longer_run_costs_more_and_a_second_pass_does_too():
     costs = {run.name: run.passes for run in plan(Grid(seeds=1), [*DIGITS, "--epochs", "10", "--ratio", "0.5"])}
     assert costs == {"plain-seed0": 10, "plain-2xepochs-seed0": 20, "apart-eps0.1-seed0": 15}
@@ -85,6 +116,7 @@ def test_the_longer_run_costs_more_and_a_second_pass_does_too():
     [
         ({"seeds": 0}, "--seeds must be 1 or more, not 0"),
         ({"workers": 0}, "--workers must be 1 or more, not 0"),
+        ({"together": 0}, "--together must be 1 or more, not 0"),
         ({"plain_factors": (1, 0)}, "--plain-factors must be 1 or more, not 0"),
         ({"vary": ("lr",)}, "--vary lr: expected .* as in lr=0.05,0.1"),
         ({"vary": ("lr=0.1,",)}, "--vary lr=0.1,: expected"),
@@ -128,6 +160,33 @@ def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys
     sweep.main(grid, TINY)
     assert f"2 runs in {grid.out}, 2 of them finished" in capsys.readouterr().out
     assert written(grid.out) == before
+
+
+def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
+    grid = Grid(("apart",), seeds=3, workers=1, together=2, out=tmp_path / "swept")
+    sweep.main(grid, TINY)
+    for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
+        train(run.settings, show=lambda progress: None)
+        together, alone = grid.out / run.name, run.settings.out
+        assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
+        (ours,), (theirs,) = metrics(together), metrics(alone)
+        assert ours.keys() == theirs.keys() == set(COLUMNS) - set(TIMING_COLUMNS)
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-4)
+
+    before = written(grid.out)
+    sweep.main(replace(grid, together=3), TINY)
+    assert "3 runs in" in capsys.readouterr().out
+    assert written(grid.out) == before
+
+
+def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(
+            Grid(("plain",), plain_factors=(1,), seeds=2, together=2, workers=1, out=tmp_path), [*TINY, "--clip", "1"]
+        )
+    printed = capsys.readouterr().out
+    assert "failed: plain-seed0 and 1 more: SettingsError: runs with clip 1.0 cannot be trained together" in printed
+    assert "alone: the same command with --together 1" in printed
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):

@@ -176,6 +176,11 @@ def test_plain_training_has_no_adversarial_loss(tmp_path):
     assert "loss/adversarial" not in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
 
 
+def test_one_pass_has_a_loss_of_its_perturbed_groups(tmp_path):
+    quietly(tiny(tmp_path, name="one_pass", epochs=1))
+    assert float(rows(tmp_path)[0]["adversarial_loss"]) > 0
+
+
 def test_errors_are_measured_every_so_many_epochs_and_after_the_last(tmp_path):
     quietly(tiny(tmp_path, epochs=5, evaluate_every=2))
     assert [bool(row["test_error"]) for row in rows(tmp_path)] == [False, True, False, True, True]
@@ -221,6 +226,9 @@ EXACT = {
     "apart": {},
     "sam": {"name": "sam"},
     "apart_sam": {"name": "apart_sam"},
+    "one_pass": {"name": "one_pass"},
+    "random signs": {"rule": "random_sign"},
+    "several steps": {"rule": "multi_step", "ascent_steps": 2},
     "averaged weights": {"ema": 0.9},
     "float16": {"amp": "fp16"},
     "bfloat16": {"amp": "bf16", "channels_last": True},

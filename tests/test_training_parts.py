@@ -20,7 +20,7 @@ from training.datasets import NAMES
 from training.interrupts import noted_signals
 from training.learner import Learner, LossScale
 from training.loop import learning_rate
-from training.methods import PASSES, make_step
+from training.methods import PASSES, initially_carried, make_step, passes_of
 from training.nonfinite import NonFiniteError, Start, first_nonfinite
 from training.settings import (
     PRESETS,
@@ -34,7 +34,19 @@ from training.settings import (
     from_json,
 )
 
-from apart_func import split_state
+from apart_func import (
+    ApartError,
+    StepOutput,
+    assign_grads_,
+    init_perturbation,
+    l2_perturbation,
+    make_apart_step,
+    make_one_pass_step,
+    multi_step,
+    random_sign_perturbation,
+    sign_perturbation,
+    split_state,
+)
 
 METHODS = get_args(MethodName)
 
@@ -65,6 +77,14 @@ def learner_of(model: nn.Module | None = None, method: str = "plain", **training
     return Learner(model or network(), settings)
 
 
+def first_step(
+    model: nn.Module, settings: MethodSettings, dtype: torch.dtype | None = None
+) -> Callable[..., StepOutput]:
+    """A method's step with what it carries at first, and what comes out but for that."""
+    step, carried = make_step(model, settings, dtype), initially_carried(model, settings)
+    return lambda params, buffers, batch, **keywords: step(params, buffers, batch, carried, **keywords)[0]
+
+
 def take(learner: Learner, steps: int = 1, lr: float = 0.1) -> None:
     for number in range(1, steps + 1):
         learner.take(batch_of(seed=number), lr, number)
@@ -75,7 +95,7 @@ def take(learner: Learner, steps: int = 1, lr: float = 0.1) -> None:
 
 def test_the_plain_step_is_an_ordinary_forward_and_backward():
     model, (images, labels) = network(), batch_of()
-    out = make_step(model, MethodSettings("plain"))(*split_state(model), (images, labels))
+    out = first_step(model, MethodSettings("plain"))(*split_state(model), (images, labels))
     ordinary = copy.deepcopy(model)
     loss = F.cross_entropy(ordinary(images), labels)
     loss.backward()
@@ -92,7 +112,7 @@ def test_the_sam_step_has_the_gradient_of_the_package():
     from pytorch_optimizer import SAM
 
     model, (images, labels) = network(), batch_of()
-    out = make_step(model, MethodSettings("sam", rho=0.1))(*split_state(model), (images, labels))
+    out = first_step(model, MethodSettings("sam", rho=0.1))(*split_state(model), (images, labels))
     other = copy.deepcopy(model)
     optimizer = SAM(other.parameters(), torch.optim.SGD, rho=0.1, lr=0.0)
     F.cross_entropy(other(images), labels).backward()
@@ -108,8 +128,8 @@ def test_the_sam_step_has_the_gradient_of_the_package():
 def test_sam_moves_the_running_statistics_by_its_first_pass_alone():
     model, batch = network(), batch_of()
     params, buffers = split_state(model)
-    sam = make_step(model, MethodSettings("sam"))(params, buffers, batch)
-    plain = make_step(model, MethodSettings("plain"))(params, buffers, batch)
+    sam = first_step(model, MethodSettings("sam"))(params, buffers, batch)
+    plain = first_step(model, MethodSettings("plain"))(params, buffers, batch)
     for name, buffer in plain.buffers.items():
         assert torch.equal(sam.buffers[name], buffer)
 
@@ -119,7 +139,7 @@ def test_a_step_changes_nothing(method):
     model, batch = network(), batch_of()
     before = copy.deepcopy(model.state_dict())
     params, buffers = split_state(model)
-    out = make_step(model, MethodSettings(method, groups=4))(params, buffers, batch)
+    out = first_step(model, MethodSettings(method, groups=4))(params, buffers, batch)
     assert out.all_finite
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -130,10 +150,10 @@ def test_a_step_changes_nothing(method):
 def test_micro_batches_are_averaged_and_move_the_running_statistics_in_turn(method):
     model, (images, labels) = network(), batch_of()
     params, buffers = split_state(model)
-    step = make_step(model, MethodSettings(method, groups=4))
+    step = first_step(model, MethodSettings(method, groups=4))
     first = step(params, buffers, (images[:8], labels[:8]))
     second = step(params, first.buffers, (images[8:], labels[8:]))
-    out = make_step(model, MethodSettings(method, groups=4, microbatches=2))(params, buffers, (images, labels))
+    out = first_step(model, MethodSettings(method, groups=4, microbatches=2))(params, buffers, (images, labels))
     for name, grad in out.grads.items():
         torch.testing.assert_close(grad, (first.grads[name] + second.grads[name]) / 2)
     for name, buffer in out.buffers.items():
@@ -143,7 +163,7 @@ def test_micro_batches_are_averaged_and_move_the_running_statistics_in_turn(meth
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_scale_leaves_the_gradients_as_they_are(method):
     model, batch = network(), batch_of()
-    step = make_step(model, MethodSettings(method, groups=4))
+    step = first_step(model, MethodSettings(method, groups=4))
     out, scaled = (step(*split_state(model), batch, loss_scale=scale) for scale in (None, torch.tensor(1024.0)))
     for name, grad in out.grads.items():
         torch.testing.assert_close(scaled.grads[name], grad)
@@ -153,16 +173,16 @@ def test_a_loss_scale_leaves_the_gradients_as_they_are(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_reaches_the_activations_and_not_the_gradients(method):
     model, batch = network(), batch_of()
-    out = make_step(model, MethodSettings(method, groups=4), torch.bfloat16)(*split_state(model), batch)
+    out = first_step(model, MethodSettings(method, groups=4), torch.bfloat16)(*split_state(model), batch)
     assert out.output.dtype == torch.bfloat16
     assert {grad.dtype for grad in out.grads.values()} == {torch.float32}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["plain", "sam"])
+@pytest.mark.parametrize("method", ["plain", "sam", "one_pass"])
 def test_a_step_compiles_into_one_graph(method):
     model, batch = network(), batch_of()
-    step = make_step(model, MethodSettings(method, groups=4))
+    step = first_step(model, MethodSettings(method, groups=4))
     params, buffers = split_state(model)
     eager, compiled = step(params, buffers, batch), torch.compile(step, fullgraph=True)(params, buffers, batch)
     for name, grad in eager.grads.items():
@@ -173,6 +193,38 @@ def test_a_step_compiles_into_one_graph(method):
 
 def test_every_method_has_names_for_its_passes():
     assert set(PASSES) == set(METHODS)
+
+
+def test_a_rule_of_several_steps_adds_passes_where_there_is_an_adversarial_one():
+    apart, plain = (MethodSettings(name, rule="multi_step", ascent_steps=3) for name in ("apart", "plain"))
+    assert passes_of(apart) == ("proxy", "ascent", "ascent", "adversarial")
+    assert passes_of(plain) == PASSES["plain"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "function"),
+    [
+        ("sign", sign_perturbation),
+        ("random_sign", random_sign_perturbation),
+        ("l2", l2_perturbation),
+        ("multi_step", multi_step(2)),
+    ],
+)
+def test_a_rule_is_the_library_s(rule, function):
+    model, batch = network(), batch_of()
+    settings = MethodSettings("apart", rule=rule, ascent_steps=2, groups=4)
+    outs = []
+    for step in (first_step(model, settings), make_apart_step(model, F.cross_entropy, groups=4, rule=function)):
+        torch.manual_seed(0)
+        outs.append(step(*split_state(model), batch))
+    for layer, shift in outs[1].perturbation.items():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs[0].perturbation[layer], shift, strict=True))
+
+
+def test_one_pass_refuses_a_rule_of_several_steps():
+    model = network()
+    with pytest.raises(ApartError, match=r"multi_step\(3\) needs further passes"):
+        first_step(model, MethodSettings("one_pass", rule="multi_step", groups=4))(*split_state(model), batch_of())
 
 
 # the learner
@@ -193,6 +245,23 @@ def test_plain_steps_are_those_of_an_ordinary_loop():
     trained = learner.evaluated([]).state_dict()
     for name, tensor in other.state_dict().items():
         assert torch.equal(trained[name], tensor)
+
+
+def test_one_pass_steps_carry_the_perturbation():
+    model, other = network(), network()
+    learner = Learner(model, Settings(method=MethodSettings("one_pass", groups=4, clean_fraction=0.75)))
+    step = make_one_pass_step(other, F.cross_entropy, epsilon=0.1, groups=4, clean_fraction=0.75)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    (params, buffers), perturbation = split_state(other), init_perturbation(other)
+    for number in (1, 2, 3):
+        learner.take(batch_of(seed=number), 0.1, number)
+        out = step(params, buffers, batch_of(seed=number), perturbation)
+        buffers, perturbation = out.buffers, out.perturbation
+        assign_grads_(other, out.grads)
+        optimizer.step()
+    assert perturbation["1"].mean.abs().max() > 0
+    for name, param in params.items():
+        assert torch.equal(learner.params[name], param)
 
 
 def test_a_rehearsal_changes_nothing():
@@ -300,6 +369,7 @@ def shifted(x: Tensor) -> bool:
         (lambda x: x / 0, "apart", "the output of layer '2', in the proxy pass"),
         (lambda x: x / (0 if shifted(x) else 1), "apart", "the output of layer '2', in the adversarial pass"),
         (lambda x: x / (0 if shifted(x) else 1), "apart_sam", "the output of layer '2', in the adversarial pass"),
+        (lambda x: x / 0, "one_pass", "the output of layer '2', in the training pass"),
         (Infinite.apply, "sam", "the gradient by the output of layer '1', in the first pass"),
         (
             lambda x: Infinite.apply(x) if shifted(x) else x,
@@ -337,13 +407,13 @@ def test_weights_that_an_update_made_infinite_are_named():
     model, batch = network(), batch_of()
     params, buffers = split_state(model)
     params["4.bias"][1] = math.inf
-    start = Start(3, params, buffers, batch, None, torch.get_rng_state())
+    start = Start(3, params, buffers, batch, {}, None, torch.get_rng_state())
     assert first_nonfinite(model, MethodSettings("plain"), None, start) == "the weights it began with, in '4.bias'"
 
 
 def test_a_step_that_is_finite_the_second_time_is_said_to_be():
     model = network()
-    start = Start(3, *split_state(model), batch_of(), None, torch.get_rng_state())
+    start = Start(3, *split_state(model), batch_of(), {}, None, torch.get_rng_state())
     assert first_nonfinite(model, MethodSettings("apart", groups=4), None, start) is None
 
 

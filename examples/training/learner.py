@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from apart_func import StepOutput, assign_grads_, load_state_, split_state
-from training.methods import Batch, Step, make_step
-from training.nonfinite import NonFiniteError, Start, Watch, first_nonfinite
+from apart_func import Perturbation, StepOutput, assign_grads_, load_state_, split_state
+from training.methods import Batch, Step, initially_carried, make_step
+from training.nonfinite import NonFiniteError, Start, Watch, nonfinite_error
 from training.settings import Settings
 
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +38,7 @@ class Learner:
         model: the network. Its parameters are always those of the last step; its buffers after `evaluated`.
         params: these parameters, by name.
         buffers: all other tensors, as the last step left them.
+        carried: what the method hands from step to step.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -47,6 +48,7 @@ class Learner:
         self.model = model
         self.device = next(model.parameters()).device
         self.params, self.buffers = split_state(model)
+        self.carried = initially_carried(model, settings.method)
         self._settings = settings
         self._autocast_dtype = AMP_DTYPES[training.amp]
         self._optimizer = torch.optim.SGD(
@@ -69,7 +71,7 @@ class Learner:
             ApartError: they do not fit the network or the batch.
         """
         with self._kept_random_state():
-            self._eager_step(self.params, self.buffers, self.placed(batch))
+            self._eager_step(self.params, self.buffers, self.placed(batch), self.carried)
 
     def placed(self, batch: Batch) -> Batch:
         """A batch on the network's device, in its memory order."""
@@ -94,10 +96,11 @@ class Learner:
         """
         self._watch.settle()
         scale = None if self._loss_scale is None else torch.tensor(self._loss_scale.value, device=batch[0].device)
-        start = Start(number, self.params, self.buffers, batch, scale, torch.get_rng_state())
-        out = self._step(self.params, self.buffers, batch, loss_scale=scale)
+        start = Start(number, self.params, self.buffers, batch, self.carried, scale, torch.get_rng_state())
+        out, carried = self._step(self.params, self.buffers, batch, self.carried, loss_scale=scale)
         if not self._accepts(out, start):
             return None
+        self.carried = carried
         self._update(out, lr)
         return out
 
@@ -142,6 +145,7 @@ class Learner:
         return {
             "params": self.params,
             "buffers": self.buffers,
+            "carried": {layer: tuple(shift) for layer, shift in self.carried.items()},  # plain, as checkpoints are
             "optimizer": self._optimizer.state_dict(),
             "average": self._average and self._average.state_dict(),
             "loss_scale": self._loss_scale and self._loss_scale.state_dict(),
@@ -151,6 +155,9 @@ class Learner:
         """Continue from what `state_dict` returned, in place."""
         load_state_(self.model, state["params"], state["buffers"])
         self.params, self.buffers = split_state(self.model)
+        self.carried = {
+            layer: Perturbation(*(part.to(self.device) for part in shift)) for layer, shift in state["carried"].items()
+        }
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -186,12 +193,7 @@ class Learner:
 
     def _explain(self, start: Start) -> NonFiniteError:
         """The error for a step that was not finite."""
-        where = first_nonfinite(self.model, self._settings.method, self._autocast_dtype, start)
-        remedy = "Try a lower --lr, --clip 1" + (", or --amp bf16." if self._loss_scale else ".")
-        return NonFiniteError(
-            f"step {start.number} is not finite. The first infinity or NaN: "
-            f"{where or 'none, when the step was run a second time'}. {remedy}"
-        )
+        return nonfinite_error(self.model, self._settings.method, self._autocast_dtype, start)
 
 
 class LossScale:

@@ -33,7 +33,7 @@ from training.datasets import DataSet, Split, evaluation_batches, load_dataset, 
 from training.interrupts import Interrupted, noted_signals
 from training.learner import Learner
 from training.logs import Metrics, Progress, Row, Scalars, Show, progress_bar
-from training.methods import PASSES, Batch
+from training.methods import Batch, Tensors
 from training.networks import make_network
 from training.settings import (
     MachineSettings,
@@ -45,7 +45,7 @@ from training.settings import (
     from_json,
 )
 
-CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
+CONFIG, METRICS, CHECKPOINTS, MODEL = "config.json", "metrics.csv", "checkpoints", "model.safetensors"
 
 SHOW_SECONDS = 0.2
 EVALUATION_FACTOR = 4  # an evaluation batch needs less memory than a training batch of the same size
@@ -76,8 +76,7 @@ def train(settings: Settings, show: Show | None = None, *, resume: bool = True) 
         return settings.out
     data, learner = prepared(settings)
     with full_disk_explained(settings.out), noted_signals() as noted, ExitStack() as stack:
-        config = as_json(settings) | {"environment": environment()}
-        write_whole(settings.out / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
+        write_config(settings)
         run = _Run(settings, data, learner, show or stack.enter_context(progress_bar()), noted, stack)
         run.to_the_end()
     return settings.out
@@ -109,6 +108,18 @@ def is_complete(settings: Settings, resume: bool) -> bool:
             f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
         )
     return (settings.out / MODEL).exists()
+
+
+def write_config(settings: Settings) -> None:
+    """Write a run's settings, and what they run on, into its folder."""
+    config = as_json(settings) | {"environment": environment()}
+    write_whole(settings.out / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
+
+
+def write_network(out: Path, params: Tensors, buffers: Tensors) -> None:
+    """Write a trained network into a run's folder, which makes the run complete."""
+    tensors = {name: tensor.contiguous() for name, tensor in (params | buffers).items()}
+    write_whole(out / MODEL, safetensors.torch.save(tensors))
 
 
 def read_config(path: Path) -> Settings:
@@ -146,10 +157,15 @@ def prepared(settings: Settings) -> tuple[DataSet, Learner]:
     steps_per_epoch(data, settings.training.batch_size)  # refuses a batch that cannot be filled
     if settings.training.channels_last and len(data.sample_shape) != 3:
         raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
-    torch.manual_seed(settings.seed)
-    learner = Learner(make_network(settings.model.name, data, settings.model.width).to(device), settings)
+    learner = Learner(initial_network(settings, data).to(device), settings)
     learner.rehearse(blank_batch(data, settings.training.batch_size))
     return data, learner
+
+
+def initial_network(settings: Settings, data: DataSet) -> nn.Module:
+    """The network of a run before its first step. Torch's default generator is seeded, and goes on from there."""
+    torch.manual_seed(settings.seed)
+    return make_network(settings.model.name, data, settings.model.width)
 
 
 def learning_rate(training: TrainingSettings, done: float) -> float:
@@ -211,7 +227,7 @@ class _Run:
     ) -> None:
         self.settings, self.data, self.learner, self.show, self.noted = settings, data, learner, show, noted
         self.steps = steps_per_epoch(data, settings.training.batch_size)
-        self.checkpoints = Checkpoints(settings.out / "checkpoints")
+        self.checkpoints = Checkpoints(settings.out / CHECKPOINTS)
         self.place = self._restored(self.checkpoints.load())
         self.saved_at = self.shown_at = time.monotonic()
         folder = settings.out / "tensorboard" if settings.machine.tensorboard else None
@@ -235,9 +251,7 @@ class _Run:
             every = self.settings.machine.checkpoint_epochs
             if every and self.place.epoch % every == 0:
                 self._save()
-        params, buffers = split_state(self._evaluated())
-        tensors = {name: tensor.contiguous() for name, tensor in (params | buffers).items()}
-        write_whole(self.settings.out / MODEL, safetensors.torch.save(tensors))
+        write_network(self.settings.out, *split_state(self._evaluated()))
 
     def _train_epoch(self) -> None:
         """Take the steps of the epoch that are left."""
@@ -272,35 +286,12 @@ class _Run:
 
     def _row(self) -> Row:
         """What the epoch that was just trained came to. Its errors are measured now, if it is their turn."""
-        training, epoch = self.settings.training, self.place.epoch + 1
         start = time.perf_counter()
-        loss, second_loss, error = self._means()
+        self.place.sums = self.place.sums.cpu()  # waits for the device
         trained = time.perf_counter()
-        seconds = self.place.seconds + trained - start
-        is_measured = epoch % training.evaluate_every == 0 or epoch == training.epochs
-        validation_error, test_error = self._measured_errors() if is_measured else (None, None)
-        return {
-            "epoch": epoch,
-            "step": self.step,
-            "lr": self._learning_rate(self.step - 1),
-            "train_loss": loss,
-            "adversarial_loss": second_loss,
-            "train_error": error,
-            "validation_error": validation_error,
-            "test_error": test_error,
-            "images_per_second": self.steps * training.batch_size / seconds,
-            "data_wait": self.place.waiting_seconds / seconds,
-            "seconds": seconds + time.perf_counter() - trained,
-        }
-
-    def _means(self) -> tuple[float | None, float | None, float | None]:
-        """Loss, second loss, and error in percent, over the steps of this epoch."""
-        loss, second_loss, wrong, counted = self.place.sums.tolist()
-        if not counted:
-            return None, None, None
-        has_second_pass = len(PASSES[self.settings.method.name]) > 1
-        error = 100 * wrong / (counted * self.settings.training.batch_size)
-        return loss / counted, second_loss / counted if has_second_pass else None, error
+        self.place.seconds += trained - start
+        errors = self._measured_errors() if is_measured(self.settings.training, self.place.epoch) else (None, None)
+        return epoch_row(self.settings, self.steps, self.place, errors, time.perf_counter() - trained)
 
     def _measured_errors(self) -> tuple[float | None, float]:
         """Errors on validation samples, where there are some, and on test samples, in percent."""
@@ -345,7 +336,7 @@ class _Run:
         """Show how the run gets on: in this epoch, or in the last one where this one has not begun."""
         place, training = self.place, self.settings.training
         if place.batch:
-            loss, _, error = self._means()
+            loss, _, error = means(place, training)
             speed = place.batch * training.batch_size / max(place.seconds, 1e-9)
         else:
             row = place.rows[-1]
@@ -376,9 +367,7 @@ class _Run:
     def _save(self) -> None:
         """Write a checkpoint of this moment, between two steps."""
         self.learner.settle()
-        random = {"cpu": torch.get_rng_state()}
-        if self.learner.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.learner.device)
+        random = random_state(self.learner.device)
         state = {"place": vars(self.place), "learner": self.learner.state_dict(), "random": random}
         self.checkpoints.save(self.step, state)
         self.saved_at = time.monotonic()
@@ -388,10 +377,70 @@ class _Run:
         if state is None:
             return Place()
         self.learner.load_state_dict(state["learner"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.learner.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.learner.device)
+        set_random_state(state["random"], self.learner.device)
         return Place(**state["place"])
+
+
+def is_measured(training: TrainingSettings, epoch: int) -> bool:
+    """Whether errors are measured after the epoch that comes after so many."""
+    return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+
+
+def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
+    """Loss, second loss where the method has one, and error in percent, over the steps of this epoch."""
+    loss, second_loss, wrong, counted = place.sums.tolist()
+    if not counted:
+        return None, None, None
+    error = 100 * wrong / (counted * training.batch_size)
+    return loss / counted, None if math.isnan(second_loss) else second_loss / counted, error
+
+
+def epoch_row(
+    settings: Settings, steps: int, place: Place, errors: tuple[float | None, float | None], measuring_seconds: float
+) -> Row:
+    """What an epoch came to.
+
+    Args:
+        settings: of the run.
+        steps: of an epoch.
+        place: after its last one.
+        errors: on validation and test samples, in percent, if they were measured.
+        measuring_seconds: the time that took.
+
+    Returns:
+        A row of the metrics.
+    """
+    loss, second_loss, error = means(place, settings.training)
+    validation_error, test_error = errors
+    step = steps * (place.epoch + 1)
+    return {
+        "epoch": place.epoch + 1,
+        "step": step,
+        "lr": learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs)),
+        "train_loss": loss,
+        "adversarial_loss": second_loss,
+        "train_error": error,
+        "validation_error": validation_error,
+        "test_error": test_error,
+        "images_per_second": steps * settings.training.batch_size / place.seconds,
+        "data_wait": place.waiting_seconds / place.seconds,
+        "seconds": place.seconds + measuring_seconds,
+    }
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that a step on a device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def measured_errors(rows: Sequence[Row]) -> list[float]:

@@ -1,12 +1,14 @@
-"""The four methods as training steps of one form: `make_step(model, settings)`.
+"""The methods as training steps of one form: `make_step(model, settings)`.
 
     plain       one forward and backward                   its gradient
     sam         a second one at θ + ρ ∇L/‖∇L‖              the gradient of the second alone
     apart       a second one with perturbed statistics     the weighted sum of both
     apart_sam   a second one with both                     the weighted sum of both
+    one_pass    some groups of the batch perturbed         the weighted sum of both, by one backward
 
-`step(params, buffers, batch)` is pure whatever the method is: gradients and new buffers come out. The last two are
-`apart_func`'s; the first two are PyTorch's own forward and backward, as a plain loop has them.
+`step(params, buffers, batch, carried)` is pure whatever the method is: gradients, new buffers and what the next step
+gets as `carried` come out. The last three are `apart_func`'s; the first two are PyTorch's own forward and backward, as
+a plain loop has them.
 """
 
 from __future__ import annotations
@@ -21,8 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apart_func import StepOutput, make_apart_sam_step, make_apart_step
+from apart_func import (
+    OnePassStep,
+    Rule,
+    StepOutput,
+    init_perturbation,
+    l2_perturbation,
+    make_apart_sam_step,
+    make_apart_step,
+    make_one_pass_step,
+    multi_step,
+    random_sign_perturbation,
+    sign_perturbation,
+)
 from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_traced
+from apart_func.pytrees import PerturbationTree
 from apart_func.sam import climbed
 from apart_func.step import all_finite, over_microbatches
 from training.settings import MethodName, MethodSettings
@@ -36,6 +51,13 @@ PASSES: dict[MethodName, tuple[str, ...]] = {
     "sam": ("first", "second"),
     "apart": ("proxy", "adversarial"),
     "apart_sam": ("proxy", "adversarial"),
+    "one_pass": ("training",),
+}
+
+ONE_GRADIENT_RULES: dict[str, Rule] = {
+    "sign": sign_perturbation,
+    "random_sign": random_sign_perturbation,
+    "l2": l2_perturbation,
 }
 
 
@@ -43,20 +65,41 @@ class Step(Protocol):
     """One training step as a pure function."""
 
     def __call__(
-        self, params: Tensors, buffers: Tensors, batch: Batch, *, loss_scale: Tensor | None = None
-    ) -> StepOutput:
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        batch: Batch,
+        carried: PerturbationTree,
+        *,
+        loss_scale: Tensor | None = None,
+    ) -> tuple[StepOutput, PerturbationTree]:
         """Take one step.
 
         Args:
             params: trained tensors by name.
             buffers: all other tensors by name.
             batch: samples and labels.
+            carried: `initially_carried`, then what the step before returned.
             loss_scale: 0-d factor on the losses during their backward, divided out of the gradients.
 
         Returns:
-            As `apart_func` has it. `adversarial_loss` is that of the second pass, NaN where there is none; the trees of
-            statistics are empty but for APART.
+            The output as `apart_func` has it, and what is carried to the next step. `adversarial_loss` is that of the
+            second pass or the perturbed groups, NaN where there is neither; the trees of statistics are empty but for
+            APART.
         """
+
+
+def passes_of(settings: MethodSettings) -> tuple[str, ...]:
+    """What the passes of a step are called, with those that a rule of several steps adds."""
+    passes = PASSES[settings.name]
+    if settings.rule != "multi_step" or "adversarial" not in passes:
+        return passes
+    return (passes[0], *["ascent"] * (settings.ascent_steps - 1), passes[-1])
+
+
+def initially_carried(model: nn.Module, settings: MethodSettings) -> PerturbationTree:
+    """What the first step of a method carries: the perturbation of one pass, zero, and nothing for the others."""
+    return init_perturbation(model) if settings.name == "one_pass" else {}
 
 
 def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None) -> Step:
@@ -74,23 +117,46 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
         ApartError: a setting is out of range, or the network has no batch norm to perturb.
     """
     if settings.name in ("plain", "sam"):
-        return _make_ordinary_step(model, settings, autocast_dtype)
-    make: Callable[..., Step] = make_apart_step
+        return _carrying_nothing(_make_ordinary_step(model, settings, autocast_dtype))
+    shared: dict[str, Any] = {
+        "epsilon": settings.epsilon,
+        "groups": settings.groups,
+        "microbatches": settings.microbatches,
+        "rule": ONE_GRADIENT_RULES.get(settings.rule) or multi_step(settings.ascent_steps),
+        "autocast_dtype": autocast_dtype,
+    }
+    if settings.name == "one_pass":
+        return _carrying_the_perturbation(
+            make_one_pass_step(model, F.cross_entropy, clean_fraction=settings.clean_fraction, **shared)
+        )
+    shared |= {"ratio": settings.ratio, "remainder": settings.remainder}
     if settings.name == "apart_sam":
-        make = partial(make_apart_sam_step, rho=settings.rho)
-    return make(
-        model,
-        F.cross_entropy,
-        epsilon=settings.epsilon,
-        groups=settings.groups,
-        ratio=settings.ratio,
-        remainder=settings.remainder,
-        microbatches=settings.microbatches,
-        autocast_dtype=autocast_dtype,
-    )
+        return _carrying_nothing(make_apart_sam_step(model, F.cross_entropy, rho=settings.rho, **shared))
+    return _carrying_nothing(make_apart_step(model, F.cross_entropy, **shared))
 
 
-def _make_ordinary_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None) -> Step:
+def _carrying_the_perturbation(one_pass_step: OnePassStep) -> Step:
+    def step(
+        params: Tensors, buffers: Tensors, batch: Batch, carried: PerturbationTree, *, loss_scale: Tensor | None = None
+    ) -> tuple[StepOutput, PerturbationTree]:
+        out = one_pass_step(params, buffers, batch, carried, loss_scale=loss_scale)
+        return out, out.perturbation
+
+    return step
+
+
+def _carrying_nothing(stateless_step: Callable[..., StepOutput]) -> Step:
+    def step(
+        params: Tensors, buffers: Tensors, batch: Batch, carried: PerturbationTree, *, loss_scale: Tensor | None = None
+    ) -> tuple[StepOutput, PerturbationTree]:
+        return stateless_step(params, buffers, batch, loss_scale=loss_scale), carried
+
+    return step
+
+
+def _make_ordinary_step(
+    model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None
+) -> Callable[..., StepOutput]:
     """Plain training or SAM.
 
     SAM is written as a function, since packages have it as an optimizer that moves the weights in place between two

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.methods import PASSES, Batch, Tensors, make_step
+from apart_func.pytrees import PerturbationTree
+from training.methods import Batch, Tensors, make_step, passes_of
 from training.settings import MethodSettings
 
 
@@ -30,6 +31,7 @@ class Start(NamedTuple):
         params: trained tensors.
         buffers: all others.
         batch: samples and labels.
+        carried: from the step before.
         loss_scale: as the step had it.
         random_state: of torch's default generator.
     """
@@ -38,6 +40,7 @@ class Start(NamedTuple):
     params: Tensors
     buffers: Tensors
     batch: Batch
+    carried: PerturbationTree
     loss_scale: Tensor | None
     random_state: Tensor
 
@@ -82,6 +85,18 @@ class Watch:
             raise self._explain(start)
 
 
+def nonfinite_error(
+    model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None, start: Start
+) -> NonFiniteError:
+    """The error for a step that was not finite, from the arguments of `first_nonfinite`."""
+    where = first_nonfinite(model, settings, autocast_dtype, start)
+    remedy = "Try a lower --lr, --clip 1" + ("." if start.loss_scale is None else ", or --amp bf16.")
+    return NonFiniteError(
+        f"step {start.number} is not finite. The first infinity or NaN: "
+        f"{where or 'none, when the step was run a second time'}. {remedy}"
+    )
+
+
 def first_nonfinite(
     model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None, start: Start
 ) -> str | None:
@@ -100,13 +115,14 @@ def first_nonfinite(
         for name, tensor in tensors.items():
             if not _is_finite(tensor):
                 return f"the {kind} it began with" + (f", in {name!r}" if name else "")
-    search = _Search(PASSES[settings.name])
+    search = _Search(passes_of(settings))
     step = make_step(search.copy_of(model), settings, autocast_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(start.random_state)
-        out = step(start.params, start.buffers, start.batch, loss_scale=start.loss_scale)
-    for pass_name, loss in zip(search.passes, (out.loss, out.adversarial_loss), strict=False):
-        search.look("the loss", loss, pass_name)
+        out, _ = step(start.params, start.buffers, start.batch, start.carried, loss_scale=start.loss_scale)
+    search.look("the loss", out.loss, search.passes[0])
+    if len(search.passes) > 1:
+        search.look("the loss", out.adversarial_loss, search.passes[-1])
     return search.found
 
 

@@ -22,8 +22,11 @@ METHODS: tuple[str, ...] = get_args(MethodName)
 
 # Settings that only some methods read; the others concern all.
 READ_BY = {
-    "method.epsilon": {"apart", "apart_sam"},
-    "method.groups": {"apart", "apart_sam"},
+    "method.epsilon": {"apart", "one_pass", "apart_sam"},
+    "method.rule": {"apart", "one_pass", "apart_sam"},
+    "method.groups": {"apart", "one_pass", "apart_sam"},
+    "method.ascent_steps": {"apart", "apart_sam"},
+    "method.clean_fraction": {"one_pass"},
     "method.ratio": {"apart", "apart_sam"},
     "method.remainder": {"apart", "apart_sam"},
     "method.rho": {"sam", "apart_sam"},
@@ -124,6 +127,8 @@ def decisive_settings(settings: Settings) -> dict[str, Any]:
     flat = {f"{part}.{name}": value for part in SECTIONS for name, value in nested[part].items()}
     if settings.data.name != "folder":  # elsewhere the name says what lies there
         del flat["data.folder"]
+    if settings.method.rule != "multi_step":
+        del flat["method.ascent_steps"]
     return {name: value for name, value in flat.items() if settings.method.name in READ_BY.get(name, METHODS)}
 
 
@@ -166,6 +171,8 @@ def passes_per_epoch(settings: Mapping[str, Any]) -> float:
         settings: decisive settings of a run.
 
     Returns:
-        1 for plain training, 2 for SAM, 1 + ratio where the second pass is an adversarial one.
+        1 for plain training and APART in one pass, 2 for SAM, 1 + ratio where the second pass is an adversarial one;
+        and one for every further gradient that a rule takes.
     """
-    return 2.0 if settings["method.name"] == "sam" else 1.0 + settings.get("method.ratio", 0)
+    second = 1.0 if settings["method.name"] == "sam" else settings.get("method.ratio", 0.0)
+    return float(second + settings.get("method.ascent_steps", 1))

@@ -21,8 +21,11 @@ from typing import Annotated, Any, Literal
 import dacite
 from tyro.conf import arg
 
-DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
-MethodName = Literal["plain", "apart", "sam", "apart_sam"]
+DataName = Literal[
+    "cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "digits640", "mnist5k", "mnist1d"
+]
+MethodName = Literal["plain", "apart", "one_pass", "sam", "apart_sam"]
+RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
 
 
 class SettingsError(ValueError):
@@ -40,7 +43,8 @@ class DataSettings:
     """What is trained on.
 
     Attributes:
-        name: the data set. digits, mnist5k and mnist1d (synthetic) come with Python packages.
+        name: the data set. digits, digits640 (of its training images), mnist5k and mnist1d (synthetic) come with Python
+            packages.
         folder: where it lies on disk; the bundled sets need none.
         crop: side of the images that the network sees; by default that of the data set.
         augment: crop and flip the training images at random, where the data set has it.
@@ -71,9 +75,13 @@ class MethodSettings:
     """What a training step computes.
 
     Attributes:
-        name: one forward and backward (plain), or two (apart, sam, apart_sam).
+        name: one forward and backward (plain, one_pass), or two (apart, sam, apart_sam).
         epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
-        groups: APART's ghost groups in the adversarial pass. 0 makes the whole batch one group.
+        rule: which way APART moves the statistics: by the sign of their gradient, at random (a control), along the
+            gradient, or to where several steps lead.
+        ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
+        groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
+        clean_fraction: share of the groups that are clean in one pass.
         ratio: share of the batch that goes through APART's adversarial pass.
         remainder: where the groups do not divide that share: an error, or drop a few samples.
         rho: radius of SAM's weight perturbation, in the norm over all weights.
@@ -82,7 +90,10 @@ class MethodSettings:
 
     name: Annotated[MethodName, arg(name="method")] = "apart"
     epsilon: float = 0.1
+    rule: RuleName = "sign"
+    ascent_steps: int = 3
     groups: int = 16
+    clean_fraction: float = 0.5
     ratio: float = 1.0
     remainder: Literal["error", "drop"] = "error"
     rho: float = 0.1
@@ -91,7 +102,7 @@ class MethodSettings:
     def __post_init__(self) -> None:
         """Refuse radii and counts below their range; the step checks the rest."""
         _at_least(0, epsilon=self.epsilon, rho=self.rho)
-        _at_least(1, microbatches=self.microbatches)
+        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches)
 
 
 @dataclass(frozen=True)
@@ -231,6 +242,7 @@ PRESETS: dict[str, Settings] = {
     "imagenet": _IMAGENET,
     "folder": replace(_IMAGENET, data=DataSettings("folder", crop=224)),
     "digits": replace(_BUNDLED, data=DataSettings("digits")),
+    "digits640": replace(_BUNDLED, data=DataSettings("digits640")),
     "mnist5k": replace(_BUNDLED, data=DataSettings("mnist5k")),
     "mnist1d": replace(_BUNDLED, data=DataSettings("mnist1d"), model=ModelSettings("resnet1d")),
 }

@@ -89,7 +89,7 @@ def train_on_digits(options: Options) -> Path:
         The folder of their run folders.
     """
     out = options.out / "networks"
-    grid = sweep.Grid(seeds=options.seeds, plain_factors=(1,), workers=options.workers, out=out)
+    grid = sweep.Grid(seeds=options.seeds, factors=(1,), workers=options.workers, out=out)
     sweep.main(grid, ["--data", "digits", "--epochs", str(options.epochs)])
     return out
 

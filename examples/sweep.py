@@ -30,6 +30,7 @@ from training.together import train_together
 from workers import run_in_workers, tell
 
 SHORT = {"epsilon": "eps"}  # in the names of folders
+ONE_PASS_METHODS = ("plain", "one_pass")  # for as many passes as other methods take, they can run twice as long
 OWN = ("--method", "--epsilon", "--seed", "--out", "--resume")  # options of train.py that the sweep sets
 
 
@@ -46,7 +47,7 @@ class Grid:
         epsilons: radii ε of APART and APART-SAM; 0 is the control of two passes without perturbation.
         seeds: runs of each.
         first_seed: their seeds count from here. Choose settings with other seeds than the result's.
-        plain_factors: plain training runs for these multiples of the epochs.
+        factors: plain training, and APART in one pass, run for these multiples of the epochs.
         vary: further options of train.py and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
         workers: processes that train at the same time, with one thread each.
         together: seeds of a run that one process trains at the same time, on bundled data; without TensorBoard files.
@@ -57,7 +58,7 @@ class Grid:
     epsilons: tuple[float, ...] = (0.1,)
     seeds: int = 5
     first_seed: int = 0
-    plain_factors: tuple[int, ...] = (1, 2)
+    factors: tuple[int, ...] = (1, 2)
     vary: tuple[str, ...] = ()
     workers: int = 2
     together: int = 1
@@ -65,10 +66,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Refuse a grid without runs, and axes that are none."""
-        if not (self.methods and self.epsilons and self.plain_factors):
-            raise SweepError("--methods, --epsilons and --plain-factors need one value or more")
+        if not (self.methods and self.epsilons and self.factors):
+            raise SweepError("--methods, --epsilons and --factors need one value or more")
         counts = {"seeds": self.seeds, "workers": self.workers, "together": self.together}
-        counts["plain-factors"] = min(self.plain_factors)
+        counts["factors"] = min(self.factors)
         for name, count in counts.items():
             if count < 1:
                 raise SweepError(f"--{name} must be 1 or more, not {count}")
@@ -122,7 +123,7 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
         for seed in seeds
         for method in grid.methods
         for chosen in choices(grid, method)
-        for factor in (grid.plain_factors if method == "plain" else (1,))
+        for factor in (grid.factors if method in ONE_PASS_METHODS else (1,))
     ]
     # Twice 60 epochs and once 120 are one run.
     different = {replace(run.settings, out=grid.out): run for run in reversed(runs)}

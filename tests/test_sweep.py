@@ -54,7 +54,7 @@ def test_options_that_are_not_the_sweep_s_go_to_every_run():
 
 
 def test_any_option_can_be_varied_and_names_what_it_varies():
-    grid = Grid(methods=("plain", "sam"), plain_factors=(2,), seeds=1, vary=("epochs=3,5", "width=4,8"))
+    grid = Grid(methods=("plain", "sam"), factors=(2,), seeds=1, vary=("epochs=3,5", "width=4,8"))
     assert names(grid)[:4] == [f"plain-epochs{e}-width{w}-2xepochs-seed0" for e in (3, 5) for w in (4, 8)]
     run = plan(grid, DIGITS)[3]
     assert (run.settings.training.epochs, run.settings.model.width) == (2 * 5, 8)
@@ -66,7 +66,7 @@ def test_a_run_that_two_ways_lead_to_is_one():
 
 
 def test_what_a_method_does_not_read_is_not_varied_for_it():
-    grid = Grid(("plain", "apart", "sam"), seeds=1, plain_factors=(1,), vary=("rho=0.1,0.2", "groups=2,4"))
+    grid = Grid(("plain", "apart", "sam"), seeds=1, factors=(1,), vary=("rho=0.1,0.2", "groups=2,4"))
     assert names(grid) == [
         "plain-seed0",
         "apart-eps0.1-groups2-seed0",
@@ -77,7 +77,7 @@ def test_what_a_method_does_not_read_is_not_varied_for_it():
 
 
 def test_epsilon_and_rule_are_those_of_one_pass_too_and_a_fraction_is_its_own():
-    grid = Grid(("plain", "apart", "one_pass"), seeds=1, plain_factors=(1,), vary=("rule=l2", "clean-fraction=0.25"))
+    grid = Grid(("plain", "apart", "one_pass"), seeds=1, factors=(1,), vary=("rule=l2", "clean-fraction=0.25"))
     assert names(grid) == [
         "plain-seed0",
         "apart-eps0.1-rulel2-seed0",
@@ -86,7 +86,7 @@ def test_epsilon_and_rule_are_those_of_one_pass_too_and_a_fraction_is_its_own():
 
 
 def test_a_single_pass_costs_as_much_as_plain_training_and_every_further_gradient_a_pass():
-    grid = Grid(("plain", "one_pass", "apart"), seeds=1, plain_factors=(1,), vary=("rule=sign,multi_step",))
+    grid = Grid(("plain", "one_pass", "apart"), seeds=1, factors=(1,), vary=("rule=sign,multi_step",))
     options = [*DIGITS, "--epochs", "10", "--ascent-steps", "3"]
     costs = {run.name: run.passes for run in plan(grid, options) if run.settings.method.name != "one_pass"}
     assert costs == {"plain-seed0": 10, "apart-eps0.1-rulesign-seed0": 20, "apart-eps0.1-rulemulti_step-seed0": 40}
@@ -94,14 +94,14 @@ def test_a_single_pass_costs_as_much_as_plain_training_and_every_further_gradien
 
 
 def test_seeds_of_a_run_are_trained_so_many_together():
-    grid = Grid(("plain", "apart"), plain_factors=(1,), seeds=5, together=2)
+    grid = Grid(("plain", "apart"), factors=(1,), seeds=5, together=2)
     groups = [[run.name for run in job.runs] for job in jobs_of(plan(grid, DIGITS), grid.together)]
     expected = [[f"{name}-seed{seed}" for seed in seeds] for seeds in ((0, 1), (2, 3), (4,)) for name in METHODS]
     assert groups == expected
 
 
 def test_a_run_that_has_begun_by_itself_goes_on_by_itself(tmp_path):
-    runs = plan(Grid(("plain",), plain_factors=(1,), seeds=3, out=tmp_path), DIGITS)
+    runs = plan(Grid(("plain",), factors=(1,), seeds=3, out=tmp_path), DIGITS)
     (tmp_path / "plain-seed1/checkpoints").mkdir(parents=True)
     assert [[run.settings.seed for run in job.runs] for job in jobs_of(runs, 3)] == [[0, 2], [1]]
 
@@ -117,11 +117,11 @@ def test_the_longer_run_costs_more_and_a_second_pass_does_too():
         ({"seeds": 0}, "--seeds must be 1 or more, not 0"),
         ({"workers": 0}, "--workers must be 1 or more, not 0"),
         ({"together": 0}, "--together must be 1 or more, not 0"),
-        ({"plain_factors": (1, 0)}, "--plain-factors must be 1 or more, not 0"),
+        ({"factors": (1, 0)}, "--factors must be 1 or more, not 0"),
         ({"vary": ("lr",)}, "--vary lr: expected .* as in lr=0.05,0.1"),
         ({"vary": ("lr=0.1,",)}, "--vary lr=0.1,: expected"),
         ({"vary": ("seed=1,2",)}, "--vary seed=1,2: .*the sweep itself sets .*--seed"),
-        ({"methods": ()}, "--methods, --epsilons and --plain-factors need one value or more"),
+        ({"methods": ()}, "--methods, --epsilons and --factors need one value or more"),
     ],
 )
 def test_a_grid_without_runs_is_refused(changes, message):
@@ -150,7 +150,7 @@ def written(out: Path) -> dict[Path, int]:
 
 
 def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys):
-    grid = Grid(seeds=1, plain_factors=(1,), workers=1, out=tmp_path / "swept")
+    grid = Grid(seeds=1, factors=(1,), workers=1, out=tmp_path / "swept")
     sweep.main(grid, TINY)
     for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
         train(run.settings, show=lambda progress: None)
@@ -181,16 +181,14 @@ def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
 
 def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        sweep.main(
-            Grid(("plain",), plain_factors=(1,), seeds=2, together=2, workers=1, out=tmp_path), [*TINY, "--clip", "1"]
-        )
+        sweep.main(Grid(("plain",), factors=(1,), seeds=2, together=2, workers=1, out=tmp_path), [*TINY, "--clip", "1"])
     printed = capsys.readouterr().out
     assert "failed: plain-seed0 and 1 more: SettingsError: runs with clip 1.0 cannot be trained together" in printed
     assert "alone: the same command with --together 1" in printed
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):
-    grid = Grid(("apart", "plain"), seeds=1, plain_factors=(1,), workers=1, out=tmp_path)
+    grid = Grid(("apart", "plain"), seeds=1, factors=(1,), workers=1, out=tmp_path)
     with pytest.raises(SystemExit) as stopped:
         sweep.main(grid, [*TINY, "--groups", "5"])
     assert stopped.value.code == 1

@@ -40,7 +40,8 @@ from apart_func.autodiff import Opened, gradient_eager, gradient_traced, is_trac
 from apart_func.pytrees import PerturbationTree
 from apart_func.sam import climbed
 from apart_func.step import all_finite, over_microbatches
-from training.settings import MethodName, MethodSettings
+from training.carry import CarryingStep, make_carrying_step
+from training.settings import MethodName, MethodSettings, SettingsError
 
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -125,10 +126,16 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
         "rule": ONE_GRADIENT_RULES.get(settings.rule) or multi_step(settings.ascent_steps),
         "autocast_dtype": autocast_dtype,
     }
-    if settings.name == "one_pass":
+    if settings.name == "one_pass" and settings.carry == "clean":
         return _carrying_the_perturbation(
             make_one_pass_step(model, F.cross_entropy, clean_fraction=settings.clean_fraction, **shared)
         )
+    if settings.name == "one_pass":
+        if autocast_dtype is not None or settings.microbatches > 1:
+            raise SettingsError(
+                f"carry {settings.carry} is an experiment, without amp and microbatches. Leave them out."
+            )
+        return _carrying_otherwise(make_carrying_step(model, settings, shared["rule"]))
     shared |= {"ratio": settings.ratio, "remainder": settings.remainder}
     if settings.name == "apart_sam":
         return _carrying_nothing(make_apart_sam_step(model, F.cross_entropy, rho=settings.rho, **shared))
@@ -141,6 +148,15 @@ def _carrying_the_perturbation(one_pass_step: OnePassStep) -> Step:
     ) -> tuple[StepOutput, PerturbationTree]:
         out = one_pass_step(params, buffers, batch, carried, loss_scale=loss_scale)
         return out, out.perturbation
+
+    return step
+
+
+def _carrying_otherwise(carrying_step: CarryingStep) -> Step:
+    def step(
+        params: Tensors, buffers: Tensors, batch: Batch, carried: PerturbationTree, *, loss_scale: Tensor | None = None
+    ) -> tuple[StepOutput, PerturbationTree]:
+        return carrying_step(params, buffers, batch, carried)
 
     return step
 

@@ -27,6 +27,7 @@ READ_BY = {
     "method.groups": {"apart", "one_pass", "apart_sam"},
     "method.ascent_steps": {"apart", "apart_sam"},
     "method.clean_fraction": {"one_pass"},
+    "method.carry": {"one_pass"},
     "method.ratio": {"apart", "apart_sam"},
     "method.remainder": {"apart", "apart_sam"},
     "method.rho": {"sam", "apart_sam"},

@@ -26,6 +26,7 @@ DataName = Literal[
 ]
 MethodName = Literal["plain", "apart", "one_pass", "sam", "apart_sam"]
 RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
+CarryName = Literal["clean", "all", "average", "alternating", "refreshed"]
 
 
 class SettingsError(ValueError):
@@ -82,6 +83,7 @@ class MethodSettings:
         ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.
+        carry: how one pass finds the perturbation of the next step; see carry.py. All but the first are experiments.
         ratio: share of the batch that goes through APART's adversarial pass.
         remainder: where the groups do not divide that share: an error, or drop a few samples.
         rho: radius of SAM's weight perturbation, in the norm over all weights.
@@ -94,6 +96,7 @@ class MethodSettings:
     ascent_steps: int = 3
     groups: int = 16
     clean_fraction: float = 0.5
+    carry: CarryName = "clean"
     ratio: float = 1.0
     remainder: Literal["error", "drop"] = "error"
     rho: float = 0.1

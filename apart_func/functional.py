@@ -76,8 +76,8 @@ def call_module(module: Callable[..., Any], inputs: Any) -> Any:
     return module(inputs)
 
 
-def check_loss(loss: Any) -> None:
-    """Make sure that what a loss function returned can be differentiated.
+def scalar_loss(loss: Any) -> Tensor:
+    """What a loss function returned, if it can be differentiated.
 
     Raises:
         UsageError: it is no scalar.
@@ -87,6 +87,7 @@ def check_loss(loss: Any) -> None:
         raise UsageError(
             f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
         )
+    return loss
 
 
 class LayerSpec(NamedTuple):

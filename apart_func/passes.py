@@ -41,7 +41,7 @@ from apart_func.batch_norm import (
     statistic_gradients,
 )
 from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LayerSpec, LossFunction, call_module, check_loss
+from apart_func.functional import FunctionalModel, LayerSpec, LossFunction, call_module, scalar_loss
 from apart_func.pytrees import (
     AdversarialOutput,
     BatchStats,
@@ -422,13 +422,7 @@ def _forward(
 
 def _checked(loss_fn: LossFunction) -> LossFunction:
     """A loss function, with a look at what it returns."""
-
-    def loss_of(output: Any, target: Any) -> Tensor:
-        loss = loss_fn(output, target)
-        check_loss(loss)
-        return loss
-
-    return loss_of
+    return lambda output, target: scalar_loss(loss_fn(output, target))
 
 
 def _check_output(output: Any, samples: int) -> None:

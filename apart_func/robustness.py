@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func.errors import BatchError, ModelError, SettingError, StateError, UsageError
-from apart_func.functional import LossFunction, call_module, check_loss, copy_model
+from apart_func.functional import LossFunction, call_module, copy_model, scalar_loss
 from apart_func.perturbation import perturbed_stats, sign_perturbation
 from apart_func.pytrees import BatchStats, PerturbationTree, StatTree, Tensors, batch_size, input_and_target
 
@@ -191,8 +191,7 @@ def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batch
         inputs, target = input_and_target(batch)
         size = batch_size(batch)
         with torch.enable_grad():
-            loss = loss_fn(call_module(copy, inputs), target)
-            check_loss(loss)
+            loss = scalar_loss(loss_fn(call_module(copy, inputs), target))
             grads = torch.autograd.grad(size * loss, leaves, allow_unused=True) if loss.requires_grad else ()
         for total, grad in zip(sums, grads, strict=False):
             total += 0 if grad is None else grad

@@ -7,7 +7,7 @@ seeds. The interval is Student's, over the seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,3 +75,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
     difference = estimate(np.subtract(first, second).tolist())
     half_width = float(stats.t.ppf((1 + confidence) / 2, df=len(first) - 1)) * difference.standard_error
     return PairedDifference(difference.mean, difference.mean - half_width, difference.mean + half_width, confidence)
+
+
+def difference_by_seed(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference | None:
+    """The mean of first − second over the seeds that both have.
+
+    Args:
+        first: values by seed.
+        second: values by seed.
+
+    Returns:
+        The mean difference and its interval, or None without a seed in common.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    return paired_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds]) if seeds else None

@@ -26,17 +26,16 @@ from corruptions import CORRUPTIONS, SEVERITIES
 from cycler import cycler
 from evaluate import Options as Measurement
 from evaluate import evaluate_all, read_evaluation
+from groups import Group, group_runs
 from matplotlib.axes import Axes
 from paired import estimate
-from report import group_runs
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from training.runs import FinishedRun, FolderError, find_finished, read_run
+from tables import Cell, print_table
+from training.runs import FolderError, find_finished, read_run
 
 from apart_func import ApartError
 
 Values = npt.NDArray[np.float64]
+SHIFTS = {"random": "All layers shifted at random", "adversarial": "All layers shifted against the network"}
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
 
 
@@ -94,32 +93,32 @@ def train_on_digits(options: Options) -> Path:
     return out
 
 
-def measured_groups(runs: Sequence[FinishedRun]) -> list[Measured]:
+def measured_groups(groups: Sequence[Group]) -> list[Measured]:
     """What was measured on each group of runs.
 
     Args:
-        runs: of one data set.
+        groups: of one data set.
 
     Returns:
-        The groups, plain training first.
+        The same groups, with their evaluations.
 
     Raises:
         FolderError: runs were measured at different radii.
     """
-    groups = [
+    measured = [
         Measured(
             group.label,
             group.is_plain,
             bool(group.settings.get("method.epsilon")),
             [read_evaluation(run.folder) for run in group.runs.values()],
         )
-        for group in group_runs(runs)
+        for group in groups
     ]
-    radii = {tuple(evaluation["radii"]) for group in groups for evaluation in group.evaluations}
+    radii = {tuple(evaluation["radii"]) for group in measured for evaluation in group.evaluations}
     if len(radii) > 1:
         listed = " and ".join(map(str, sorted(radii)))
         raise FolderError(f"the runs were measured at different radii, {listed}: evaluate.py --again makes them equal")
-    return groups
+    return measured
 
 
 def heat_map_groups(groups: Sequence[Measured]) -> list[Measured]:
@@ -130,7 +129,7 @@ def heat_map_groups(groups: Sequence[Measured]) -> list[Measured]:
     return plain[:1] + apart[:1] or list(groups[:1])
 
 
-def print_table(data: str, groups: Sequence[Measured]) -> None:
+def print_means(data: str, groups: Sequence[Measured]) -> None:
     """Print, for every group, the areas under its curves and its mean errors.
 
     Args:
@@ -144,18 +143,14 @@ def print_table(data: str, groups: Sequence[Measured]) -> None:
         "area, adversarial": ["area", "adversarial"],
         **{f"error, {name}": ["corruptions", name] for name in CORRUPTIONS},
     }
-    caption = "In percent, means over seeds ± standard error; areas are mean accuracies over the radii."
-    table = Table(title=f"{data}: robustness", caption=caption, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("method", "seeds", *figures):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = []
     for group in groups:
         seeds = len(group.evaluations)
         of_seeds = [group.values(*keys).reshape(seeds, -1).mean(axis=1) for keys in figures.values()]
-        table.add_row(group.label, str(seeds), *(format_error(estimate(list(values))) for values in of_seeds))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+        texts = (group.label, str(seeds), *(format_error(estimate(list(values))) for values in of_seeds))
+        rows.append([Cell(text) for text in texts])
+    notes = "In percent, means over seeds ± standard error; areas are mean accuracies over the radii."
+    print_table(f"{data}: robustness", ("method", "seeds", *figures), rows, notes)
 
 
 def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:
@@ -169,29 +164,42 @@ def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:
     figure = plt.figure(figsize=(12, 13), layout="constrained")
     curves, errors, layers = figure.subfigures(3, 1, squeeze=False, height_ratios=(1.1, 1, 1))[:, 0]
     figure.suptitle(f"{data}: what trained networks withstand (mean over seeds ± standard error)", fontsize=14)
-    _draw_curves(curves.subplots(1, 2, sharey=True), groups)
-    _draw_corruptions(errors.subplots(1, len(CORRUPTIONS), sharey=True), groups)
+    shifted = curves.subplots(1, 2, sharey=True)
+    draw_shifts(shifted, groups)
+    for axes, kind in zip(shifted, SHIFTS, strict=True):
+        areas = [f"{group.label}: area {group.values('area', kind).mean():.1f} %" for group in groups]
+        axes.legend(axes.lines, areas, frameon=False, fontsize="small")
+    corrupted = errors.subplots(1, len(CORRUPTIONS), sharey=True)
+    draw_corruptions(corrupted, groups)
+    corrupted[0].legend(frameon=False, fontsize="small")
     _draw_heat_maps(layers.subplots(1, 2, squeeze=False)[0], heat_map_groups(groups))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _draw_curves(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
-    """Accuracy over the radius, at random and against the network."""
-    titles = {"random": "All layers shifted at random", "adversarial": "All layers shifted against the network"}
-    for place, (kind, title) in zip(axes, titles.items(), strict=True):
+def draw_shifts(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
+    """Draw accuracy over the radius of a shift in the running statistics.
+
+    Args:
+        axes: one for each of `SHIFTS`.
+        groups: a line each.
+    """
+    for place, (kind, title) in zip(axes, SHIFTS.items(), strict=True):
         place.set_prop_cycle(STYLES)
         for group in groups:
-            label = f"{group.label}: area {group.values('area', kind).mean():.1f} %"
-            _draw_band(place, group.evaluations[0]["radii"], group.values(kind), label)
+            _draw_band(place, group.evaluations[0]["radii"], group.values(kind), group.label)
         place.set(title=title, xlabel="radius ε of the shift in the running statistics")
-        place.legend(frameon=False, fontsize="small")
     axes[0].set_ylabel("test accuracy (%)")
 
 
-def _draw_corruptions(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
-    """Error over the severity of each corruption; severity 0 is the samples as they are."""
+def draw_corruptions(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
+    """Draw error over the severity of corruptions; severity 0 is the samples as they are.
+
+    Args:
+        axes: one for each of `CORRUPTIONS`.
+        groups: a line each.
+    """
     for place, name in zip(axes, CORRUPTIONS, strict=True):
         place.set_prop_cycle(STYLES)
         for group in groups:
@@ -199,7 +207,6 @@ def _draw_corruptions(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
             _draw_band(place, (0, *SEVERITIES), values, group.label)
         place.set(title=f"Corrupted test samples: {name}", xlabel="severity")
     axes[0].set_ylabel("test error (%)")
-    axes[0].legend(frameon=False, fontsize="small")
 
 
 def _draw_band(axes: Axes, x: Sequence[float], values: Values, label: str) -> None:
@@ -242,8 +249,8 @@ def main(options: Options) -> None:
     evaluate_all(folders, Measurement(tuple(folders), workers=options.workers))
     runs = [read_run(folder, "test") for folder in folders]
     for data in dict.fromkeys(run.settings["data.name"] for run in runs):
-        groups = measured_groups([run for run in runs if run.settings["data.name"] == data])
-        print_table(data, groups)
+        groups = measured_groups(group_runs(run for run in runs if run.settings["data.name"] == data))
+        print_means(data, groups)
         path = options.out / f"{data}-robustness.png"
         draw(path, data, groups)
         print(f"Figure: {path}")

@@ -13,6 +13,7 @@ import robustness
 import torch
 from corruptions import CORRUPTIONS, SEVERITIES, blur, contrast, noise
 from evaluate import EVALUATION, Options, evaluate_all, evaluate_run, load_data, load_network, read_evaluation, scores
+from groups import group_runs
 from PIL import Image
 from test_report import method, write_run
 from training.loop import read_config, train
@@ -231,7 +232,7 @@ def folders(tmp_path) -> Path:
 
 
 def groups_of(folders: Path) -> list[robustness.Measured]:
-    return robustness.measured_groups([read_run(folder, "test") for folder in find_finished([folders])])
+    return robustness.measured_groups(group_runs(read_run(folder, "test") for folder in find_finished([folders])))
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_line(folders):

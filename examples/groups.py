@@ -1,0 +1,173 @@
+"""Finished runs as the rows of a table: what belongs together, how it is called, what it is set against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from training.runs import METHODS, FinishedRun, FolderError, passes_per_epoch
+
+NAMES = {"plain": "plain", "apart": "APART", "one_pass": "APART in one pass", "sam": "SAM", "apart_sam": "APART-SAM"}
+ZERO_RADIUS_NAMES = {"apart": "zero radius", "one_pass": "zero radius in one pass"}
+SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
+ORDINARY = {"method.rule": "sign", "method.carry": "clean"}  # what a method's bare name stands for
+
+
+class Group(NamedTuple):
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what sets them apart from the other groups.
+        settings: what they share, as `section.name`.
+        runs: by seed, in ascending order.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    runs: Mapping[int, FinishedRun]
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data, whatever a step costs."""
+        return int(self.settings["training.epochs"])
+
+    @property
+    def passes_per_epoch(self) -> float:
+        """Forward-backward passes in an epoch."""
+        return passes_per_epoch(self.settings)
+
+    @property
+    def passes(self) -> float:
+        """Forward-backward passes over the training data, of the whole run."""
+        return self.epochs * self.passes_per_epoch
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ordinary training."""
+        return bool(self.settings["method.name"] == "plain")
+
+    @property
+    def errors(self) -> dict[int, float]:
+        """Final error of every seed."""
+        return {seed: run.errors[self.epochs] for seed, run in self.runs.items()}
+
+
+def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
+    """Put the runs together that differ in their seed alone.
+
+    Args:
+        runs: of one data set.
+
+    Returns:
+        The groups with their labels, plain training first.
+
+    Raises:
+        FolderError: two runs are the same in everything.
+    """
+    found: dict[str, dict[int, FinishedRun]] = {}
+    for run in sorted(runs, key=_rank):
+        members = found.setdefault(json.dumps(run.settings, sort_keys=True), {})
+        if run.seed in members:
+            twins = f"{members[run.seed].folder} and {run.folder}"
+            raise FolderError(f"{twins} have the same settings and seed {run.seed}: leave one of them out")
+        members[run.seed] = run
+    all_settings = [next(iter(members.values())).settings for members in found.values()]
+    varied = varied_settings(all_settings)
+    fewest_epochs = min(settings["training.epochs"] for settings in all_settings)
+    return [
+        Group(label(settings, varied, fewest_epochs), settings, members)
+        for settings, members in zip(all_settings, found.values(), strict=True)
+    ]
+
+
+def _rank(run: FinishedRun) -> tuple[object, ...]:
+    """Where a run stands in the table: by method, epochs, radius and the rest."""
+    settings = run.settings
+    method = METHODS.index(settings["method.name"])
+    radii = (settings.get("method.epsilon", 0), settings.get("method.rho", 0))
+    return (method, settings["training.epochs"], *radii, json.dumps(settings, sort_keys=True), run.seed)
+
+
+def varied_settings(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which settings have more than one value among those that have them; method and epochs have words of their own."""
+    names = dict.fromkeys(name for settings in all_settings for name in settings)
+    values = {name: {str(settings[name]) for settings in all_settings if name in settings} for name in names}
+    return [name for name in names if len(values[name]) > 1 and name not in ("method.name", "training.epochs")]
+
+
+def label(settings: Mapping[str, Any], varied: Sequence[str], fewest_epochs: int) -> str:
+    """What sets a group apart.
+
+    Args:
+        settings: of the group.
+        varied: which of them are not the same in all groups.
+        fewest_epochs: of any group.
+
+    Returns:
+        As in `APART, ε 0.1, 2× epochs`.
+    """
+    method, zero_radius = settings["method.name"], has_zero_radius(settings)
+    parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
+    for name in varied:
+        is_said = (zero_radius and name == "method.epsilon") or ORDINARY.get(name) == settings.get(name)
+        if name in settings and not is_said:
+            parts.append(f"{word(name)} {settings[name]}")
+    factor, rest = divmod(settings["training.epochs"], fewest_epochs)
+    if rest:
+        parts.append(f"{settings['training.epochs']} epochs")
+    elif factor > 1:
+        parts.append(f"{factor}× epochs")
+    return ", ".join(parts)
+
+
+def has_zero_radius(settings: Mapping[str, Any]) -> bool:
+    """Whether it is a control: a method of APART that perturbs nothing."""
+    return settings["method.name"] in ZERO_RADIUS_NAMES and settings["method.epsilon"] == 0
+
+
+def plain_training(groups: Sequence[Group], group: Group, factor: int) -> Group | None:
+    """The plain training that a group is set against: everything but the method is the same.
+
+    Args:
+        groups: all groups.
+        group: one of them.
+        factor: its epochs, as a multiple of the group's. If that is plain itself, of the shortest plain training's.
+
+    Returns:
+        Another group, or None where there is none.
+    """
+    alike = {plain.epochs: plain for plain in groups if plain.is_plain and _frame(plain) == _frame(group)}
+    epochs = min(alike) if group.is_plain else group.epochs
+    plain = alike.get(factor * epochs)
+    return None if plain is group else plain
+
+
+def _frame(group: Group) -> dict[str, Any]:
+    """All of a group's settings that are neither the method's nor the length of training."""
+    return {
+        name: value
+        for name, value in group.settings.items()
+        if not name.startswith("method.") and name != "training.epochs"
+    }
+
+
+def shared_settings(groups: Sequence[Group]) -> str:
+    """The settings that are the same in all groups that have them.
+
+    Args:
+        groups: all groups.
+
+    Returns:
+        As in `model small_resnet, lr 0.1`. The epochs are the fewest, which labels count in.
+    """
+    varied = {"data.name", "method.name", *varied_settings([group.settings for group in groups])}
+    settings = {name: value for group in groups for name, value in group.settings.items() if name not in varied}
+    settings["training.epochs"] = min(group.epochs for group in groups)
+    return ", ".join(f"{word(name)} {value}" for name, value in sorted(settings.items()) if value is not None)
+
+
+def word(setting: str) -> str:
+    """A setting in few words: `ε` for method.epsilon, `lr` for training.lr, `model` for model.name."""
+    section, _, name = setting.partition(".")
+    return SYMBOLS.get(setting) or (section if name == "name" else name)

@@ -1,0 +1,105 @@
+"""Tables of results: the same cells are printed, written as Markdown, and put in their place on a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from compare_report import format_gain
+from paired import difference_by_seed
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from training.runs import FolderError
+
+FILE_WIDTH = 160  # of the printed table where there is no terminal
+
+
+class Cell(NamedTuple):
+    """A cell of the table.
+
+    Attributes:
+        text: what it says.
+        bold: whether it stands out.
+    """
+
+    text: str
+    bold: bool = False
+
+
+def gain(plain: Mapping[int, float], other: Mapping[int, float]) -> Cell:
+    """By how many points an error lies below that of plain training, over the seeds that both have.
+
+    Args:
+        plain: error of plain training, by seed.
+        other: error of what is compared with it, by seed.
+
+    Returns:
+        The difference and its interval, and the number of pairs where it is not that of the seeds; nothing without
+        pairs.
+    """
+    difference = difference_by_seed(plain, other)
+    if difference is None:
+        return Cell("")
+    pairs = len(plain.keys() & other.keys())
+    missing = "" if pairs == len(other) else f" ({pairs} seeds)"
+    return Cell(format_gain(difference) + missing, bold=difference.excludes_zero)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], notes: str) -> None:
+    """Print the table.
+
+    Args:
+        title: above it.
+        columns: their names; the first is that of the rows' labels.
+        rows: its cells.
+        notes: below it.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    table = Table(title=title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for cells in rows:
+        table.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in cells))
+    console.print(table)
+
+
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], notes: str) -> str:
+    """The table in Markdown.
+
+    Args:
+        title: above it.
+        columns: their names; the first is that of the rows' labels.
+        rows: its cells.
+        notes: below it.
+
+    Returns:
+        Text that ends with a line feed.
+    """
+    body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in rows]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{title}**\n\n{table}\n\n{notes}\n"
+
+
+def show_on_page(page: Path, name: str, table: str) -> None:
+    """Replace a table on a page.
+
+    Args:
+        page: Markdown file.
+        name: of the table.
+        table: its text.
+
+    Raises:
+        FolderError: the page has no place for it.
+    """
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    if not place.search(text):
+        raise FolderError(f"{page} has no place for the table: expected the lines <!-- {name} --> and <!-- end -->")
+    page.write_text(place.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")

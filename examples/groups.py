@@ -82,11 +82,12 @@ def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
 
 
 def _rank(run: FinishedRun) -> tuple[object, ...]:
-    """Where a run stands in the table: by method, epochs, radius and the rest."""
+    """Where a run stands in the table: by method, epochs, what a bare name stands for, radius and the rest."""
     settings = run.settings
     method = METHODS.index(settings["method.name"])
+    is_unusual = [settings.get(name, usual) != usual for name, usual in ORDINARY.items()]
     radii = (settings.get("method.epsilon", 0), settings.get("method.rho", 0))
-    return (method, settings["training.epochs"], *radii, json.dumps(settings, sort_keys=True), run.seed)
+    return (method, settings["training.epochs"], is_unusual, *radii, json.dumps(settings, sort_keys=True), run.seed)
 
 
 def varied_settings(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -137,13 +138,13 @@ def plain_training(groups: Sequence[Group], group: Group, factor: int) -> Group 
     Returns:
         Another group, or None where there is none.
     """
-    alike = {plain.epochs: plain for plain in groups if plain.is_plain and _frame(plain) == _frame(group)}
+    alike = {plain.epochs: plain for plain in groups if plain.is_plain and frame(plain) == frame(group)}
     epochs = min(alike) if group.is_plain else group.epochs
     plain = alike.get(factor * epochs)
     return None if plain is group else plain
 
 
-def _frame(group: Group) -> dict[str, Any]:
+def frame(group: Group) -> dict[str, Any]:
     """All of a group's settings that are neither the method's nor the length of training."""
     return {
         name: value

@@ -1,7 +1,7 @@
 """Statistics of paired runs: how far two methods lie apart when each seed was run with both.
 
 A seed fixes the initial weights and the batches, so the difference within a seed is freed of the spread between
-seeds. The interval is Student's, over the seeds.
+seeds. Intervals of differences are Student's, over the seeds; those of shares come from the bootstrap.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
+
+Values = npt.NDArray[np.float64]
+VAST = 1e9  # share of a whole that a resample left without anything; SciPy needs it finite
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,21 @@ class Estimate:
 
     mean: float
     standard_error: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """How large one mean is as a share of another, and its 95 % interval.
+
+    Attributes:
+        value: mean of the first / mean of the second.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -89,3 +108,28 @@ def difference_by_seed(first: Mapping[int, float], second: Mapping[int, float]) 
     """
     seeds = sorted(first.keys() & second.keys())
     return paired_difference([first[seed] for seed in seeds], [second[seed] for seed in seeds]) if seeds else None
+
+
+def paired_share(first: Sequence[float], second: Sequence[float]) -> Share | None:
+    """The mean of one quantity as a share of the mean of another, with a bootstrap interval (BCa) over the pairs.
+
+    Args:
+        first: one value a seed.
+        second: one value a seed, in the same order.
+
+    Returns:
+        The share; None where it is not defined, since Student's interval of the second mean includes zero.
+    """
+    if not paired_difference(second, [0.0] * len(second)).excludes_zero:
+        return None
+
+    def share(first: Values, second: Values, axis: int = -1) -> Values:
+        part, whole = first.mean(axis=axis), second.mean(axis=axis)
+        shares: Values = np.divide(part, whole, out=np.full_like(whole, VAST), where=whole != 0)
+        return shares
+
+    found = stats.bootstrap(
+        (first, second), share, paired=True, vectorized=True, method="BCa", rng=np.random.default_rng(0)
+    )
+    interval = found.confidence_interval
+    return Share(float(np.mean(first) / np.mean(second)), float(interval.low), float(interval.high))

@@ -18,7 +18,7 @@ import tyro
 from compare_report import Run, draw_curves, format_error, write_json
 from groups import Group, group_runs, plain_training, shared_settings
 from paired import estimate
-from tables import Cell, gain, markdown, print_table, show_on_page
+from tables import Cell, ResultTable, gain, markdown, print_table, show_on_page
 from training.runs import FinishedRun, FolderError, find_finished, read_run
 
 COLUMNS = ("method", "seeds", "passes", "training loss", "error %", "gain on plain", "gain on plain, 2× epochs")
@@ -103,14 +103,14 @@ def report(data: str, runs: Sequence[FinishedRun], options: Options) -> None:
     """
     groups = group_runs(runs)
     title = f"{data}: {options.measure_on} error"
-    rows = [row(groups, group) for group in groups]
     machines = "; ".join(sorted({run.machine for run in runs}))
     notes = f"{EXPLANATION} Shared settings: {shared_settings(groups)}. Trained with {machines}."
-    print_table(title, COLUMNS, rows, notes)
+    table = ResultTable(title, COLUMNS, [row(groups, group) for group in groups], notes)
+    print_table(table)
 
     stem = options.out / f"{data}-{options.measure_on}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown(title, COLUMNS, rows, notes)
+    text = markdown(table)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     if options.page is not None:
         show_on_page(options.page, stem.name, text)

@@ -29,7 +29,7 @@ from evaluate import evaluate_all, read_evaluation
 from groups import Group, group_runs
 from matplotlib.axes import Axes
 from paired import estimate
-from tables import Cell, print_table
+from tables import Cell, ResultTable, print_table
 from training.runs import FolderError, find_finished, read_run
 
 from apart_func import ApartError
@@ -150,7 +150,7 @@ def print_means(data: str, groups: Sequence[Measured]) -> None:
         texts = (group.label, str(seeds), *(format_error(estimate(list(values))) for values in of_seeds))
         rows.append([Cell(text) for text in texts])
     notes = "In percent, means over seeds ± standard error; areas are mean accuracies over the radii."
-    print_table(f"{data}: robustness", ("method", "seeds", *figures), rows, notes)
+    print_table(ResultTable(f"{data}: robustness", ("method", "seeds", *figures), rows, notes))
 
 
 def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:

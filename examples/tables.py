@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from training.runs import FolderError
 
-FILE_WIDTH = 160  # of the printed table where there is no terminal
+FILE_WIDTH = 180  # of the printed table where there is no terminal
 
 
 class Cell(NamedTuple):
@@ -28,6 +28,22 @@ class Cell(NamedTuple):
 
     text: str
     bold: bool = False
+
+
+class ResultTable(NamedTuple):
+    """What is printed, and written as Markdown.
+
+    Attributes:
+        title: above it.
+        columns: their names; the first is that of the rows' labels.
+        rows: its cells.
+        notes: below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    notes: str
 
 
 def gain(plain: Mapping[int, float], other: Mapping[int, float]) -> Cell:
@@ -49,42 +65,38 @@ def gain(plain: Mapping[int, float], other: Mapping[int, float]) -> Cell:
     return Cell(format_gain(difference) + missing, bold=difference.excludes_zero)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], notes: str) -> None:
-    """Print the table.
+def print_table(results: ResultTable) -> None:
+    """Print a table.
 
     Args:
-        title: above it.
-        columns: their names; the first is that of the rows' labels.
-        rows: its cells.
-        notes: below it.
+        results: the table.
     """
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    table = Table(title=title, caption=notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
-    for number, column in enumerate(columns):
+    table = Table(
+        title=results.title, caption=results.notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+    )
+    for number, column in enumerate(results.columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for cells in rows:
+    for cells in results.rows:
         table.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in cells))
     console.print(table)
 
 
-def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], notes: str) -> str:
-    """The table in Markdown.
+def markdown(results: ResultTable) -> str:
+    """A table in Markdown.
 
     Args:
-        title: above it.
-        columns: their names; the first is that of the rows' labels.
-        rows: its cells.
-        notes: below it.
+        results: the table.
 
     Returns:
         Text that ends with a line feed.
     """
-    body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in rows]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *body]
+    body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in results.rows]
+    lines = [results.columns, ["---", *["---:"] * (len(results.columns) - 1)], *body]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{title}**\n\n{table}\n\n{notes}\n"
+    return "\n\n".join(part for part in (f"**{results.title}**", table, results.notes) if part) + "\n"
 
 
 def show_on_page(page: Path, name: str, table: str) -> None:

@@ -8,6 +8,7 @@ figure. A folder that holds run folders stands for all of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -19,8 +20,9 @@ from typing import Annotated, Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from compare_report import format_error, write_json
+from compare_report import COLOURS, format_error, write_json
 from corruptions import CORRUPTIONS
+from cycler import Cycler, cycler
 from evaluate import EVALUATION, evaluate_all, read_evaluation
 from evaluate import Options as Measurement
 from groups import (
@@ -35,7 +37,7 @@ from groups import (
     word,
 )
 from paired import difference_by_seed, estimate, paired_share
-from robustness import SHIFTS, Measured, draw_corruptions, draw_shifts, measured_groups
+from robustness import SHIFTS, draw_corruptions, draw_shifts, measured_groups
 from tables import Cell, ResultTable, gain, markdown, print_table, show_on_page
 from training.runs import FolderError, find_finished, read_run
 
@@ -43,6 +45,7 @@ from apart_func import ApartError
 
 CHOSEN = ("method.epsilon", "method.rho", "method.groups", "method.clean_fraction")  # on validation data
 RADII = CHOSEN[:2]
+DASHES = {(False, False): "-", (False, True): "--", (True, False): ":", (True, True): "-."}  # zero radius, longer
 USUAL_CARRY = ORDINARY["method.carry"]
 BOTH = ("method", "chosen", "seeds", "passes", "test error %")
 MEASURED = ("ECE %", "area, random %", "area, adversarial %", "corruption error %")
@@ -60,7 +63,8 @@ EXPLANATION = (
     "excludes zero, and figures that differ as clearly from those of the same plain training, for better or worse. "
     "Passes are forward-backward passes over the training data. ECE is the expected calibration error; an area is the "
     "mean accuracy over the radii of a shift in the running statistics; the corruption error is the mean over blur, "
-    "noise and contrast in five severities. A share of a gain has a bootstrap interval (BCa) over the seeds."
+    "noise and contrast in five severities. The share of a gain that is kept is the ratio of two mean gains over plain "
+    "training as long as the one pass was; its interval is a bootstrap (BCa) over the seeds, too narrow for few."
 )
 
 
@@ -327,23 +331,33 @@ def measure(data: str, families: Sequence[Family], options: Options) -> None:
         )
 
 
-def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:
+def draw(path: Path, data: str, groups: Sequence[Group]) -> None:
     """Draw accuracy under shifted statistics, and error on corrupted samples.
 
     Args:
         path: the PNG file; its folder exists.
         data: name of the data set.
-        groups: a line each.
+        groups: a line each; all have been measured.
     """
+    lines, styles = measured_groups(groups), line_styles(groups)
     figure = plt.figure(figsize=(13, 11), layout="constrained")
     upper, lower, legend = figure.subfigures(3, 1, squeeze=False, height_ratios=(1, 1, 0.25))[:, 0]
     figure.suptitle(f"{data}: what trained networks withstand (mean over seeds ± standard error)", fontsize=14)
     shifted = upper.subplots(1, len(SHIFTS), sharey=True)
-    draw_shifts(shifted, groups)
-    draw_corruptions(lower.subplots(1, len(CORRUPTIONS), sharey=True), groups)
-    legend.legend(handles=list(shifted[0].lines), loc="center", ncols=3, frameon=False)
+    draw_shifts(shifted, lines, styles)
+    draw_corruptions(lower.subplots(1, len(CORRUPTIONS), sharey=True), lines, styles)
+    legend.legend(handles=list(shifted[0].lines), loc="center", ncols=3, handlelength=3, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def line_styles(groups: Sequence[Group]) -> Cycler[str, Any]:
+    """A colour for each method, and a dash for what longer training or zero radius makes of it."""
+    methods = [(group.settings["method.name"], group.settings.get("method.rule")) for group in groups]
+    colours = dict(zip(dict.fromkeys(methods), itertools.cycle(COLOURS)))
+    shortest = min(group.epochs for group in groups)
+    dashes = [DASHES[has_zero_radius(group.settings), group.epochs > shortest] for group in groups]
+    return cycler(color=[colours[method] for method in methods], linestyle=dashes)
 
 
 def numbers(families: Sequence[Family], figures: Figures) -> list[dict[str, Any]]:
@@ -434,7 +448,7 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     if options.page is not None:
         show_on_page(options.page, stem.name, text)
-    draw(stem.with_suffix(".png"), data, measured_groups([family.group for family in shown]))
+    draw(stem.with_suffix(".png"), data, [family.group for family in shown])
     write_json(stem.with_suffix(".json"), {"environment": machines, "groups": numbers(families, figures)})
     print(f"Written: {stem}.md, .png, .json")
 

@@ -23,7 +23,7 @@ import sweep
 import tyro
 from compare_report import COLOURS, format_error
 from corruptions import CORRUPTIONS, SEVERITIES
-from cycler import cycler
+from cycler import Cycler, cycler
 from evaluate import Options as Measurement
 from evaluate import evaluate_all, read_evaluation
 from groups import Group, group_runs
@@ -178,30 +178,32 @@ def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:
     plt.close(figure)
 
 
-def draw_shifts(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
+def draw_shifts(axes: Sequence[Axes], groups: Sequence[Measured], styles: Cycler[str, Any] = STYLES) -> None:
     """Draw accuracy over the radius of a shift in the running statistics.
 
     Args:
         axes: one for each of `SHIFTS`.
         groups: a line each.
+        styles: of the lines.
     """
     for place, (kind, title) in zip(axes, SHIFTS.items(), strict=True):
-        place.set_prop_cycle(STYLES)
+        place.set_prop_cycle(styles)
         for group in groups:
             _draw_band(place, group.evaluations[0]["radii"], group.values(kind), group.label)
         place.set(title=title, xlabel="radius ε of the shift in the running statistics")
     axes[0].set_ylabel("test accuracy (%)")
 
 
-def draw_corruptions(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
+def draw_corruptions(axes: Sequence[Axes], groups: Sequence[Measured], styles: Cycler[str, Any] = STYLES) -> None:
     """Draw error over the severity of corruptions; severity 0 is the samples as they are.
 
     Args:
         axes: one for each of `CORRUPTIONS`.
         groups: a line each.
+        styles: of the lines.
     """
     for place, name in zip(axes, CORRUPTIONS, strict=True):
-        place.set_prop_cycle(STYLES)
+        place.set_prop_cycle(styles)
         for group in groups:
             values = np.column_stack([group.values("test_error"), group.values("corruptions", name)])
             _draw_band(place, (0, *SEVERITIES), values, group.label)

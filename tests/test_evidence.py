@@ -12,9 +12,10 @@ import evidence
 import numpy as np
 import pytest
 from corruptions import CORRUPTIONS, SEVERITIES
+from groups import group_runs
 from paired import Share, difference_by_seed, estimate, paired_share
 from test_report import PAGE, epochs, method, read_table, write_run
-from training.runs import FolderError
+from training.runs import FolderError, find_finished, read_run
 
 RADII = (0, 0.1, 0.3)
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}
@@ -335,6 +336,18 @@ def test_the_numbers_of_every_seed_the_figure_and_the_page_are_written(grid, tmp
     )  # fmt: skip
     assert one["test error %"] == {str(seed): error for seed, error in ONE_PASS.items()}
     assert one["ECE %"] == {str(seed): error / 2 for seed, error in ONE_PASS.items()}
+
+
+def test_a_method_has_one_colour_and_a_dash_for_longer_training_and_for_zero_radius(grid):
+    write_measured(grid / "zero", 6, **method("apart", epsilon=0))
+    groups = group_runs(read_run(folder, "test") for folder in find_finished([grid]))
+    lines = {group.label: style for group, style in zip(groups, evidence.line_styles(groups), strict=True)}
+    shortest = {label: style for label, style in lines.items() if "2×" not in label}
+    assert lines["plain"]["color"] == lines["plain, 2× epochs"]["color"]
+    assert lines["zero radius"]["color"] == lines["APART, ε 0.1"]["color"]
+    assert len({style["color"] for style in lines.values()}) == 3
+    assert len({tuple(style.values()) for style in lines.values()}) == len(lines)
+    assert [label for label, style in shortest.items() if style["linestyle"] != "-"] == ["zero radius"]
 
 
 def check_numbers(path: Path) -> None:

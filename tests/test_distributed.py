@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from loops import both_passes, gradients
-from oracle import Pair, Tree, oracle_adversarial, oracle_proxy
+from oracle import Pair, Tree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
 from small import convolutional, images
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
@@ -43,6 +43,7 @@ def on_rank(rank: int, folder: Path) -> None:
             "wrapped": train_wrapped,
             "inner": train_inner,
             "functional": train_functional,
+            "one_pass": train_one_pass,
             "accumulate": accumulate,
             "mean": mean,
         }
@@ -114,6 +115,25 @@ def train_functional(rank: int) -> list[dict[str, Any]]:
         )
         params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
         buffers = out.buffers
+    return seen
+
+
+def train_one_pass(rank: int) -> list[dict[str, Any]]:
+    """One context around a wrapped model."""
+    model = DistributedDataParallel(convolutional())
+    apart = APART(model, EPSILON, GROUPS)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    seen = []
+    for t in range(STEPS):
+        x, y = shard(rank, t)
+        before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+        optimizer.zero_grad()
+        with apart.one_pass():
+            F.cross_entropy(model(x), y).backward()
+        used = without_prefix(apart.perturbation)
+        found = {name: Pair(*shift) for name, shift in without_prefix(apart.state_dict()["perturbation"]).items()}
+        seen.append({"before": before, "grads": gradients(model.module), "used": used, "found": found})
+        optimizer.step()
     return seen
 
 
@@ -197,6 +217,29 @@ def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dic
                 assert torch.equal(shift[clear], EPSILON * part.sign()[clear])
         params = {name: p.detach() - LEARNING_RATE * found["grads"][name] for name, p in model.named_parameters()}
         model.load_state_dict(params | found["buffers"])
+
+
+def test_one_pass_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    for first, second in zip(*(results["one_pass"] for results in ranks), strict=True):
+        for key in ("used", "found", "grads"):
+            torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: list[dict[str, Any]]) -> None:
+    model = convolutional()
+    for t, seen in enumerate(ranks[0]["one_pass"]):
+        model.load_state_dict(seen["before"])
+        steps = [
+            oracle_one_pass_step(
+                model, F.cross_entropy, shard(rank, t), seen["used"], epsilon=EPSILON, groups=GROUPS, clean=1
+            )
+            for rank in range(RANKS)
+        ]
+        torch.testing.assert_close(seen["grads"], averaged([step.grads for step in steps]), **ROUNDING)
+        for layer, g in averaged([step.stat_grads for step in steps]).items():
+            for shift, part in zip(seen["found"][layer], g, strict=True):
+                clear = part.abs() > 1e-12  # where the sign is no matter of rounding
+                assert torch.equal(shift[clear], EPSILON * part.sign()[clear])
 
 
 def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(

@@ -43,6 +43,8 @@ from training.runs import FolderError, find_finished, read_run
 
 from apart_func import ApartError
 
+Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # by label of a family, name and seed
+
 CHOSEN = ("method.epsilon", "method.rho", "method.groups", "method.clean_fraction")  # on validation data
 RADII = CHOSEN[:2]
 DASHES = {(False, False): "-", (False, True): "--", (True, False): ":", (True, True): "-."}  # zero radius, longer
@@ -193,13 +195,16 @@ def share_cell(families: Sequence[Family], family: Family) -> Cell:
         family: one of them.
 
     Returns:
-        The share with its interval, in bold where that excludes zero; nothing without plain training or two passes.
+        The share with its interval, in bold where that excludes zero; nothing without plain training, two passes, or
+        seeds that all have.
     """
     plain, two = plain_of(families, family, family.group.epochs), two_passes_of(families, family)
     if plain is None or two is None:
         return Cell("")
     errors = [each.group.errors for each in (plain, family, two)]
     seeds = sorted(set.intersection(*map(set, errors)))
+    if not seeds:
+        return Cell("")
     of_plain, of_one, of_two = (np.array([each[seed] for seed in seeds]) for each in errors)
     share = paired_share((of_plain - of_one).tolist(), (of_plain - of_two).tolist())
     if share is None:
@@ -244,9 +249,6 @@ def figures_of(group: Group) -> dict[str, dict[int, float]]:
         for name, value in zip(MEASURED, values, strict=True):
             figures[name][seed] = value
     return figures
-
-
-Figures = Mapping[str, Mapping[str, Mapping[int, float]]]  # by label of a family, name and seed
 
 
 def row(families: Sequence[Family], family: Family, epochs: int, figures: Figures) -> list[Cell]:
@@ -386,24 +388,35 @@ def numbers(families: Sequence[Family], figures: Figures) -> list[dict[str, Any]
     ]
 
 
-def comparisons(
-    data: str, families: Sequence[Family], tables: Mapping[int, Sequence[Family]], figures: Figures
-) -> list[ResultTable]:
+def equal_epochs(families: Sequence[Family], epochs: int) -> list[Family]:
+    """The families that were trained for so many epochs, without experiments in carrying."""
+    return [family for family in families if family.carries_as_usual and family.group.epochs == epochs]
+
+
+def equal_compute(families: Sequence[Family], epochs: int) -> list[Family]:
+    """The families that took twice as many passes, without experiments in carrying."""
+    return [family for family in families if family.carries_as_usual and family.group.passes == 2 * epochs]
+
+
+def comparisons(data: str, families: Sequence[Family], epochs: int, figures: Figures) -> list[ResultTable]:
     """The tables at equal epochs and at equal compute, and that of the ways to carry a perturbation.
 
     Args:
         data: name of the data set.
         families: all of it.
-        tables: by the epochs of the plain training that they are set against, the families of the first two.
-        figures: what was measured on these.
+        epochs: of the shortest plain training.
+        figures: what was measured.
 
     Returns:
         The tables; the third only where there is more than one way.
     """
     found = []
-    for title, factor, (epochs, members) in zip(("equal epochs", "equal compute"), (1, 2), tables.items(), strict=True):
-        columns = (*BOTH, "gain on plain" if factor == 1 else f"gain on plain, {factor}× epochs", *MEASURED)
-        rows = [row(families, family, epochs, figures) for family in members]
+    for title, opponent, plain_epochs, members in (
+        ("equal epochs", "plain", epochs, equal_epochs(families, epochs)),
+        ("equal compute", "plain, 2× epochs", 2 * epochs, equal_compute(families, epochs)),
+    ):
+        columns = (*BOTH, f"gain on {opponent}", *MEASURED)
+        rows = [row(families, family, plain_epochs, figures) for family in members]
         found.append(ResultTable(f"{data}: {title}", columns, rows, what_is_kept(families, members)))
     carried = [family for family in families if family.perturbs_by("one_pass")]
     if any(not family.carries_as_usual for family in carried):
@@ -432,13 +445,11 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     print_table(chosen_from)
 
     epochs = shortest_plain(data, test)
-    usual = [family for family in families if family.carries_as_usual]
-    equal_epochs = [family for family in usual if family.group.epochs == epochs]
-    equal_compute = [family for family in usual if family.group.passes == 2 * epochs]
-    shown = [family for family in usual if family in equal_epochs or family in equal_compute]
+    compared = [*equal_epochs(families, epochs), *equal_compute(families, epochs)]
+    shown = [family for family in families if family in compared]
     measure(data, shown, options)
     figures = {family.label: figures_of(family.group) for family in shown}
-    tables = comparisons(data, families, {epochs: equal_epochs, 2 * epochs: equal_compute}, figures)
+    tables = comparisons(data, families, epochs, figures)
     for table in tables:
         print_table(table)
 

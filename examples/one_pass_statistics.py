@@ -19,12 +19,10 @@ import torch.nn.functional as F
 import tyro
 from compare_report import format_error
 from evaluate import error_percent, load_data, load_network, scores
+from groups import group_runs
 from paired import estimate
-from report import group_runs
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from tables import Cell, ResultTable, print_table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -168,7 +166,7 @@ def _root_mean_square(vectors: Sequence[Tensor]) -> float:
     return torch.cat(list(vectors)).square().mean().sqrt().item()
 
 
-def print_table(runs: Sequence[FinishedRun]) -> None:
+def print_errors(runs: Sequence[FinishedRun]) -> None:
     """Measure all runs of a data set, under a progress bar, and print a row for each group that differs in seeds alone.
 
     Args:
@@ -181,15 +179,16 @@ def print_table(runs: Sequence[FinishedRun]) -> None:
         for settings in [read_config(run.folder / CONFIG)]
     }
     sources = list(next(iter(measured.values())).errors)
-    table = Table(title=f"{runs[0].settings['data.name']}: test error % by the source of statistics", box=SIMPLE_HEAD)
-    for column in ("method", "seeds", "means apart, σ", "deviations apart, %", *sources):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    columns = ("method", "seeds", "means apart, σ", "deviations apart, %", *sources)
+    table = []
     for group in group_runs(runs):
         rows = [measured[run.folder] for run in group.runs.values()]
         shifts = [estimate([row.mean_shift for row in rows]), estimate([100 * row.scale_shift for row in rows])]
         errors = [estimate([row.errors[source] for row in rows]) for source in sources]
-        table.add_row(group.label, str(len(rows)), *(format_error(each) for each in (*shifts, *errors)))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        texts = (group.label, str(len(rows)), *(format_error(each) for each in (*shifts, *errors)))
+        table.append([Cell(text) for text in texts])
+    title = f"{runs[0].settings['data.name']}: test error % by the source of statistics"
+    print_table(ResultTable(title, columns, table, notes="Means over seeds ± standard error."))
 
 
 def main(options: Options) -> None:
@@ -206,7 +205,7 @@ def main(options: Options) -> None:
     if not runs:
         raise FolderError("none of these runs was trained by one pass: expected some of train.py --method one_pass")
     for data in dict.fromkeys(run.settings["data.name"] for run in runs):
-        print_table([run for run in runs if run.settings["data.name"] == data])
+        print_errors([run for run in runs if run.settings["data.name"] == data])
 
 
 if __name__ == "__main__":

@@ -270,6 +270,13 @@ def test_where_two_passes_may_gain_nothing_the_page_says_so(runs):
     assert "What APART in one pass keeps is not defined: the gain of two passes may be zero." in written(runs)
 
 
+def test_seeds_in_common_with_none_leave_the_share_open(runs):
+    write_all(runs, TWO_PASSES, **method("apart"))
+    write_measured(runs / "one", 5, seed=9, **method("one_pass"))
+    assert make(runs)["equal epochs"]["APART in one pass"]["gain on plain"] == ""
+    assert "APART in one pass keeps" not in written(runs)
+
+
 # ways to carry the perturbation
 
 

@@ -114,4 +114,4 @@ def show_on_page(page: Path, name: str, table: str) -> None:
     place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
     if not place.search(text):
         raise FolderError(f"{page} has no place for the table: expected the lines <!-- {name} --> and <!-- end -->")
-    page.write_text(place.sub(lambda _: f"\n{table}\n", text), encoding="utf-8")
+    page.write_text(place.sub(lambda _: f"\n{table}\n", text, count=1), encoding="utf-8")

@@ -286,6 +286,16 @@ def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
         assert "stale" not in text
 
 
+def test_an_empty_place_is_filled_and_what_follows_it_is_kept(runs, tmp_path):
+    page = tmp_path / "page.md"
+    other = "after\n<!-- mnist1d-test -->\n<!-- end -->\n"
+    page.write_text(f"<!-- digits-test -->\n<!-- end -->\n{other}")
+    write_run(runs / "a", error=5)
+    make(runs, page=page)
+    table = (tmp_path / "report/digits-test.md").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == f"<!-- digits-test -->\n\n{table}\n<!-- end -->\n{other}"
+
+
 def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("text\n")

@@ -9,7 +9,8 @@ perturbed    the layer of the adversarial pass, in one group or more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -132,6 +133,13 @@ def calls(layer: Layer, groups: tuple[int, ...]) -> dict[str, Callable[[], objec
     return named
 
 
+def inputs(shapes: Sequence[str], layouts: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """All kinds of activations that exist."""
+    for shape, layout, dtype in itertools.product(shapes, layouts, dtypes):
+        if layout == "contiguous" or shape.count("x") == 3:
+            yield shape, layout, dtype
+
+
 def measure(settings: Settings) -> list[Row]:
     """Time all layers on one input against each other, then on the next.
 
@@ -141,15 +149,8 @@ def measure(settings: Settings) -> list[Row]:
     Returns:
         A row for every layer and input.
     """
-    inputs = [
-        (shape, layout, dtype)
-        for shape in settings.shapes
-        for layout in settings.layouts
-        if layout == "contiguous" or shape.count("x") == 3
-        for dtype in settings.dtypes
-    ]
     rows: list[Row] = []
-    for shape, layout, dtype in inputs:
+    for shape, layout, dtype in inputs(settings.shapes, settings.layouts, settings.dtypes):
         size = tuple(map(int, shape.split("x")))
         functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
         times = interleaved(f"{shape} {layout} {dtype}", functions, settings)

@@ -3,9 +3,10 @@
 from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.module import APART
-from apart_func.passes import Precision, adversarial_pass, proxy_pass
+from apart_func.one_pass import OnePassStep, init_perturbation, make_one_pass_step
+from apart_func.passes import Precision, adversarial_pass, mixed_pass, proxy_pass
 from apart_func.perturbation import PerturbedStats, Rule, perturbed_stats, sign_perturbation
-from apart_func.pytrees import AdversarialOutput, BatchStats, Perturbation, ProxyOutput, StepOutput
+from apart_func.pytrees import AdversarialOutput, BatchStats, MixedOutput, Perturbation, ProxyOutput, StepOutput
 from apart_func.sam import make_apart_sam_step
 from apart_func.step import ApartStep, make_apart_step
 
@@ -19,7 +20,9 @@ __all__ = [
     "BatchError",
     "BatchStats",
     "FunctionalModel",
+    "MixedOutput",
     "ModelError",
+    "OnePassStep",
     "Perturbation",
     "PerturbedStats",
     "Precision",
@@ -32,9 +35,12 @@ __all__ = [
     "adversarial_pass",
     "assign_grads_",
     "functionalize",
+    "init_perturbation",
     "load_state_",
     "make_apart_sam_step",
     "make_apart_step",
+    "make_one_pass_step",
+    "mixed_pass",
     "perturbed_stats",
     "proxy_pass",
     "sign_perturbation",

@@ -166,7 +166,7 @@ def _layer_for(x: Tensor, scale: Tensor) -> Callable[..., tuple[Tensor, Tensor, 
     """The form of the layer that is best for some activations; all compute the same."""
     if is_traced() or x.device.type not in KERNEL_DEVICES:
         return _arithmetic_layer
-    if x.numel() < SMALL and x.dtype == scale.dtype and scale.dim() == 1:
+    if x.numel() < SMALL and x.dtype == scale.dtype:
         return _small_layer
     return _KernelLayer.apply  # type: ignore[no-any-return]
 
@@ -276,9 +276,14 @@ def _small_layer(
     mean, var = moments(folded.detach())
     moved = ((mean * torch.rsqrt(var + eps)).view(groups, -1) * -shift).view(-1)
     standard = torch.batch_norm(folded, None, moved, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    gamma = weight * (1 + scale)
+    if gamma.dim() == 1:
+        standard = unfold_groups(standard, x)
+    else:
+        gamma, bias = gamma.view(-1), bias.expand(groups, -1).reshape(-1)
     # An affine map, as batch norm in evaluation mode, whose backward sums both gradients in one go.
-    center, spread = mean.new_zeros(x.shape[1]), mean.new_ones(x.shape[1])
-    y = torch.batch_norm(unfold_groups(standard, x), weight * (1 + scale), bias, center, spread, False, 0.0, 0.0, False)
+    center, spread = torch.zeros_like(gamma), torch.ones_like(gamma)
+    y = unfold_groups(torch.batch_norm(standard, gamma, bias, center, spread, False, 0.0, 0.0, False), x)
     return y, mean, var
 
 
@@ -321,6 +326,24 @@ def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
     return grad.view(shape) if grad.numel() == shape.numel() else grad.sum(0)
 
 
+def pooled(stats: list[BatchStats], groups: int) -> list[BatchStats]:
+    """Statistics of the samples of the first ghost groups together, for several layers.
+
+    Groups are of one size, so the mean is the mean of their means, and the variance the mean of their variances plus
+    the variance of their means.
+
+    Args:
+        stats: those of each group, `(G, C)`.
+        groups: how many of them to pool.
+    """
+
+    def over_groups(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        mean, var = mean[:groups], var[:groups]
+        return mean.mean(0), var.mean(0) + mean.var(0, unbiased=False)
+
+    return [BatchStats(*pair) for pair in over_layers(over_groups, stats, [()] * len(stats))]
+
+
 def advance_running_stats(
     running: list[RunningStats], stats: list[BatchStats], sizes: list[int], momenta: list[float | None]
 ) -> list[RunningStats]:
@@ -359,11 +382,11 @@ def over_layers(
     vectors: Sequence[tuple[Tensor, ...]],
     numbers: Sequence[tuple[Any, ...]],
 ) -> list[tuple[Tensor, ...]]:
-    """Apply elementwise arithmetic to the statistics of all layers at once: a kernel for all, and not one for each.
+    """Apply arithmetic to the statistics of all layers at once: a kernel for all, and not one for each.
 
     Args:
-        function: of as many vectors and numbers as a layer has; elementwise.
-        vectors: for every layer, vectors of one length.
+        function: of as many vectors and numbers as a layer has; every channel by itself.
+        vectors: for every layer, tensors of one shape, with channels last.
         numbers: for every layer, floats or 0-d tensors.
 
     Returns:
@@ -373,10 +396,10 @@ def over_layers(
     alike = all(len({(v.device, v.dtype) for v in column}) == 1 for column in columns)
     if is_traced() or not alike or len(vectors) == 1:
         return [function(*of_layer, *values) for of_layer, values in zip(vectors, numbers, strict=True)]
-    lengths = [of_layer[0].numel() for of_layer in vectors]
-    joined = [torch.cat(column) for column in columns]
+    lengths = [of_layer[0].shape[-1] for of_layer in vectors]
+    joined = [torch.cat(column, dim=-1) for column in columns]
     results = function(*joined, *(_per_channel(values, lengths, joined[-1]) for values in zip(*numbers, strict=True)))
-    return list(zip(*(torch.split(result, lengths) for result in results), strict=True))
+    return list(zip(*(torch.split(result, lengths, dim=-1) for result in results), strict=True))
 
 
 def _per_channel(values: tuple[Any, ...], lengths: list[int], like: Tensor) -> Any:

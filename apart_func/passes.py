@@ -2,6 +2,7 @@
 
     proxy_pass        plain training at δ = 0    →  ∇L_p, the statistics, and g = ∂L_p/∂δ
     adversarial_pass  statistics pushed by δ     →  ∇L_a
+    mixed_pass        some ghost groups at 0, the others at δ: both in one forward and backward
 
 A pass gives every BN layer of the functional model something else to do, and differentiates what comes out.
 """
@@ -33,7 +34,9 @@ from apart_func.batch_norm import (
     check_input,
     clean_batch_norm,
     number_of_groups,
+    over_layers,
     perturbed_batch_norm,
+    pooled,
     statistic_gradients,
 )
 from apart_func.errors import BatchError, SettingError, UsageError
@@ -41,12 +44,14 @@ from apart_func.functional import FunctionalModel, LayerSpec
 from apart_func.pytrees import (
     AdversarialOutput,
     BatchStats,
+    MixedOutput,
     Perturbation,
     PerturbationTree,
     ProxyOutput,
     StatTree,
     Tensors,
     batch_size,
+    cut_groups,
     detached,
     stack_trees,
     tree_leaves,
@@ -104,10 +109,9 @@ def proxy_pass(
     def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
         record.shifts = shifts
         with fmodel.opened({**tensors, **trained}, record) as (module, copy):
-            loss, output = _forward(module, loss_fn, batch, precision)
-            moved = {**buffers, **_outcome(copy.own_buffers()), **advanced(fmodel.layers, tensors, record.calls)}
-            kept = {name: moved[name] for name in buffers}
-            results = (_outcome(loss), _outcome(output), kept, statistics(record.calls))
+            loss, output = _forward(module, _checked(loss_fn), batch, precision)
+            moved = _moved(fmodel, tensors, buffers, copy.own_buffers(), record.calls)
+            results = (_outcome(loss), _outcome(output), moved, statistics(record.calls))
             yield Opened(_scaled(loss, precision), results, record.taps())
 
     if is_traced():
@@ -118,9 +122,7 @@ def proxy_pass(
         (grads,), (loss, output, buffers, stats), tap_grads = gradient_eager(run, params)
         stat_grads = record.statistic_gradients(tap_grads)
     if precision.loss_scale is not None:
-        grads = _unscaled(grads, precision.loss_scale)
-        scale = precision.loss_scale
-        stat_grads = {layer: BatchStats(g.mean / scale, g.var / scale) for layer, g in stat_grads.items()}
+        grads, stat_grads = _unscaled(grads, precision.loss_scale), _unscaled_stats(stat_grads, precision.loss_scale)
     return ProxyOutput(loss, output, grads, buffers, stats, stat_grads)
 
 
@@ -167,13 +169,91 @@ def adversarial_pass(
     @contextmanager
     def run(trained: Tensors) -> Iterator[Opened]:
         with fmodel.opened({**tensors, **trained}, layer) as (module, _):
-            loss, output = _forward(module, loss_fn, batch, precision)
+            loss, output = _forward(module, _checked(loss_fn), batch, precision)
             yield Opened(_scaled(loss, precision), (_outcome(loss), _outcome(output)))
 
     (grads,), (loss, output), _ = gradient_traced(run, params) if is_traced() else gradient_eager(run, params)
     if precision.loss_scale is not None:
         grads = _unscaled(grads, precision.loss_scale)
     return AdversarialOutput(loss, output, grads)
+
+
+def mixed_pass(
+    fmodel: FunctionalModel,
+    loss_fn: LossFunction,
+    params: Tensors,
+    buffers: Tensors,
+    batch: tuple[Any, Any],
+    perturbation: PerturbationTree,
+    *,
+    groups: int,
+    clean: int,
+    precision: Precision = FULL_PRECISION,
+) -> MixedOutput:
+    """Run a forward and backward in which some ghost groups are clean, and the others have perturbed statistics.
+
+    Ghost groups share no statistics, so what the clean ones compute is a proxy pass, and the rest an adversarial one.
+    Running statistics advance by those of the clean samples alone.
+
+    Args:
+        fmodel: the model, from `functionalize`.
+        loss_fn: `(output, target) -> scalar`. It is called twice, with the clean samples and with the others, for
+            which every tensor with a dimension in output and target has one entry a sample.
+        params: trained tensors by name.
+        buffers: all other tensors by name.
+        batch: `(input, target)`.
+        perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean. A constant.
+        groups: number of ghost groups G ≥ 2; sample i is in group i mod G.
+        clean: how many of them are clean, the first ones; at least one, and less than all.
+        precision: mixed-precision settings.
+
+    Returns:
+        Losses, output, gradients, new buffers, the clean statistics, and statistic gradients of every group.
+
+    Raises:
+        ApartError: the state, batch, output or perturbation does not fit, or a layer cannot be perturbed.
+    """
+    tensors = _checked_state(fmodel, params, buffers)
+    batch = _laid_out(batch, tensors)
+    samples = batch_size(batch)
+    groups = number_of_groups(groups, samples)
+    check_perturbation(fmodel.layers, perturbation, 1)
+    like = statistics_like(tensors)
+    record = _Record(fmodel.layers, like, groups)
+    point = in_groups(perturbation, groups, clean, like)
+    share = clean / groups
+
+    def loss_of_both(output: Any, target: Any) -> tuple[Tensor, Tensor]:
+        _check_output(output, samples)
+        parts = [
+            [cut_groups(tree, groups, *limits) for tree in (output, target)] for limits in ((0, clean), (clean, groups))
+        ]
+        clean_loss, perturbed_loss = (_checked(loss_fn)(*part) for part in parts)
+        return clean_loss, perturbed_loss
+
+    @contextmanager
+    def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
+        taps: list[Tensor] = []
+        if shifts is None:
+            shifts = {layer: Perturbation(*(s.detach().requires_grad_() for s in point[layer])) for layer in point}
+            taps = tree_leaves(shifts)
+        record.shifts = shifts
+        with fmodel.opened({**tensors, **trained}, record) as (module, copy):
+            losses, output = _forward(module, loss_of_both, batch, precision)
+            calls = pooled_calls(record.calls, clean)
+            moved = _moved(fmodel, tensors, buffers, copy.own_buffers(), calls)
+            results = (*map(_outcome, losses), _outcome(output), moved, statistics(calls))
+            yield Opened(_scaled(torch.lerp(losses[1], losses[0], share), precision), results, taps)
+
+    if is_traced():
+        (grads, shift_grads), (loss, second, output, moved, stats), _ = gradient_traced(run, params, point)
+    else:
+        (grads,), (loss, second, output, moved, stats), found = gradient_eager(run, params)
+        shift_grads = dict(zip(point, zip(found[::2], found[1::2], strict=True), strict=True))
+    stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
+    if precision.loss_scale is not None:
+        grads, stat_grads = _unscaled(grads, precision.loss_scale), _unscaled_stats(stat_grads, precision.loss_scale)
+    return MixedOutput(loss, second, output, grads, moved, stats, stat_grads)
 
 
 def statistics_like(tensors: Tensors) -> Tensor:
@@ -191,7 +271,28 @@ def zero_shifts(layers: Mapping[str, LayerSpec], like: Tensor) -> PerturbationTr
     }
 
 
+def in_groups(perturbation: PerturbationTree, groups: int, clean: int, like: Tensor) -> PerturbationTree:
+    """A perturbation of each ghost group, `(G, C)`: none of the first `clean` ones, the given one of the others."""
+    amount = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
+
+    def of_layer(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        return amount * mean, amount * var
+
+    shifts = [(shift.mean.detach(), shift.var.detach()) for shift in perturbation.values()]
+    spread = over_layers(of_layer, shifts, [()] * len(shifts))
+    return {layer: Perturbation(*pair) for layer, pair in zip(perturbation, spread, strict=True)}
+
+
 Calls = dict[str, list[Call]]
+
+
+def pooled_calls(calls: Calls, clean: int) -> Calls:
+    """Recorded calls of ghost groups as those of the first `clean` groups, taken together."""
+    flat = [(layer, call) for layer, of_layer in calls.items() for call in of_layer]
+    found: Calls = {layer: [] for layer in calls}
+    for (layer, call), stats in zip(flat, pooled(_outcome([call.stats for _, call in flat]), clean), strict=True):
+        found[layer].append(call._replace(stats=stats, size=call.size * clean))
+    return found
 
 
 def statistics(calls: Calls) -> StatTree:
@@ -224,23 +325,24 @@ class _Record:
     """The layer of the proxy pass: batch norm at δ = 0 that is written down, to be differentiated by δ.
 
     An eager pass taps each call's scale and shift, whose gradients BN's backward has at hand. A transform
-    differentiates by arguments, so there the pass takes the zero shifts as one.
+    differentiates by arguments, so there the pass takes the zero shifts as one. In ghost groups every layer has shifts.
     """
 
-    def __init__(self, layers: Mapping[str, LayerSpec], like: Tensor) -> None:
-        self.layers, self.like = layers, like
+    def __init__(self, layers: Mapping[str, LayerSpec], like: Tensor, groups: int = 1) -> None:
+        self.layers, self.like, self.groups = layers, like, groups
         self.shifts: PerturbationTree | None = None
         self.calls: Calls = {}
 
     def __call__(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        check_input(name, x, self.layers[name].channels)
+        check_input(name, x, self.layers[name].channels, self.groups)
         taps = None
         if self.shifts is None:
             y, stats, taps = clean_batch_norm(x, weight, bias, eps)
         else:
-            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name])
+            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name], groups=self.groups)
         if not is_recomputing():
-            self.calls.setdefault(name, []).append(Call(self._cast(stats), x.numel() // x.shape[1], eps, taps))
+            size = x.numel() // (x.shape[1] * self.groups)
+            self.calls.setdefault(name, []).append(Call(self._cast(stats), size, eps, taps))
         return y
 
     def taps(self) -> list[Tensor]:
@@ -262,9 +364,15 @@ class _Record:
         return BatchStats(stats.mean.to(self.like.dtype), stats.var.to(self.like.dtype))
 
 
+def _moved(fmodel: FunctionalModel, tensors: Tensors, buffers: Tensors, own: Tensors, calls: Calls) -> Tensors:
+    """The buffers after a pass: what the model changed itself, and running statistics after the recorded calls."""
+    moved = {**buffers, **_outcome(own), **advanced(fmodel.layers, tensors, calls)}
+    return {name: moved[name] for name in buffers}
+
+
 def _forward(
-    module: nn.Module, loss_fn: LossFunction, batch: tuple[Any, Any], precision: Precision
-) -> tuple[Tensor, Any]:
+    module: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: tuple[Any, Any], precision: Precision
+) -> tuple[Any, Any]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
         raise BatchError(f"the batch is {given}; expected (input, target).")
@@ -276,13 +384,32 @@ def _forward(
             output = module(**inputs)
         else:
             output = module(inputs)
-        loss = loss_fn(output, target)
+        return loss_fn(output, target), output
+
+
+def _checked(loss_fn: LossFunction) -> LossFunction:
+    """A loss function, with a look at what it returns."""
+    return lambda output, target: _scalar(loss_fn(output, target))
+
+
+def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
         given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
         raise UsageError(
             f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
         )
-    return loss, output
+    return loss
+
+
+def _check_output(output: Any, samples: int) -> None:
+    """Make sure that a model's output can be cut into ghost groups."""
+    lengths = [leaf.shape[0] for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not lengths or any(length != samples for length in lengths):
+        raise BatchError(
+            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
+            "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
+            "use make_apart_step."
+        )
 
 
 def _laid_out(batch: Any, tensors: Tensors) -> Any:
@@ -321,6 +448,10 @@ def _scaled(loss: Tensor, precision: Precision) -> Tensor:
 
 def _unscaled(grads: Tensors, loss_scale: Tensor) -> Tensors:
     return {name: grad / loss_scale for name, grad in grads.items()}
+
+
+def _unscaled_stats(stat_grads: StatTree, loss_scale: Tensor) -> StatTree:
+    return {layer: BatchStats(g.mean / loss_scale, g.var / loss_scale) for layer, g in stat_grads.items()}
 
 
 def check_perturbation(layers: Mapping[str, LayerSpec], perturbation: PerturbationTree, groups: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -83,21 +84,44 @@ class AdversarialOutput(NamedTuple):
     grads: Tensors
 
 
+class MixedOutput(NamedTuple):
+    """What the mixed pass returns.
+
+    Attributes:
+        loss: L_p, that of the clean samples, 0-d.
+        adversarial_loss: L_a, that of the perturbed ones.
+        output: the model's output, of all samples.
+        grads: r ∇L_p + (1 − r) ∇L_a, with r the share of clean groups; keyed as `params`.
+        buffers: the buffers after the pass.
+        stats: batch statistics of the clean samples, of every BN layer that was called.
+        stat_grads: gradients of r L_p + (1 − r) L_a by the relative shifts of each ghost group, `(G, C)` each, for
+            every BN layer in training mode.
+    """
+
+    loss: Tensor
+    adversarial_loss: Tensor
+    output: Any
+    grads: Tensors
+    buffers: Tensors
+    stats: StatTree
+    stat_grads: StatTree
+
+
 class StepOutput(NamedTuple):
     """What a step returns.
 
     With `microbatches` k > 1, losses and gradients are means over the micro-batches, outputs are concatenated, and
-    `stats`, `stat_grads` and `perturbation` gain a leading dimension of size k.
+    `stats`, `stat_grads` and `perturbation` gain a leading dimension of size k; a one-pass step has one perturbation.
 
     Attributes:
         grads: r ∇L_p + (1 − r) ∇L_a, keyed as `params`.
         buffers: the buffers after the step, or those that came in where `all_finite` is False.
         loss: L_p, the clean loss, 0-d.
         adversarial_loss: L_a, 0-d.
-        output: the model's output in the proxy pass.
-        stats: batch statistics of the proxy pass.
+        output: the model's output in the proxy pass; in a one-pass step that of all samples, clean and perturbed.
+        stats: batch statistics of the proxy pass, or of the clean samples.
         stat_grads: gradients of L_p with respect to the relative shifts.
-        perturbation: δ of the adversarial pass.
+        perturbation: δ of the adversarial pass; from a one-pass step, δ for the next one.
         all_finite: 0-d bool, whether both losses and all gradients are finite.
     """
 
@@ -136,6 +160,15 @@ def cut_batch(batch: Any, start: int, stop: int) -> Any:
     return tree_map(lambda leaf: leaf[start:stop] if _is_cut(leaf) else leaf, batch)
 
 
+def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:
+    """Samples of ghost groups `start` to `stop`, where sample i is in group i mod `groups`; as `cut_batch` else."""
+
+    def of_groups(leaf: Tensor) -> Tensor:
+        return rearrange(leaf, "(b g) ... -> b g ...", g=groups)[:, start:stop].flatten(0, 1)
+
+    return tree_map(lambda leaf: of_groups(leaf) if _is_cut(leaf) else leaf, tree)
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, in order."""
     return tree_flatten(tree)[0]
@@ -148,15 +181,16 @@ def detached(tree: Any) -> Any:
 
 def stack_trees(trees: list[Any]) -> Any:
     """One tree of stacked leaves, with a new leading dimension, from trees of one structure."""
-    return _merge_trees(trees, torch.stack)
+    return merge_trees(trees, torch.stack)
 
 
 def concatenate_trees(trees: list[Any]) -> Any:
     """One tree of leaves joined on dim 0, from trees of one structure; leaves without a dimension are stacked."""
-    return _merge_trees(trees, lambda leaves: torch.cat(leaves) if leaves[0].dim() else torch.stack(leaves))
+    return merge_trees(trees, lambda leaves: torch.cat(leaves) if leaves[0].dim() else torch.stack(leaves))
 
 
-def _merge_trees(trees: list[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+def merge_trees(trees: list[Any], merge: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One tree from trees of one structure, whose leaves are made of theirs."""
     leaves = [tree_leaves(tree) for tree in trees]
     return tree_unflatten([merge(list(same)) for same in zip(*leaves, strict=True)], tree_flatten(trees[0])[1])
 

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from apart_func.pytrees import (
     concatenate_trees,
     constant,
     cut_batch,
+    merge_trees,
     stack_trees,
     tree_leaves,
 )
@@ -91,6 +92,8 @@ def make_apart_step(
     )
 
 
+Tree = TypeVar("Tree")
+
 # From the parameters and ∇L_p to the parameters at which the adversarial pass is taken.
 Point = Callable[[Tensors, Tensors], Tensors]
 
@@ -113,7 +116,10 @@ def make_step_at(
 ) -> ApartStep:
     """`make_apart_step`, with the adversarial pass at a point of its own; both gradients still add up."""
     fmodel = model if isinstance(model, FunctionalModel) else functionalize(model)
-    _check_settings(epsilon, groups, ratio, remainder, microbatches)
+    check_epsilon(epsilon)
+    number_of_groups(min(groups, 1), 1)
+    _check_settings(ratio, remainder)
+    check_microbatches(microbatches)
     default_epsilon = epsilon
 
     def one_batch(
@@ -160,9 +166,9 @@ def make_step_at(
             check_epsilon(epsilon)
         radius = default_epsilon if epsilon is None else epsilon
         like = statistics_like({**params, **buffers})
-        radius = _scalar(radius, like.dtype, like.device)
+        radius = scalar(radius, like.dtype, like.device)
         precision = Precision(
-            autocast_dtype, None if loss_scale is None else _scalar(loss_scale, torch.float32, like.device)
+            autocast_dtype, None if loss_scale is None else scalar(loss_scale, torch.float32, like.device)
         )
         return over_microbatches(
             lambda moved, part: one_batch(params, moved, part, radius, precision), buffers, batch, microbatches
@@ -193,10 +199,11 @@ def over_microbatches(
         outputs.append(one_batch(moved, part))
         moved = outputs[-1].buffers
     out = outputs[0] if microbatches == 1 else _mean_output(outputs)
-    return out._replace(buffers=_chosen(out.all_finite, out.buffers, buffers))
+    return out._replace(buffers=chosen(out.all_finite, out.buffers, buffers))
 
 
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A setting as a 0-d tensor."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
@@ -220,11 +227,16 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return least.isfinite() & greatest.isfinite()
 
 
-def _chosen(condition: Tensor, new: Tensors, old: Tensors) -> Tensors:
-    """`new` where the condition holds, else `old`; the host waits for no device."""
+def chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """`new` where the condition holds, else `old`, leaf by leaf; the host waits for no device."""
     if condition.device.type == "cpu" and not is_traced():
         return new if condition else old
-    return {name: new[name] if new[name] is old[name] else torch.where(condition, new[name], old[name]) for name in old}
+
+    def of_leaf(pair: list[Tensor]) -> Tensor:
+        return pair[0] if pair[0] is pair[1] else torch.where(condition, pair[0], pair[1])
+
+    tree: Tree = merge_trees([new, old], of_leaf)
+    return tree
 
 
 def _parts(batch: Any, microbatches: int) -> list[Any]:
@@ -269,12 +281,18 @@ def _adversarial_samples(samples: int, ratio: float, groups: int, remainder: str
     return chosen
 
 
-def _check_settings(epsilon: Any, groups: int, ratio: float, remainder: str, microbatches: int) -> None:
-    check_epsilon(epsilon)
-    number_of_groups(min(groups, 1), 1)
+def _check_settings(ratio: float, remainder: str) -> None:
     if not 0 < ratio <= 1:
         raise SettingError(f"ratio={ratio}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass.")
     if remainder not in ("error", "drop"):
         raise SettingError(f"remainder={remainder!r}; expected 'error' or 'drop'.")
+
+
+def check_microbatches(microbatches: int) -> None:
+    """Make sure that a number of micro-batches is one.
+
+    Raises:
+        SettingError: it is none.
+    """
     if not isinstance(microbatches, int) or microbatches < 1:
         raise SettingError(f"microbatches={microbatches}; expected a positive number of parts.")

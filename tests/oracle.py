@@ -5,6 +5,7 @@
     perturbation  δ = ε · sign(g)
     adversarial   L_a at δ on the first N samples, every group x[g::G] with its own μ and σ²   →  ∇L_a
     gradient      r ∇L_p + (1 − r) ∇L_a,  with r = M / (M + N)
+    one pass      both at once: groups g < K at δ = 0 and the others at the δ of the step before, with r = K / G
 
 sg is stop-gradient. The library is compared with this file, so the two share no code: δ is an explicit leaf tensor
 here, groups are a Python loop, and no batch-norm kernel of PyTorch is called. Any model can be given. A float64 copy
@@ -128,7 +129,20 @@ def adversarial_forward(layer: _BatchNorm, delta: Pair, groups: int, x: Tensor) 
     return after_norm(layer, y)
 
 
-# The two passes.
+def mixed_forward(layer: _BatchNorm, deltas: list[Pair], clean: int, calls: list[Pair], x: Tensor) -> Tensor:
+    """The layer's forward in one pass: each group has a δ, and the clean samples are remembered together."""
+    groups = len(deltas)
+    y = torch.empty_like(x)
+    for g, delta in enumerate(deltas):
+        y[g::groups], _ = normalize(layer, x[g::groups], delta)
+    seen = torch.cat([x[g::groups] for g in range(clean)])
+    _, stats = normalize(layer, seen, Pair(torch.zeros(()), torch.zeros(())))
+    advance_running_statistics(layer, seen, stats)
+    calls.append(stats)
+    return after_norm(layer, y)
+
+
+# The passes.
 
 
 def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> Proxy:
@@ -262,6 +276,57 @@ def climb_(model: nn.Module, grads: dict[str, Tensor], rho: float) -> None:
         parameter += rho * grads[name] / norm
 
 
+def oracle_one_pass_step(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: tuple[Any, Any],
+    perturbation: Tree,
+    *,
+    epsilon: float,
+    groups: int,
+    clean: int,
+) -> Step:
+    """One step in one pass. `perturbation` is the δ of this step, and what comes back the δ of the next one."""
+    model = float64_copy(model)
+    layers, params = training_layers(model), trained_parameters(model)
+    x, y = as_float64(batch[0]), as_float64(batch[1])
+    groups = sample_count(x) if groups == -1 else groups
+    shifts: dict[str, list[Pair]] = {}
+    calls: dict[str, list[Pair]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        at_zero = [Pair(*torch.zeros(2, layer.num_features).double()) for _ in range(clean)]
+        shifts[name] = at_zero + [Pair(*map(as_float64, perturbation[name])) for _ in range(clean, groups)]
+        for part in (part for delta in at_zero for part in delta):
+            part.requires_grad_()
+        layer.forward = partial(mixed_forward, layer, shifts[name], clean, calls[name])
+
+    output = call(model, x)
+    is_clean = [i % groups < clean for i in range(sample_count(x))]
+    chosen = [i for i, of_clean in enumerate(is_clean) if of_clean]
+    others = [i for i, of_clean in enumerate(is_clean) if not of_clean]
+    clean_loss, perturbed_loss = (loss_fn(pick(output, rows), pick(y, rows)) for rows in (chosen, others))
+    r = clean / groups
+    stats = {name: stack_calls(pairs) for name, pairs in calls.items() if pairs}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers |= {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+    grads = gradients_of(r * clean_loss + (1 - r) * perturbed_loss, list(params.values()), retain_graph=True)
+    stat_grads = {}
+    for name in layers:
+        by_group = [Pair(*gradients_of(clean_loss, list(delta), retain_graph=True)) for delta in shifts[name][:clean]]
+        stat_grads[name] = Pair(*(torch.stack(parts).sum(0) for parts in zip(*by_group, strict=True)))
+    return Step(
+        loss=clean_loss.detach(),
+        adversarial_loss=perturbed_loss.detach(),
+        output=map_tensors(Tensor.detach, output),
+        grads=dict(zip(params, grads, strict=True)),
+        buffers=buffers,
+        stats=stats,
+        stat_grads=stat_grads,
+        perturbation={name: Pair(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()},
+    )
+
+
 # Models and batches.
 
 
@@ -280,9 +345,9 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradients_of(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def gradients_of(loss: Tensor, leaves: list[Tensor], retain_graph: bool = False) -> list[Tensor]:
     """d loss / d leaf, which is zero where the loss does not depend on the leaf."""
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain_graph)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
@@ -317,6 +382,11 @@ def as_float64(tree: Any) -> Any:
 def cut(tree: Any, samples: int) -> Any:
     """The first samples of every tensor that has a batch dimension."""
     return map_tensors(lambda t: t[:samples] if t.dim() else t, tree)
+
+
+def pick(tree: Any, rows: list[int]) -> Any:
+    """Some samples of every tensor that has a batch dimension."""
+    return map_tensors(lambda t: t[rows] if t.dim() else t, tree)
 
 
 def sample_count(tree: Any) -> int:

@@ -17,8 +17,9 @@ LAYERS = [
     {"intercept"},
     {"functional"},
     {"passes"},
-    {"step", "module"},
-    {"sam"},
+    {"step"},
+    {"sam", "one_pass"},
+    {"module"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

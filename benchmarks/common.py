@@ -14,12 +14,13 @@ import os
 import random
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -27,7 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import Measurement, Timer, timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -67,9 +68,19 @@ class TimedRounds(Rounds):
 
     Attributes:
         seconds: least time each row gets in a round.
+        clock: "cpu" is the processor's time, in which other programs do not count; for one thread.
     """
 
     seconds: float = 0.3
+    clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        """Refuse what would be measured wrongly."""
+        if self.clock == "cpu" and (self.threads > 1 or self.device != "cpu"):
+            raise ValueError(
+                f"clock='cpu' adds up the time of all threads and knows no GPU; threads={self.threads} and "
+                f"device={self.device!r} were given. Use threads=1 and device='cpu', or clock='wall'."
+            )
 
 
 Settings = TypeVar("Settings", bound=Rounds)
@@ -169,7 +180,11 @@ def interleaved(
         The measurements by name, one a round.
     """
     torch.set_num_threads(settings.threads)  # Inductor writes the number into the code that it generates
-    timers = {name: Timer("step()", globals={"step": steps[name]}, num_threads=settings.threads) for name in steps}
+    clock = timer if settings.clock == "wall" else time.process_time
+    timers = {
+        name: Timer("step()", timer=clock, globals={"step": steps[name]}, num_threads=settings.threads)
+        for name in steps
+    }
     times: dict[str, list[Measurement]] = {name: [] for name in steps}
     for turn, name in enumerate(turns(label, steps, settings.rounds + 1)):
         if turn < len(steps):

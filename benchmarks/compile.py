@@ -36,7 +36,7 @@ from common import (
     turns,
 )
 from networks import make_case
-from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step, step_name
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -57,6 +57,7 @@ class Settings(Rounds):
         ratios: shares of the batch in the adversarial pass.
         groups: ghost groups in it, at most half its samples.
         samples: batch size; None takes each network's own.
+        warm: whether each is compiled once more with its cache.
     """
 
     models: tuple[str, ...] = ("overhead", "cifar_resnet")
@@ -64,10 +65,18 @@ class Settings(Rounds):
     ratios: tuple[float, ...] = (1.0,)
     groups: tuple[int, ...] = (0, 16)
     samples: int | None = None
+    warm: bool = True
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
-QUICK = Settings(models=("tiny",), groups=(16,), rounds=5, threads=1)
+QUICK = Settings(
+    models=("tiny",),
+    methods=("plain compiled", "plain one graph", "APART compiled"),
+    groups=(16,),
+    warm=False,
+    rounds=5,
+    threads=1,
+)
 
 
 class FirstCall(NamedTuple):
@@ -164,11 +173,13 @@ def count_graphs(choice: Choice, device: str) -> Graphs:
     return Graphs(backend.frame_count, len(sizes), sum(sizes))
 
 
-def cold_and_warm(choice: Choice, device: str, threads: int) -> tuple[FirstCall, FirstCall]:
-    """Compile a step in two processes, the second of which finds what the first has cached."""
+def first_calls(choice: Choice, settings: Settings) -> list[FirstCall]:
+    """Compile a step in a process, and perhaps in a second one, which finds what the first has cached."""
     with TemporaryDirectory() as cache:
-        cold, warm = (in_child(first_call, choice, device, threads, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2))
-    return cold, warm
+        return [
+            in_child(first_call, choice, settings.device, settings.threads, TORCHINDUCTOR_CACHE_DIR=cache)
+            for _ in range(1 + settings.warm)
+        ]
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -184,18 +195,18 @@ def measure(settings: Settings) -> list[Row]:
     for model in settings.models:
         made = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
         chosen = {choice.name: choice for choice in made}
-        found: dict[str, list[tuple[FirstCall, FirstCall]]] = {name: [] for name in chosen}
+        found: dict[str, list[list[FirstCall]]] = {name: [] for name in chosen}
         for name in turns(model, chosen, settings.rounds):
-            found[name].append(cold_and_warm(chosen[name], settings.device, settings.threads))
-        cold = {name: [first.seconds for first, _ in pairs] for name, pairs in found.items()}
+            found[name].append(first_calls(chosen[name], settings))
+        seconds = {name: [cold.seconds for cold, *_ in calls] for name, calls in found.items()}
         for name, choice in chosen.items():
-            first = [first for first, _ in found[name]]
+            cold, *warm = zip(*found[name], strict=True)
             row = choice.labels()
-            row["cold_seconds"] = asdict(spread(cold[name]))
-            row["warm_seconds"] = asdict(spread([warm.seconds for _, warm in found[name]]))
-            row["relative_to"] = relative_to(cold, name, BASELINES)
-            row["phases"] = {phase: asdict(spread([each.phases[phase] for each in first])) for phase in PHASES}
-            row["kernels"] = first[0].kernels
+            row["cold_seconds"] = asdict(spread(seconds[name]))
+            row["warm_seconds"] = [asdict(spread([call.seconds for call in calls])) for calls in warm]
+            row["relative_to"] = relative_to(seconds, name, BASELINES)
+            row["phases"] = {phase: asdict(spread([call.phases[phase] for call in cold])) for phase in PHASES}
+            row["kernels"] = cold[0].kernels
             rows.append(row | in_child(count_graphs, choice, settings.device)._asdict())
     return rows
 
@@ -213,7 +224,7 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     counts = ["frames", "graphs", "nodes", "kernels"]
     lines = [line(row) + [str(row[count]) for count in counts] for row in content["rows"]]
     parts = [
-        [step_of(row), row["model"], *(format_seconds(row["phases"][phase]) for phase in PHASES)]
+        [step_name(row), row["model"], *(format_seconds(row["phases"][phase]) for phase in PHASES)]
         for row in content["rows"]
     ]
     return [
@@ -225,13 +236,8 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
 def line(row: Row) -> list[str]:
     """The cells with times."""
     ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
-    cold, warm = format_seconds(row["cold_seconds"]), format_seconds(row["warm_seconds"])
-    return [step_of(row), row["model"], cold, *ratios, warm]
-
-
-def step_of(row: Row) -> str:
-    """The step, with its settings."""
-    return str(row["method"]) + (f", ratio {row['ratio']:g}, groups {row['groups']}" if "ratio" in row else "")
+    warm = "".join(map(format_seconds, row["warm_seconds"]))
+    return [step_name(row), row["model"], format_seconds(row["cold_seconds"]), *ratios, warm]
 
 
 if __name__ == "__main__":

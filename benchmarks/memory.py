@@ -27,7 +27,7 @@ from common import (
     turns,
 )
 from networks import make_case
-from steps import METHODS, Choice, choices, make_step
+from steps import METHODS, Choice, choices, make_step, setting_cells
 
 STEPS = 3
 PLAIN = "plain"
@@ -64,7 +64,7 @@ class Settings(Rounds):
 # One thread: two stall each other at random when anything else runs on the machine.
 QUICK = Settings(
     models=("cifar_resnet",),
-    methods=("plain", "APART", "APART drop-in"),
+    methods=("plain", "APART", "APART drop-in", "one pass", "one pass drop-in"),
     ratios=(1.0,),
     groups=(16,),
     rounds=5,
@@ -156,10 +156,9 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
 
 def line(row: Row) -> list[str]:
     """The cells of a step."""
-    settings = [f"{row['ratio']:g}", str(row["groups"])] if "ratio" in row else ["", ""]
     megabytes = f"{row['bytes']['median'] / 2**20:.1f} MiB ({row['bytes']['iqr'] / 2**20:.1f})"
     ratio = format_ratio(row["relative_to"].get(PLAIN), digits=3)
-    return [row["method"], *settings, row["model"], str(row["samples"]), megabytes, ratio]
+    return [row["method"], *setting_cells(row), row["model"], str(row["samples"]), megabytes, ratio]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ from torch.utils._pytree import tree_map
 
 from apart_func import make_apart_step, split_state
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe and Ito: told apart with every kind of colour vision
-MARKERS = ("o", "^", "s", "D")
+# Okabe and Ito: told apart with every kind of colour vision
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+MARKERS = ("o", "^", "s", "D", "v", "P")
 GROUPS = 4
 
 
@@ -52,7 +53,7 @@ class Settings(TimedRounds):
         models: how many models are trained at a time.
         samples: batch size along depth and width.
         model_samples: batch size of each of the many models.
-        compiled: whether plain and APART steps are compiled too, at every point.
+        compiled: whether the steps of one model are compiled too, at every point.
     """
 
     axes: tuple[str, ...] = ("batch", "depth", "width", "models")
@@ -108,7 +109,8 @@ def one_model(axis: str, size: int, settings: Settings) -> Point:
     changed = {"width": 16, "depth": 2, "batch": settings.samples, axis: size}
     model = cifar_resnet(width=changed["width"], blocks_per_stage=changed["depth"], classes=CLASSES)
     case = case_of(model, (3, 32, 32), changed["batch"], settings.device)
-    names = ["plain", "APART"] + (["plain compiled", "APART compiled"] if settings.compiled else [])
+    names = ["plain", "APART", "one pass"]
+    names += ["plain compiled", "APART compiled", "one pass compiled"] if settings.compiled else []
     variant = Variant(groups=min(GROUPS, changed["batch"] // 2))
     steps = {name: METHODS[name].make(case, variant, ONE_GRAPH) for name in names}
     return Point(axis, size, steps, "plain")

@@ -29,10 +29,10 @@ from common import (
     timing_row,
 )
 from networks import NETWORKS, make_case
-from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step, setting_cells, step_name
 
 BASELINES = ("plain", "plain compiled", "plain one graph")
-COLOURS = {"plain": "#999999", "SAM": "#009E73", "APART": "#D55E00"}
+COLOURS = {"plain": "#999999", "SAM": "#009E73", "APART": "#D55E00", "one": "#0072B2"}
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,8 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
 
 def line(row: Row) -> list[str]:
     """The cells of a step."""
-    settings = [f"{row['ratio']:g}", str(row["groups"])] if "ratio" in row else ["", ""]
     ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
-    return [row["method"], *settings, format_seconds(row["seconds"]), *ratios]
+    return [row["method"], *setting_cells(row), format_seconds(row["seconds"]), *ratios]
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:
@@ -137,7 +136,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         rows = [row for row in content["rows"] if row["model"] == model and "plain" in row["relative_to"]][::-1]
         ratios = [row["relative_to"]["plain"] for row in rows]
         panel.barh(
-            [bar_label(row) for row in rows],
+            [step_name(row) for row in rows],
             [ratio["median"] for ratio in ratios],
             xerr=[ratio["iqr"] / 2 for ratio in ratios],
             color=[COLOURS[row["method"].replace("-", " ").split()[0]] for row in rows],

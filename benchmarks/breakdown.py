@@ -16,8 +16,10 @@ are counted from the arguments and results of operators; one that needs sums bef
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import layer_cost
@@ -59,7 +61,8 @@ KINDS = {  # of kernels, by what their names contain; the first that fits
 }
 ELSE = "everything else"
 OUTSIDE = "outside of operators"
-PROFILED_CALLS = 5
+CALL, WRAPPER = re.compile("## Call CompiledFxGraph .* ##"), "what calls the kernels"
+APART = "APART compiled"
 
 FLOOR_PASSES = 8  # over the activations
 COPIES = f"{FLOOR_PASSES // 2} copies"
@@ -107,32 +110,45 @@ class Operator(NamedTuple):
 Profile = dict[str, Operator]
 
 
-def operators(step: Step, device: str) -> Profile:
-    """Profile a function.
+def profiles(steps: Mapping[str, Step], settings: Settings) -> dict[str, Profile]:
+    """Profile some functions in turn.
 
     Args:
-        step: the function.
-        device: whose time counts.
+        steps: functions by name. Each is called once before.
+        settings: rounds, threads and device.
 
     Returns:
-        Its operators, and the time outside of them.
+        For each its operators, and the time outside of them: medians over the rounds.
     """
+    torch.set_num_threads(settings.threads)
+    found: dict[str, list[Profile]] = {name: [] for name in steps}
+    for turn, name in enumerate(turns("profiles", steps, settings.rounds + 1)):
+        if turn < len(steps):
+            steps[name]()
+        else:
+            found[name].append(operators(steps[name], settings.device))
+    return {name: middle(rounds) for name, rounds in found.items()}
+
+
+def middle(rounds: Sequence[Profile]) -> Profile:
+    """The median of every operator."""
+    names = dict.fromkeys(name for profiled in rounds for name in profiled)
+    columns = {name: [profiled.get(name, Operator(0, 0)) for profiled in rounds] for name in names}
+    return {name: Operator(*map(median, zip(*column, strict=True))) for name, column in columns.items()}
+
+
+def operators(step: Step, device: str) -> Profile:
+    """The operators of one call, and the time outside of them."""
     on_device = device != "cpu"
-    step()
     with profile(activities=[ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]) as profiled:
         start = timer()
-        for _ in range(PROFILED_CALLS):
-            step()
+        step()
         wall = timer() - start
-    found = {
-        event.key: Operator(
-            event.count / PROFILED_CALLS,
-            (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6 / PROFILED_CALLS,
-        )
-        for event in profiled.key_averages()
-    }
-    outside = wall / PROFILED_CALLS - sum(operator.seconds for operator in found.values())
-    return {name: operator for name, operator in found.items() if operator.seconds} | {OUTSIDE: Operator(0, outside)}
+    found: Profile = {}
+    for event in profiled.key_averages():
+        seconds = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
+        found[CALL.sub(WRAPPER, event.key)] = Operator(event.count, seconds)
+    return found | {OUTSIDE: Operator(0, wall - sum(operator.seconds for operator in found.values()))}
 
 
 def kinds(profiled: Profile) -> Profile:
@@ -211,7 +227,7 @@ def eager(settings: Settings) -> list[Row]:
     rounds = [{name: times[name][number].median for name in steps} for number in range(settings.rounds)]
     parts = [parts_of(seconds, layers) for seconds in rounds]
     values = {part: [each[part] for each in parts] for part in parts[0]}
-    profiles = {"two plain steps": operators(twice(plain), settings.device), "APART": operators(apart, settings.device)}
+    profiled = profiles({FLOOR: twice(plain), "APART": apart}, settings)
     return [
         {
             "table": f"parts of an eager step on {EAGER}, groups {groups}",
@@ -220,7 +236,7 @@ def eager(settings: Settings) -> list[Row]:
             "relative_to": relative_to(values, part, [STEP, FLOOR]),
         }
         for part in values
-    ] + comparison(f"operators of an eager step on {EAGER}, groups {groups}", profiles, settings.shown)
+    ] + comparison(f"operators of an eager step on {EAGER}, groups {groups}", profiled, settings.shown)
 
 
 def parts_of(seconds: Mapping[str, float], layers: int) -> dict[str, float]:
@@ -255,21 +271,18 @@ def compiled(settings: Settings) -> list[Row]:
     Returns:
         The time in each kind of kernel, for the APART step and two of each plain one, and in single kernels.
     """
-    torch.set_num_threads(settings.threads)
     torch._dynamo.reset()
     case = make_case(settings.compiled_model, settings.device)
-    profiles = {}
+    variant = Variant(groups=min(settings.groups, len(case.batch[1]) // 2))
+    baselines = ("plain compiled", "plain one graph")
+    steps = {f"2 × {name}": twice(METHODS[name].make(case, variant, ONE_GRAPH)) for name in baselines}
+    steps[APART] = METHODS[APART].make(case, variant, ONE_GRAPH)
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
-        for name in turns("compiled", ("plain compiled", "plain one graph", "APART compiled"), rounds=1):
-            groups = min(settings.groups, len(case.batch[1]) // 2)
-            step = METHODS[name].make(case, Variant(groups=groups), ONE_GRAPH)
-            is_plain = name.startswith("plain")
-            profiles["2 × " * is_plain + name] = operators(twice(step) if is_plain else step, settings.device)
-    profiles = dict(sorted(profiles.items()))  # the plain ones first
-    title = f"compiled steps on {settings.compiled_model}, batch of {len(case.batch[1])}, groups {settings.groups}"
-    by_kind = {name: kinds(profiled) for name, profiled in profiles.items()}
+        found = profiles(steps, settings)
+    title = f"compiled steps on {settings.compiled_model}, batch of {len(case.batch[1])}, groups {variant.groups}"
+    by_kind = {name: kinds(profiled) for name, profiled in found.items()}
     return comparison(f"kinds of kernels in {title}", by_kind, len(KINDS) + 1) + comparison(
-        f"kernels in {title}", profiles, settings.shown
+        f"kernels in {title}", {APART: found[APART]}, settings.shown
     )
 
 
@@ -318,7 +331,7 @@ def layer(settings: Settings) -> list[Row]:
         A row for every layer and kind of activations, and the operators of grouped ones that are no view.
     """
     rows: list[Row] = []
-    profiles: dict[str, Profile] = {}
+    profiled: dict[str, Step] = {}
     for shape, layout, dtype in layer_cost.inputs(settings.shapes, settings.layouts, settings.dtypes):
         size = tuple(map(int, shape.split("x")))
         tensors = layer_cost.make_layer(size, layout, getattr(torch, dtype), settings.device)
@@ -340,10 +353,10 @@ def layer(settings: Settings) -> list[Row]:
             for name in functions
         ]
         if layout == "channels_last" and shape == settings.shapes[0]:
-            profiles[dtype] = operators(functions[f"perturbed, groups {settings.groups}"], settings.device)
+            profiled[dtype] = functions[f"perturbed, groups {settings.groups}"]
     title = f"operators of the layer, channels_last, groups {settings.groups}, {settings.shapes[0]}"
-    for dtype, profiled in profiles.items():
-        rows += comparison(f"{title}, {dtype}", {dtype: profiled}, settings.shown)
+    for dtype, found in profiles(profiled, settings).items():
+        rows += comparison(f"{title}, {dtype}", {dtype: found}, settings.shown)
     return rows
 
 

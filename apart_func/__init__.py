@@ -4,8 +4,17 @@ from apart_func.errors import ApartError, BatchError, ModelError, SettingError, 
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.module import APART
 from apart_func.one_pass import OnePassStep, init_perturbation, make_one_pass_step
-from apart_func.passes import Precision, adversarial_pass, mixed_pass, proxy_pass
-from apart_func.perturbation import PerturbedStats, Rule, perturbed_stats, sign_perturbation
+from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
+from apart_func.perturbation import (
+    IterativeRule,
+    PerturbedStats,
+    Rule,
+    l2_perturbation,
+    multi_step,
+    perturbed_stats,
+    random_sign_perturbation,
+    sign_perturbation,
+)
 from apart_func.pytrees import AdversarialOutput, BatchStats, MixedOutput, Perturbation, ProxyOutput, StepOutput
 from apart_func.sam import make_apart_sam_step
 from apart_func.step import ApartStep, make_apart_step
@@ -20,6 +29,7 @@ __all__ = [
     "BatchError",
     "BatchStats",
     "FunctionalModel",
+    "IterativeRule",
     "MixedOutput",
     "ModelError",
     "OnePassStep",
@@ -35,14 +45,18 @@ __all__ = [
     "adversarial_pass",
     "assign_grads_",
     "functionalize",
+    "gradients_at",
     "init_perturbation",
+    "l2_perturbation",
     "load_state_",
     "make_apart_sam_step",
     "make_apart_step",
     "make_one_pass_step",
     "mixed_pass",
+    "multi_step",
     "perturbed_stats",
     "proxy_pass",
+    "random_sign_perturbation",
     "sign_perturbation",
     "split_state",
 ]

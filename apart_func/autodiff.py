@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from apart_func.errors import UsageError
 
@@ -79,14 +80,15 @@ def is_checkpointed() -> bool:
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def gradient_eager(run: Pass, inputs: dict[str, Tensor]) -> Gradient:
-    """Differentiate a pass with respect to `inputs` and to what it taps, by `torch.autograd.grad`."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    with torch.enable_grad(), run(leaves) as (loss, aux, taps):
-        wanted = [*leaves.values(), *taps]
+def gradient_eager(run: Pass, *inputs: dict[str, Any]) -> Gradient:
+    """Differentiate a pass with respect to every tensor in `inputs` and to what it taps, by `torch.autograd.grad`."""
+    tensors, structure = tree_flatten(inputs)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad(), run(*tree_unflatten(leaves, structure)) as (loss, aux, taps):
+        wanted = [*leaves, *taps]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
     grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
-    return Gradient((dict(zip(leaves, grads, strict=False)),), aux, grads[len(leaves) :])
+    return Gradient(tree_unflatten(grads[: len(leaves)], structure), aux, grads[len(leaves) :])
 
 
 def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:

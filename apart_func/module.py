@@ -40,7 +40,7 @@ from apart_func.passes import (
     statistics_like,
     zero_shifts,
 )
-from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
+from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
 from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree, Tensors, constant, tree_leaves
 from apart_func.step import all_finite
 
@@ -90,6 +90,8 @@ class APART:
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         number_of_groups(min(groups, 1), 1)
+        if isinstance(rule, IterativeRule):
+            raise rule.refusal()
         self.model, self.groups, self.rule, self.process_group = model, groups, rule, process_group
         self.set_epsilon(epsilon)
         self.stats: StatTree = {}

@@ -18,7 +18,7 @@ from apart_func.errors import SettingError
 from apart_func.functional import FunctionalModel, functionalize, layer_specs
 from apart_func.intercept import training_layers
 from apart_func.passes import LossFunction, Precision, mixed_pass, statistics_like, zero_shifts
-from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
+from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
 from apart_func.pytrees import (
     BatchStats,
     PerturbationTree,
@@ -97,6 +97,8 @@ def make_one_pass_step(
     fmodel = model if isinstance(model, FunctionalModel) else functionalize(model)
     check_epsilon(epsilon)
     check_microbatches(microbatches)
+    if isinstance(rule, IterativeRule):
+        raise rule.refusal()
     if groups != -1:
         clean_groups(clean_fraction, groups)
     default_epsilon = epsilon

@@ -1,10 +1,12 @@
 """Rules: how far, and which way, the statistics of the adversarial pass are moved.
 
-A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer.
+A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer. An `IterativeRule` also asks for
+gradients at perturbations of its own; `perturbation_by` is the one place where the two differ.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +22,47 @@ class Rule(Protocol):
 
     def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
         """See `sign_perturbation`."""
+
+
+# From a perturbation to the gradient of the proxy loss there, by one more pass over the batch.
+GradientsAt = Callable[[PerturbationTree], StatTree]
+
+
+@dataclass(frozen=True)
+class IterativeRule:
+    """A rule that asks for gradients at perturbations of its own, each of which costs a pass.
+
+    `make_apart_step` and `make_apart_sam_step` run these. In the drop-in the passes are the user's, and the one-pass
+    step has one: both refuse such a rule.
+
+    Attributes:
+        search: `(stats, stat_grads, epsilon, gradients_at) -> perturbation`, where `gradients_at(perturbation)` is
+            ∂L_p/∂δ there.
+        name: what messages call it.
+    """
+
+    search: Callable[[StatTree, StatTree, Tensor, GradientsAt], PerturbationTree]
+    name: str
+
+    def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+        """Refuse: whoever calls it as a rule of one gradient has no others to give."""
+        raise self.refusal()
+
+    def refusal(self) -> SettingError:
+        """What to say where there are no further passes."""
+        return SettingError(
+            f"rule={self.name} needs further passes over the batch, and there are none here. Use it in "
+            "make_apart_step or make_apart_sam_step, or take a rule of one gradient, such as sign_perturbation."
+        )
+
+
+def perturbation_by(
+    rule: Rule, stats: StatTree, stat_grads: StatTree, epsilon: Tensor, gradients_at: GradientsAt
+) -> PerturbationTree:
+    """The perturbation that a rule of either kind makes."""
+    if isinstance(rule, IterativeRule):
+        return rule.search(stats, stat_grads, epsilon, gradients_at)
+    return rule(stats, stat_grads, epsilon)
 
 
 def check_epsilon(epsilon: float | Tensor) -> None:
@@ -55,6 +98,100 @@ def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) ->
         A perturbation for every layer in `stat_grads`: |δ| ≤ ε, and 0 where the gradient is 0.
     """
     return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.var.sign()) for layer, g in stat_grads.items()}
+
+
+def random_sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    """Push every statistic to its radius, in a direction drawn by lot: the control for whether the direction matters.
+
+    Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
+    "same". Ranks that are to agree on δ need the same seed.
+
+    Args:
+        stats: batch statistics of the proxy pass, ignored.
+        stat_grads: their gradients, of which only shape, dtype and device are looked at.
+        epsilon: perturbation radius, 0-d, ≥ 0, as a fraction of the statistic.
+
+    Returns:
+        A perturbation for every layer in `stat_grads`: |δ| = ε.
+    """
+
+    def signs(like: Tensor) -> Tensor:
+        return 2 * torch.rand_like(like).round() - 1
+
+    return {layer: Perturbation(epsilon * signs(g.mean), epsilon * signs(g.var)) for layer, g in stat_grads.items()}
+
+
+def l2_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    """Move the statistics of every layer by ε along their gradient.
+
+    The L2 ascent step δ = ε · g/‖g‖, with the norm over δμ and δσ of a layer together. The sign rule's step has norm
+    ε√(2C) in a layer of C channels, so this rule wants a radius that is larger by about that factor.
+
+    Args:
+        stats: batch statistics of the proxy pass, ignored.
+        stat_grads: gradient of the proxy loss with respect to the relative shifts, `(C,)` each.
+        epsilon: perturbation radius, 0-d, ≥ 0: the norm of a layer's relative shifts.
+
+    Returns:
+        A perturbation for every layer in `stat_grads`: ‖δ‖ = ε, or 0 where all of the layer's gradient is 0.
+    """
+    return {layer: _of_length(epsilon, g) for layer, g in stat_grads.items()}
+
+
+def _of_length(epsilon: Tensor, g: BatchStats) -> Perturbation:
+    # Squares of tiny or huge gradients leave the range of float32, so the largest entry is made one before.
+    largest = torch.maximum(g.mean.abs().max(), g.var.abs().max())
+    divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
+    mean, var = g.mean / divisor, g.var / divisor
+    norm = torch.sqrt(mean.square().sum() + var.square().sum()).clamp(min=1)  # below 1 only where all is zero
+    return Perturbation(epsilon * (mean / norm), epsilon * (var / norm))
+
+
+def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
+    """Make the rule that climbs to the worst statistics in several steps: projected gradient ascent.
+
+    From δ = 0, δ ← clip(δ + step_size · ε · sign(∂L_p/∂δ), −ε, ε), with the gradient taken anew at every δ. The first
+    is the proxy pass's own; each further one costs a forward and a backward without parameter gradients. One step of
+    the default size is `sign_perturbation`.
+
+    Args:
+        steps: number k ≥ 1 of gradients.
+        step_size: length of a step as a fraction of ε. None is 2.5/k: enough to cross the ball, and to come back.
+
+    Returns:
+        A rule for `make_apart_step` and `make_apart_sam_step`.
+
+    Raises:
+        SettingError: a setting is out of range.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise SettingError(f"steps={steps}; expected a positive number of gradients, such as 3.")
+    length = 2.5 / steps if step_size is None else step_size
+    if not (math.isfinite(length) and length > 0):
+        raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
+
+    def search(stats: StatTree, stat_grads: StatTree, epsilon: Tensor, gradients_at: GradientsAt) -> PerturbationTree:
+        where = {
+            layer: Perturbation(torch.zeros_like(g.mean), torch.zeros_like(g.var)) for layer, g in stat_grads.items()
+        }
+        where = _climbed(where, stat_grads, length)  # in radii
+        for _ in range(steps - 1):
+            where = _climbed(where, gradients_at(_times(epsilon, where)), length)
+        return _times(epsilon, where)
+
+    return IterativeRule(search, f"multi_step({steps})")
+
+
+def _climbed(where: PerturbationTree, grads: StatTree, length: float) -> PerturbationTree:
+    """One step uphill, and back into the unit ball."""
+    return {
+        layer: Perturbation(*((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True)))
+        for layer, shift in where.items()
+    }
+
+
+def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
+    return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.var) for layer, shift in where.items()}
 
 
 class PerturbedStats(NamedTuple):

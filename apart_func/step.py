@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -18,8 +19,8 @@ from apart_func.autodiff import is_traced
 from apart_func.batch_norm import number_of_groups
 from apart_func.errors import BatchError, SettingError
 from apart_func.functional import FunctionalModel, functionalize
-from apart_func.passes import LossFunction, Precision, adversarial_pass, proxy_pass, statistics_like
-from apart_func.perturbation import Rule, check_epsilon, sign_perturbation
+from apart_func.passes import LossFunction, Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like
+from apart_func.perturbation import Rule, check_epsilon, perturbation_by, sign_perturbation
 from apart_func.pytrees import (
     StepOutput,
     Tensors,
@@ -78,7 +79,7 @@ def make_apart_step(
         ratio: N = int(ratio · M) of the M samples go through the adversarial pass, the first ones.
         remainder: what to do where G does not divide N: "error", or "drop" to lower N to a multiple of G.
         microbatches: k parts of the batch, one after another; each runs both passes with its own N and δ.
-        rule: makes the perturbation from statistics and their gradients.
+        rule: makes the perturbation from statistics and their gradients. `multi_step(k)` runs k − 1 passes more.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
 
     Returns:
@@ -128,7 +129,8 @@ def make_step_at(
         samples = batch_size(batch)
         chosen = _adversarial_samples(samples, ratio, groups, remainder)
         proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=precision)
-        perturbation = constant(rule(proxy.stats, proxy.stat_grads, radius))
+        further = partial(gradients_at, fmodel, loss_fn, params, buffers, batch, precision=precision)
+        perturbation = constant(perturbation_by(rule, proxy.stats, proxy.stat_grads, radius, further))
         adversarial = adversarial_pass(
             fmodel,
             loss_fn,

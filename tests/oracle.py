@@ -145,15 +145,14 @@ def mixed_forward(layer: _BatchNorm, deltas: list[Pair], clean: int, calls: list
 # The passes.
 
 
-def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> Proxy:
-    """Ordinary training, with δ = 0 as leaves whose gradients are the statistic gradients."""
+def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta: Tree | None = None) -> Proxy:
+    """Ordinary training, with δ (zero, unless given) as leaves whose gradients are the statistic gradients."""
     model = float64_copy(model)
     layers, params = training_layers(model), trained_parameters(model)
-    delta = {name: Pair(*torch.zeros(2, layer.num_features).double()) for name, layer in layers.items()}
+    delta = delta or zero_perturbation(model)
+    delta = {name: Pair(*(part.clone().requires_grad_() for part in pair)) for name, pair in delta.items()}
     calls: dict[str, list[Pair]] = {name: [] for name in layers}
     for name, layer in layers.items():
-        for part in delta[name]:
-            part.requires_grad_()
         layer.forward = partial(proxy_forward, layer, delta[name], calls[name])
 
     output = call(model, as_float64(x))
@@ -183,6 +182,22 @@ def oracle_adversarial(
 
     loss = loss_fn(call(model, as_float64(x)), as_float64(y))
     return Adversarial(loss.detach(), dict(zip(params, gradients_of(loss, list(params.values())), strict=True)))
+
+
+# The rule of several steps.
+
+
+def oracle_ascent(
+    model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, *, epsilon: float, steps: int, step_size: float
+) -> tuple[Tree, list[Tree]]:
+    """Projected gradient ascent on the proxy loss from δ = 0: where it ends, and the gradients on the way."""
+    delta, gradients = zero_perturbation(model), list[Tree]()
+    for _ in range(steps):
+        gradients.append(oracle_proxy(model, loss_fn, x, y, delta).stat_grads)
+        for name, pair in delta.items():
+            moved = [part + step_size * epsilon * g.sign() for part, g in zip(pair, gradients[-1][name], strict=True)]
+            delta[name] = Pair(*(part.clip(-epsilon, epsilon) for part in moved))
+    return delta, gradients
 
 
 # The step.
@@ -338,6 +353,11 @@ def float64_copy(model: nn.Module) -> nn.Module:
 def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """The layers that APART perturbs, under their first name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+
+
+def zero_perturbation(model: nn.Module) -> Tree:
+    """δ = 0."""
+    return {name: Pair(*torch.zeros(2, m.num_features).double()) for name, m in training_layers(model).items()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Bad input is told what was given, what was expected, where, and how to mend it; and it changes nothing."""
 
 from collections.abc import Callable
+from math import nan
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
 
 from apart_func import (
+    APART,
     ApartError,
     Perturbation,
     adversarial_pass,
@@ -18,6 +20,8 @@ from apart_func import (
     functionalize,
     load_state_,
     make_apart_step,
+    make_one_pass_step,
+    multi_step,
     proxy_pass,
     sign_perturbation,
     split_state,
@@ -76,6 +80,22 @@ def test_fewer_than_minus_one_groups() -> None:
 def test_other_settings_out_of_range(option: str, value: Any) -> None:
     with pytest.raises(ApartError, match=rf"{option}={value!r}; expected"):
         step(**{option: value})
+
+
+@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("steps", 1.5), ("step_size", 0.0), ("step_size", nan)])
+def test_steps_of_a_rule_out_of_range(option: str, value: Any) -> None:
+    with pytest.raises(ApartError, match=rf"{option}={value!r}; expected a positive"):
+        multi_step(**{"steps": 2, option: value})
+
+
+def test_a_rule_of_several_steps_where_there_are_no_further_passes() -> None:
+    message = r"rule=multi_step\(3\) needs further passes.*Use it in make_apart_step.*or.*sign_perturbation"
+    with pytest.raises(ApartError, match=message):
+        APART(convolutional(), rule=multi_step(3))
+    with pytest.raises(ApartError, match=message):
+        make_one_pass_step(convolutional(), F.cross_entropy, epsilon=0.1, groups=2, rule=multi_step(3))
+    with pytest.raises(ApartError, match=message):
+        multi_step(3)({}, {}, torch.tensor(0.1))
 
 
 # The batch.

@@ -9,19 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import CLASSES, convolutional, images
 from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apart_func import (
     BatchStats,
     Perturbation,
+    Rule,
     SettingError,
     adversarial_pass,
     functionalize,
+    l2_perturbation,
     make_apart_step,
+    multi_step,
     perturbed_stats,
     proxy_pass,
+    random_sign_perturbation,
     sign_perturbation,
     split_state,
 )
+from apart_func.perturbation import perturbation_by
 
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("laws")
@@ -63,7 +70,85 @@ def plain_gradients(model: Any, batch: Any) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, tensors), strict=True))
 
 
-# The radius.
+# Every rule.
+
+RULES = {
+    "sign": sign_perturbation,
+    "random sign": random_sign_perturbation,
+    "l2": l2_perturbation,
+    "one step": multi_step(1),
+    "three steps": multi_step(3),
+    "long steps": multi_step(4, step_size=1.5),
+}
+
+
+def applied(rule: Rule, *arguments: Any) -> dict[str, Perturbation]:
+    """What a rule makes where further gradients are those of a paraboloid with its top inside the ball."""
+
+    def gradients_at(where: dict[str, Perturbation]) -> dict[str, BatchStats]:
+        return {layer: BatchStats(0.05 - shift.mean, -0.01 - shift.var) for layer, shift in where.items()}
+
+    return perturbation_by(rule, *arguments, gradients_at)
+
+
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+
+
+@every_rule
+@given(seed=SEEDS, epsilon=RADII, dtype=DTYPES)
+def test_a_rule_returns_a_tree_like_that_of_the_gradients_within_the_radius(
+    rule: Rule, seed: int, epsilon: float, dtype: torch.dtype
+) -> None:
+    stats, gradients = random_stats(seed, dtype), random_tree(seed, dtype)
+    radius = torch.tensor(epsilon, dtype=dtype)
+    shifts = applied(rule, stats, gradients, radius)
+    assert list(shifts) == list(gradients)
+    for layer, shift in shifts.items():
+        assert isinstance(shift, Perturbation)
+        for delta, g in zip(shift, gradients[layer], strict=True):
+            assert (delta.shape, delta.dtype, delta.device) == (g.shape, g.dtype, g.device)
+            assert (delta.abs() <= radius).all()
+
+
+@every_rule
+def test_a_rule_changes_no_argument(rule: Rule) -> None:
+    held = [random_stats(0, torch.float64), random_tree(0, torch.float64), torch.tensor(0.1).double()]
+    before = tree_map(torch.clone, held)
+    applied(rule, *held)
+    torch.testing.assert_close(held, before, rtol=0, atol=0)
+
+
+@every_rule
+def test_a_zero_radius_moves_nothing(rule: Rule) -> None:
+    gradients = random_tree(0, torch.float32)
+    shifts = applied(rule, random_stats(0, torch.float32), gradients, torch.tensor(0.0))
+    assert not any(delta.any() for delta in tree_leaves(shifts))
+
+
+@every_rule
+def test_a_rule_mapped_over_the_radius_is_the_rule_at_each_radius(rule: Rule) -> None:
+    stats, gradients = random_stats(0, torch.float64), random_tree(0, torch.float64)
+    radii = torch.tensor([0.0, 0.1, 0.7]).double()
+    torch.manual_seed(0)
+    together = vmap(lambda e: applied(rule, stats, gradients, e), randomness="same")(radii)
+    for i, radius in enumerate(radii):
+        torch.manual_seed(0)
+        one = applied(rule, stats, gradients, radius)
+        torch.testing.assert_close(tree_map(lambda t, i=i: t[i], together), one, **TIGHT)
+
+
+@every_rule
+def test_a_rule_compiles_to_one_graph(rule: Rule) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: applied(rule, *a), backend="aot_eager", fullgraph=True)
+    arguments = random_stats(0, torch.float64), random_tree(0, torch.float64), torch.tensor(0.1).double()
+    torch.manual_seed(0)
+    out = compiled(*arguments)
+    torch.manual_seed(0)
+    torch.testing.assert_close(out, applied(rule, *arguments), **TIGHT)
+
+
+# The radius, rule by rule.
 
 
 @given(seed=SEEDS, epsilon=RADII, dtype=DTYPES)
@@ -79,6 +164,57 @@ def test_every_shift_stays_within_the_radius_and_reaches_it_where_the_gradient_i
             assert delta.dtype == dtype
             assert torch.equal(delta.abs(), torch.where(g == 0, 0, radius))
             assert torch.equal(delta.sign(), g.sign() * radius.sign())
+
+
+def drawn(seed: int, gradients: dict[str, BatchStats]) -> dict[str, Perturbation]:
+    torch.manual_seed(seed)
+    return random_sign_perturbation({}, gradients, torch.tensor(0.3))
+
+
+@given(seed=SEEDS)
+def test_random_signs_reach_the_radius_everywhere_and_depend_on_the_seed_alone(seed: int) -> None:
+    gradients, others = random_tree(seed, torch.float32, 64), random_tree(seed + 1, torch.float32, 64)
+    shifts = drawn(seed, gradients)
+    for delta in tree_leaves(shifts):
+        assert torch.equal(delta.abs(), torch.full_like(delta, 0.3))
+        assert delta.unique().numel() == 2  # of 64 signs, one in 2⁶³ times all are alike
+    torch.testing.assert_close(shifts, drawn(seed, others), rtol=0, atol=0)
+    assert not torch.equal(shifts["a"].mean, drawn(seed + 1, gradients)["a"].mean)
+    assert not torch.equal(shifts["a"].mean, shifts["a"].var)
+
+
+def test_random_signs_of_mapped_models_are_different_or_the_same_as_one_says() -> None:
+    gradients = random_tree(0, torch.float32, 64)
+    for randomness, alike in (("different", False), ("same", True)):
+        one, other = vmap(lambda e: random_sign_perturbation({}, gradients, e), randomness=randomness)(
+            torch.tensor([0.1, 0.1])
+        )["a"].mean
+        assert torch.equal(one, other) == alike
+
+
+# Squares of these gradients leave the range of float32; smallest and largest numbers are safe by a factor.
+MAGNITUDES = st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e30, 1e37])
+
+
+@given(seed=SEEDS, epsilon=RADII, scale=MAGNITUDES)
+def test_an_l2_step_has_the_radius_for_its_length_and_the_gradients_direction_at_every_scale(
+    seed: int, epsilon: float, scale: float
+) -> None:
+    gradients = tree_map(lambda g: (scale * g.double()).float(), random_tree(seed, torch.float32))
+    shifts = l2_perturbation({}, gradients, torch.tensor(epsilon))
+    for layer, shift in shifts.items():
+        delta, g = (torch.cat(pair).double() for pair in (shift, gradients[layer]))
+        expected = epsilon * g / g.norm() if g.any() else torch.zeros_like(g)
+        # a few roundings of float32, and of the smallest number that it holds
+        torch.testing.assert_close(delta, expected, rtol=1e-6, atol=2e-45)
+
+
+def test_where_no_statistic_of_a_layer_has_a_gradient_an_l2_step_is_zero() -> None:
+    gradients = random_tree(0, torch.float32)
+    gradients["a"] = BatchStats(torch.zeros(6), torch.zeros(6))
+    shifts = l2_perturbation({}, gradients, torch.tensor(0.1))
+    assert torch.equal(torch.cat(shifts["a"]), torch.zeros(12))
+    torch.testing.assert_close(torch.cat(shifts["b.c"]).norm(), torch.tensor(0.1))
 
 
 @given(seed=SEEDS, epsilon=st.floats(0, 0.99), dtype=DTYPES)
@@ -236,11 +372,11 @@ def test_no_argument_and_no_module_is_changed_by_a_step(groups: int, ratio: floa
     params, buffers = split_state(model)
     batch = images()
     held = [model.state_dict(), params, buffers, batch]
-    before = torch.utils._pytree.tree_map(lambda leaf: leaf.clone(), held)
-    versions = [leaf._version for leaf in torch.utils._pytree.tree_leaves(held)]
+    before = tree_map(lambda leaf: leaf.clone(), held)
+    versions = [leaf._version for leaf in tree_leaves(held)]
     step = make_apart_step(model, F.cross_entropy, groups=groups, ratio=ratio, microbatches=microbatches)
     first, second = step(params, buffers, batch), step(params, buffers, batch)
-    assert [leaf._version for leaf in torch.utils._pytree.tree_leaves(held)] == versions
+    assert [leaf._version for leaf in tree_leaves(held)] == versions
     torch.testing.assert_close(held, before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all("forward" not in vars(module) for module in model.modules())

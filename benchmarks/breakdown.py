@@ -8,10 +8,10 @@
     layer      the layer alone, in traffic over the activations, against the fastest copy of them
 
 The parts of the eager step are differences of times taken in the same rounds, and add up to the step. Operators are
-those that `torch.profiler` saw; under it each takes longer, so their shares say more than their times. No
-layer can do with fewer than 8 passes over the activations: forward x for the statistics, then x and y; backward x and
-the gradient for two sums, then x and both gradients. What the hardware needs for them is the time of 4 copies. Passes
-are counted from the arguments and results of operators; one that needs sums before it can write reads twice.
+those that `torch.profiler` saw, medians over interleaved calls; under it each takes longer, so their shares say more
+than their times. No layer can do with fewer than 8 passes over the activations: forward x for the statistics, then x
+and y; backward x and the gradient for two sums, then x and both gradients. What memory needs for them is the time of 4
+copies. Passes are counted from arguments and results of operators; one that needs sums before it writes reads twice.
 """
 
 from __future__ import annotations
@@ -144,21 +144,30 @@ def operators(step: Step, device: str) -> Profile:
         start = timer()
         step()
         wall = timer() - start
-    found: Profile = {}
-    for event in profiled.key_averages():
-        seconds = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
-        found[CALL.sub(WRAPPER, event.key)] = Operator(event.count, seconds)
+    time_of = "self_device_time_total" if on_device else "self_cpu_time_total"  # in microseconds
+    found = joined(
+        (CALL.sub(WRAPPER, event.key), Operator(event.count, getattr(event, time_of) / 1e6))
+        for event in profiled.key_averages()
+    )
     return found | {OUTSIDE: Operator(0, wall - sum(operator.seconds for operator in found.values()))}
 
 
 def kinds(profiled: Profile) -> Profile:
-    """Join the operators of a kind."""
-    joined: dict[str, Operator] = {}
-    for name, (calls, seconds) in profiled.items():
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), ELSE)
-        before = joined.get(kind, Operator(0, 0))
-        joined[kind] = Operator(before.calls + calls, before.seconds + seconds)
-    return joined
+    """The operators of each kind together."""
+
+    def kind_of(name: str) -> str:
+        return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), ELSE)
+
+    return joined((kind_of(name), operator) for name, operator in profiled.items())
+
+
+def joined(operators: Iterable[tuple[str, Operator]]) -> Profile:
+    """The sum for every name."""
+    sums: Profile = {}
+    for name, (calls, seconds) in operators:
+        before = sums.get(name, Operator(0, 0))
+        sums[name] = Operator(before.calls + calls, before.seconds + seconds)
+    return sums
 
 
 def comparison(title: str, profiles: Mapping[str, Profile], shown: int) -> list[Row]:
@@ -424,7 +433,7 @@ def operator_line(row: Row, columns: Iterable[str]) -> list[str]:
     for column in columns:
         found = row["operators"][column]
         calls = f"{found['calls']:g}" if found["calls"] else ""
-        cells += [calls, f"{1000 * found['seconds']:.3g} ms", f"{100 * found['share']:.0f} %"]
+        cells += [calls, f"{1000 * found['seconds']:.4g} ms", f"{100 * found['share']:.0f} %"]
     return cells
 
 

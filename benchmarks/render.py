@@ -23,9 +23,9 @@ Every table is made by the command above it and `python benchmarks/render.py`; `
 `--quick`. Times are taken by `torch.utils.benchmark` in interleaved rounds: all rows of a block are timed once in every
 round, in random order, after a first call that is not counted. A time is the median over all calls, a ratio the median
 over the rounds of the row's median divided by that of the baseline in the same round; the distance of the quartiles
-(IQR) stands behind it in brackets. `make bench` lets the timed processes keep the memory that they free
-(`MALLOC_TRIM_THRESHOLD_`): by glibc's default large activations are mapped anew again and again, which is slow and
-noisy on a virtual machine.
+(IQR) stands behind it in brackets. With `--clock cpu` the processor's time is taken, in which other programs on the
+machine do not count. `make bench` lets the timed processes keep the memory that they free (`MALLOC_TRIM_THRESHOLD_`):
+by glibc's default large activations are mapped anew again and again, which is slow and noisy on a virtual machine.
 """
 
 # By script, in the order of the page. Read together with its docstring, which says what the rows are.

@@ -10,7 +10,7 @@ of the compiled APART step. In steps.py stands what each step does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,19 +108,20 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     Returns:
         A line for every step.
     """
-    columns = ["step", "ratio", "groups", "time (IQR)", *(f"/ {base} (IQR)" for base in BASELINES)]
     models = dict.fromkeys(row["model"] for row in content["rows"])
-    by_model = {model: [row for row in content["rows"] if row["model"] == model] for model in models}
-    return [
-        Sheet(f"{model}, batch of {rows[0]['samples']}", columns, [line(row) for row in rows])
-        for model, rows in by_model.items()
+    return [sheet(model, [row for row in content["rows"] if row["model"] == model]) for model in models]
+
+
+def sheet(model: str, rows: Sequence[Row]) -> Sheet:
+    """The table of one network."""
+    bases = [base for base in BASELINES if any(base in row["relative_to"] for row in rows)]
+    columns = ["step", "ratio", "groups", "time (IQR)", *(f"/ {base} (IQR)" for base in bases)]
+    lines = [
+        [row["method"], *setting_cells(row), format_seconds(row["seconds"])]
+        + [format_ratio(row["relative_to"].get(base)) for base in bases]
+        for row in rows
     ]
-
-
-def line(row: Row) -> list[str]:
-    """The cells of a step."""
-    ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
-    return [row["method"], *setting_cells(row), format_seconds(row["seconds"]), *ratios]
+    return Sheet(f"{model}, batch of {rows[0]['samples']}", columns, lines)
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:

@@ -26,12 +26,12 @@ format: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# About ten minutes on two cores; without --quick the scripts measure all models, ratios and groups. What is timed keeps
+# About a quarter of an hour on two cores; without --quick the scripts measure all models, ratios and groups. What is timed keeps
 # the memory that it frees: mapping it anew takes a virtual machine as long as the arithmetic, now and then.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 bench: export OMP_PROC_BIND := true
 bench: .venv/ready
-	for script in step_cost layer_cost scaling; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
+	for script in step_cost layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	for script in memory compile; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	$(RUN) benchmarks/render.py
 

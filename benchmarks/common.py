@@ -1,10 +1,10 @@
 """How the benchmarks measure, and how they record it.
 
-    times = interleaved(steps, rounds=7, seconds=0.5, threads=2)      # {name: one Measurement a round}
-    rows = [timing_row(times, name, baselines=("plain eager",)) for name in times]
-    record(Path("results"), "step_cost", settings, rows)              # results/step_cost.json
+    times = interleaved("resnet18", steps, settings)                    # {name: one Measurement a round}
+    rows = [timing_row(times, name, baselines=("plain",)) for name in times]
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)   # results/step_cost-cpu.json, and a table
 
-Times are taken by `torch.utils.benchmark.Timer`, which waits for the device by itself. All steps are timed once in
+Times are taken by `torch.utils.benchmark.Timer`, which waits for the device by itself. All rows are measured once in
 every round, so that whatever else happens on the machine happens to all of them; ratios are formed within rounds.
 """
 
@@ -14,12 +14,13 @@ import os
 import random
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -27,7 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.benchmark import Measurement, Timer
+from torch.utils.benchmark import Measurement, Timer, timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -38,9 +39,51 @@ import apart_func
 
 RESULTS = Path(__file__).parent / "results"
 
-Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often rows are measured, and where; every script adds what.
+
+    Attributes:
+        rounds: how often each row is measured, in turn with the others.
+        threads: of the CPU.
+        device: where to run.
+        name: of the result, which then stands beside that of the same script without a name.
+        out: folder for the JSON file.
+    """
+
+    rounds: int = 7
+    threads: int = os.cpu_count() or 1
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    name: str = ""
+    out: Path = RESULTS
+
+
+@dataclass(frozen=True)
+class TimedRounds(Rounds):
+    """The same for times.
+
+    Attributes:
+        seconds: least time each row gets in a round.
+        clock: "cpu" is the processor's time, in which other programs do not count; for one thread.
+    """
+
+    seconds: float = 0.3
+    clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        """Refuse what would be measured wrongly."""
+        if self.clock == "cpu" and (self.threads > 1 or self.device != "cpu"):
+            raise ValueError(
+                f"clock='cpu' adds up the time of all threads and knows no GPU; threads={self.threads} and "
+                f"device={self.device!r} were given. Use threads=1 and device='cpu', or clock='wall'."
+            )
+
+
+Settings = TypeVar("Settings", bound=Rounds)
 
 
 @dataclass(frozen=True)
@@ -99,37 +142,55 @@ def command_line(full: Settings, quick: Settings, description: str | None) -> Se
     )
 
 
-def default_device() -> str:
-    """The accelerator where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def turns(label: str, names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Call up every name once a round, each round in another order, and show how far it is.
+
+    Args:
+        label: stands beside the bar.
+        names: what takes turns.
+        rounds: how many.
+
+    Yields:
+        The names, one by one.
+    """
+    names, orders = list(names), random.Random(0)
+    columns = (TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.description}"))
+    with Progress(BarColumn(bar_width=None), TaskProgressColumn(), *columns, expand=True) as progress:
+        task = progress.add_task(label, total=rounds * len(names))
+        for _ in range(rounds):
+            for name in orders.sample(names, k=len(names)):
+                progress.update(task, description=f"{label}: {name}")
+                yield name
+                progress.advance(task)
+        progress.update(task, description=label)
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]], rounds: int, seconds: float, threads: int, show: Callable[[str], None]
+    label: str, steps: Mapping[str, Callable[[], object]], settings: TimedRounds
 ) -> dict[str, list[Measurement]]:
     """Time some functions against each other.
 
     Args:
+        label: what they are, together.
         steps: functions by name. Each is called once before the rounds, which compiles it where it compiles.
-        rounds: how often each is timed; every round takes them in another order.
-        seconds: least time that each gets in a round; it is called at least once, after a call that is not counted.
-        threads: of the CPU.
-        show: is told the name of each function that has had its turn.
+        settings: rounds, threads, and the least time for each. It is called at least once a round, after a call that
+            is not counted.
 
     Returns:
         The measurements by name, one a round.
     """
-    torch.set_num_threads(threads)  # Inductor writes the number into the code that it generates
-    for name, step in steps.items():
-        step()
-        show(name)
-    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    torch.set_num_threads(settings.threads)  # Inductor writes the number into the code that it generates
+    clock = timer if settings.clock == "wall" else time.process_time
+    timers = {
+        name: Timer("step()", timer=clock, globals={"step": steps[name]}, num_threads=settings.threads)
+        for name in steps
+    }
     times: dict[str, list[Measurement]] = {name: [] for name in steps}
-    orders = random.Random(0)
-    for _ in range(rounds):
-        for name in orders.sample(list(steps), k=len(steps)):
-            times[name].append(timers[name].blocked_autorange(min_run_time=seconds))
-            show(name)
+    for turn, name in enumerate(turns(label, steps, settings.rounds + 1)):
+        if turn < len(steps):
+            steps[name]()
+        else:
+            times[name].append(timers[name].blocked_autorange(min_run_time=settings.seconds))
     return times
 
 
@@ -182,33 +243,45 @@ def in_child(function: Callable[..., Result], *arguments: Any, **variables: str)
         return pool.submit(function, *arguments).result()
 
 
-def progress_bar() -> Progress:
-    """A bar with the time left and what is being done."""
-    return Progress(
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-        expand=True,
-    )
+def run_script(
+    file: str,
+    doc: str | None,
+    full: Settings,
+    quick: Settings,
+    measure: Callable[[Settings], list[Row]],
+    sheets: Callable[[Mapping[str, Any]], list[Sheet]],
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> None:
+    """Read the command line, measure, write JSON (and a drawing beside it), and print the tables.
+
+    Args:
+        file: of the script.
+        doc: what `--help` says.
+        full: its settings.
+        quick: the settings that `--quick` puts in their place.
+        measure: the script's.
+        sheets: the script's.
+        draw: the script's, if it has one.
+    """
+    settings = command_line(full, quick, doc)
+    path, content = record(Path(file).stem, settings, measure(settings))
+    if draw:
+        draw(content, path.with_suffix(".png"))
+    print_sheets(content, sheets(content))
 
 
-def record(
-    folder: Path, benchmark: str, settings: Any, rows: Sequence[Row], device: str, threads: int
-) -> dict[str, Any]:
+def record(benchmark: str, settings: Rounds, rows: Sequence[Row]) -> tuple[Path, dict[str, Any]]:
     """Write what was measured as JSON, with where and how.
 
     Args:
-        folder: where to; it is made if need be.
         benchmark: name of the script.
-        settings: its settings, a dataclass.
+        settings: its settings.
         rows: what it measured.
-        device: what it ran on.
-        threads: of the CPU.
 
     Returns:
-        What it wrote.
+        The file, and what is in it.
     """
+    device = settings.device
     content = {
         "benchmark": benchmark,
         "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *_shown_arguments()]),
@@ -218,19 +291,16 @@ def record(
             "apart_func": apart_func.__version__,
             "device": device,
             "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-            "threads": threads,
+            "threads": settings.threads,
             "omp_proc_bind": os.environ.get("OMP_PROC_BIND"),
             "malloc_trim_threshold": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
         },
         "rows": list(rows),
     }
-    write_json(result_path(folder, benchmark, device), content)
-    return content
-
-
-def result_path(folder: Path, benchmark: str, device: str) -> Path:
-    """Where `record` writes."""
-    return folder / f"{benchmark}-{device.partition(':')[0]}.json"
+    parts = [benchmark, device.partition(":")[0], settings.name]
+    path = settings.out / f"{'-'.join(filter(None, parts))}.json"
+    write_json(path, content)
+    return path, content
 
 
 def print_sheets(content: Mapping[str, Any], sheets: Iterable[Sheet]) -> None:

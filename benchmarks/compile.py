@@ -1,44 +1,42 @@
 """How long the step takes to compile, and what it is compiled to.
 
     python benchmarks/compile.py --quick
-    python benchmarks/compile.py --models cifar_resnet --repeats 5
+    python benchmarks/compile.py --models cifar_resnet --groups 16 --name resnet
 
     cold       first call with an empty cache             warm     first call of another process with that cache
     frames     functions that Dynamo traced               graphs   that were handed to the compiler
     nodes      in these, operators of ATen and arguments  kernels  that Inductor wrote
 
 Every time is taken in a process of its own, after Inductor has compiled a trivial function, so that what it loads and
-sets up once does not count. The time of a later step is taken off.
+sets up once does not count. The time of a later step is taken off. The cold time is then split up:
+
+    Dynamo     traces Python                              AOTAutograd  traces the operators, and cuts them in two
+    Inductor   lowers, schedules, writes kernels          compiler     waiting for the compiler of C++ or Triton
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from common import (
-    RESULTS,
+    Rounds,
     Row,
     Sheet,
-    command_line,
-    default_device,
     format_ratio,
     format_seconds,
     in_child,
-    print_sheets,
-    progress_bar,
-    record,
     relative_to,
+    run_script,
     spread,
+    turns,
 )
 from networks import make_case
-from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step, step_name
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -46,10 +44,11 @@ from torch.utils.benchmark import Timer, timer
 
 COMPILED = tuple(name for name, method in METHODS.items() if method.compiled)
 BASELINES = ("plain compiled", "plain one graph")
+PHASES = ("Dynamo", "AOTAutograd", "Inductor", "compiler")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Rounds):
     """What is measured.
 
     Attributes:
@@ -58,10 +57,7 @@ class Settings:
         ratios: shares of the batch in the adversarial pass.
         groups: ghost groups in it, at most half its samples.
         samples: batch size; None takes each network's own.
-        repeats: how often each is compiled, in turn with the others.
-        threads: of the CPU.
-        device: where to run.
-        out: folder for the JSON file.
+        warm: whether each is compiled once more with its cache.
     """
 
     models: tuple[str, ...] = ("overhead", "cifar_resnet")
@@ -69,14 +65,18 @@ class Settings:
     ratios: tuple[float, ...] = (1.0,)
     groups: tuple[int, ...] = (0, 16)
     samples: int | None = None
-    repeats: int = 5
-    threads: int = os.cpu_count() or 1
-    device: str = default_device()
-    out: Path = RESULTS
+    warm: bool = True
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
-QUICK = Settings(models=("tiny",), groups=(16,), repeats=1, threads=1)
+QUICK = Settings(
+    models=("tiny",),
+    methods=("plain compiled", "plain one graph", "APART compiled"),
+    groups=(16,),
+    warm=False,
+    rounds=5,
+    threads=1,
+)
 
 
 class FirstCall(NamedTuple):
@@ -84,10 +84,12 @@ class FirstCall(NamedTuple):
 
     Attributes:
         seconds: time of the first call, less that of another.
+        phases: the part of it that was spent in each of `PHASES`.
         kernels: written by Inductor, where they were not cached.
     """
 
     seconds: float
+    phases: dict[str, float]
     kernels: int
 
 
@@ -105,20 +107,6 @@ class Graphs(NamedTuple):
     nodes: int
 
 
-class Compiled(NamedTuple):
-    """A step, compiled twice.
-
-    Attributes:
-        cold: with an empty cache.
-        warm: with that of the first.
-        graphs: what was compiled.
-    """
-
-    cold: FirstCall
-    warm: FirstCall
-    graphs: Graphs
-
-
 def first_call(choice: Choice, device: str, threads: int) -> FirstCall:
     """Compile a step in this process.
 
@@ -130,18 +118,33 @@ def first_call(choice: Choice, device: str, threads: int) -> FirstCall:
     Returns:
         How long it took, and what came out.
     """
+    from torch._dynamo.utils import compilation_time_metrics
     from torch._inductor import metrics
 
     torch.set_num_threads(threads)
     torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     metrics.reset()
+    compilation_time_metrics.clear()
     step = make_step(choice, make_case(choice.model, device, choice.samples))
     start = timer()
     step()
     first = timer() - start
-    kernels = metrics.generated_kernel_count
+    kernels, phases = metrics.generated_kernel_count, phases_of(compilation_time_metrics)
     later = Timer("step()", globals={"step": step}, num_threads=threads).blocked_autorange().median
-    return FirstCall(first - later, kernels)
+    return FirstCall(first - later, phases, kernels)
+
+
+def phases_of(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Seconds in each of `PHASES`, from the times of Dynamo's functions, which lie within each other."""
+
+    def seconds(*functions: str) -> float:
+        return sum(sum(metrics.get(function, ())) for function in functions)
+
+    # From the outside in: each is part of the one before it.
+    frames = seconds("_compile.compile_inner", "backward._backward_impl")
+    backend = seconds("OutputGraph.call_user_compiler", "backward._backward_impl")
+    inductor, waiting = seconds("compile_fx_inner"), seconds("async_compile.wait")
+    return dict(zip(PHASES, (frames - backend, backend - inductor, inductor - waiting, waiting), strict=True))
 
 
 def count_graphs(choice: Choice, device: str) -> Graphs:
@@ -170,19 +173,13 @@ def count_graphs(choice: Choice, device: str) -> Graphs:
     return Graphs(backend.frame_count, len(sizes), sum(sizes))
 
 
-def later_process(choice: Choice, device: str, threads: int) -> tuple[FirstCall, Graphs]:
-    """Compile a step with what another process has cached, and count."""
-    warm = first_call(choice, device, threads)
-    torch._dynamo.reset()
-    return warm, count_graphs(choice, device)
-
-
-def cold_and_warm(choice: Choice, device: str, threads: int) -> Compiled:
-    """Compile a step in two processes, the second of which finds what the first has cached."""
+def first_calls(choice: Choice, settings: Settings) -> list[FirstCall]:
+    """Compile a step in a process, and perhaps in a second one, which finds what the first has cached."""
     with TemporaryDirectory() as cache:
-        cold = in_child(first_call, choice, device, threads, TORCHINDUCTOR_CACHE_DIR=cache)
-        warm, graphs = in_child(later_process, choice, device, threads, TORCHINDUCTOR_CACHE_DIR=cache)
-    return Compiled(cold, warm, graphs)
+        return [
+            in_child(first_call, choice, settings.device, settings.threads, TORCHINDUCTOR_CACHE_DIR=cache)
+            for _ in range(1 + settings.warm)
+        ]
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -195,61 +192,53 @@ def measure(settings: Settings) -> list[Row]:
         A row for each.
     """
     rows: list[Row] = []
-    with progress_bar() as progress:
-        for model in settings.models:
-            chosen = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
-            task = progress.add_task(model, total=len(chosen) * settings.repeats)
-            found: dict[str, list[Compiled]] = {choice.name: [] for choice in chosen}
-            for _ in range(settings.repeats):
-                for choice in chosen:
-                    progress.update(task, description=f"{model}: {choice.name}")
-                    found[choice.name].append(cold_and_warm(choice, settings.device, settings.threads))
-                    progress.advance(task)
-            progress.update(task, description=model)
-            cold = {name: [each.cold.seconds for each in repeats] for name, repeats in found.items()}
-            for choice in chosen:
-                row = choice.labels()
-                row["cold_seconds"] = asdict(spread(cold[choice.name]))
-                row["warm_seconds"] = asdict(spread([each.warm.seconds for each in found[choice.name]]))
-                row["relative_to"] = relative_to(cold, choice.name, BASELINES)
-                row["kernels"] = found[choice.name][0].cold.kernels
-                rows.append(row | found[choice.name][0].graphs._asdict())
+    for model in settings.models:
+        made = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
+        chosen = {choice.name: choice for choice in made}
+        found: dict[str, list[list[FirstCall]]] = {name: [] for name in chosen}
+        for name in turns(model, chosen, settings.rounds):
+            found[name].append(first_calls(chosen[name], settings))
+        seconds = {name: [cold.seconds for cold, *_ in calls] for name, calls in found.items()}
+        for name, choice in chosen.items():
+            cold, *warm = zip(*found[name], strict=True)
+            row = choice.labels()
+            row["cold_seconds"] = asdict(spread(seconds[name]))
+            row["warm_seconds"] = [asdict(spread([call.seconds for call in calls])) for calls in warm]
+            row["relative_to"] = relative_to(seconds, name, BASELINES)
+            row["phases"] = {phase: asdict(spread([call.phases[phase] for call in cold])) for phase in PHASES}
+            row["kernels"] = cold[0].kernels
+            rows.append(row | in_child(count_graphs, choice, settings.device)._asdict())
     return rows
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
-    """The table.
+    """The tables.
 
     Args:
         content: what was recorded.
 
     Returns:
-        A line for every step.
+        Times and counts, and the parts of the cold time, with a line for every step.
     """
     columns = ["step", "network", "cold (IQR)", *(f"/ {base} (IQR)" for base in BASELINES), "warm (IQR)"]
     counts = ["frames", "graphs", "nodes", "kernels"]
     lines = [line(row) + [str(row[count]) for count in counts] for row in content["rows"]]
-    return [Sheet("compiling a step", [*columns, *counts], lines)]
+    parts = [
+        [step_name(row), row["model"], *(format_seconds(row["phases"][phase]) for phase in PHASES)]
+        for row in content["rows"]
+    ]
+    return [
+        Sheet("compiling a step", [*columns, *counts], lines),
+        Sheet("where the cold time goes", ["step", "network", *(f"{phase} (IQR)" for phase in PHASES)], parts),
+    ]
 
 
 def line(row: Row) -> list[str]:
     """The cells with times."""
-    settings = f", ratio {row['ratio']:g}, groups {row['groups']}" if "ratio" in row else ""
     ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
-    cold, warm = format_seconds(row["cold_seconds"]), format_seconds(row["warm_seconds"])
-    return [row["method"] + settings, row["model"], cold, *ratios, warm]
-
-
-def main(settings: Settings) -> None:
-    """Measure, write, and print the table.
-
-    Args:
-        settings: from the command line.
-    """
-    rows = measure(settings)
-    content = record(settings.out, "compile", settings, rows, settings.device, settings.threads)
-    print_sheets(content, sheets(content))
+    warm = "".join(map(format_seconds, row["warm_seconds"]))
+    return [step_name(row), row["model"], format_seconds(row["cold_seconds"]), *ratios, warm]
 
 
 if __name__ == "__main__":
-    main(command_line(Settings(), QUICK, __doc__))
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)

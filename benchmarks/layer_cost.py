@@ -9,26 +9,21 @@ perturbed    the layer of the adversarial pass, in one group or more
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from common import (
-    RESULTS,
     Row,
     Sheet,
-    command_line,
-    default_device,
+    TimedRounds,
     format_ratio,
     format_seconds,
     interleaved,
-    print_sheets,
-    progress_bar,
-    record,
+    run_script,
     timing_row,
 )
 from torch import Tensor
@@ -42,7 +37,7 @@ PLAIN = "F.batch_norm"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TimedRounds):
     """What is measured, and for how long.
 
     Attributes:
@@ -50,22 +45,12 @@ class Settings:
         layouts: memory formats; channels_last is for four dimensions.
         dtypes: of the activations; affine parameters are float32.
         groups: ghost groups of the perturbed layer.
-        rounds: how often each layer is timed, in turn with the others.
-        seconds: least time each gets in a round.
-        threads: of the CPU.
-        device: where to run.
-        out: folder for the JSON file.
     """
 
     shapes: tuple[str, ...] = ("128x16x32x32", "128x64x8x8", "128x64x32x32", "128x512")
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     groups: tuple[int, ...] = (1, 16)
-    rounds: int = 9
-    seconds: float = 0.2
-    threads: int = os.cpu_count() or 1
-    device: str = default_device()
-    out: Path = RESULTS
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
@@ -148,6 +133,13 @@ def calls(layer: Layer, groups: tuple[int, ...]) -> dict[str, Callable[[], objec
     return named
 
 
+def inputs(shapes: Sequence[str], layouts: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """All kinds of activations that exist."""
+    for shape, layout, dtype in itertools.product(shapes, layouts, dtypes):
+        if layout == "contiguous" or shape.count("x") == 3:
+            yield shape, layout, dtype
+
+
 def measure(settings: Settings) -> list[Row]:
     """Time all layers on one input against each other, then on the next.
 
@@ -157,26 +149,13 @@ def measure(settings: Settings) -> list[Row]:
     Returns:
         A row for every layer and input.
     """
-    inputs = [
-        (shape, layout, dtype)
-        for shape in settings.shapes
-        for layout in settings.layouts
-        if layout == "contiguous" or shape.count("x") == 3
-        for dtype in settings.dtypes
-    ]
     rows: list[Row] = []
-    with progress_bar() as progress:
-        task = progress.add_task("", total=len(inputs) * (2 + len(settings.groups)) * (settings.rounds + 1))
-        for shape, layout, dtype in inputs:
-            labels: Row = {"shape": shape, "layout": layout, "dtype": dtype}
-            size = tuple(map(int, shape.split("x")))
-            functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
-
-            def show(name: str, labels: Row = labels) -> None:
-                progress.update(task, advance=1, description=f"{' '.join(labels.values())}: {name}")
-
-            times = interleaved(functions, settings.rounds, settings.seconds, settings.threads, show)
-            rows += [{**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions]
+    for shape, layout, dtype in inputs(settings.shapes, settings.layouts, settings.dtypes):
+        size = tuple(map(int, shape.split("x")))
+        functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
+        times = interleaved(f"{shape} {layout} {dtype}", functions, settings)
+        labels = {"shape": shape, "layout": layout, "dtype": dtype}
+        rows += [{**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions]
     return rows
 
 
@@ -204,16 +183,5 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     return [Sheet("one layer, forward and backward", columns, lines)]
 
 
-def main(settings: Settings) -> None:
-    """Measure, write, and print the table.
-
-    Args:
-        settings: from the command line.
-    """
-    rows = measure(settings)
-    content = record(settings.out, "layer_cost", settings, rows, settings.device, settings.threads)
-    print_sheets(content, sheets(content))
-
-
 if __name__ == "__main__":
-    main(command_line(Settings(), QUICK, __doc__))
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)

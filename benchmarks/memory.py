@@ -9,7 +9,6 @@ model and batch were made, on CUDA that of the largest allocation.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,21 +16,18 @@ from typing import Any
 
 import torch
 from common import (
-    RESULTS,
+    Rounds,
     Row,
     Sheet,
-    command_line,
-    default_device,
     format_ratio,
     in_child,
-    print_sheets,
-    progress_bar,
-    record,
     relative_to,
+    run_script,
     spread,
+    turns,
 )
 from networks import make_case
-from steps import METHODS, Choice, choices, make_step
+from steps import METHODS, Choice, choices, make_step, setting_cells
 
 STEPS = 3
 PLAIN = "plain"
@@ -41,7 +37,7 @@ FIXED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": 
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Rounds):
     """What is measured.
 
     Attributes:
@@ -50,10 +46,6 @@ class Settings:
         ratios: shares of the batch in the adversarial pass.
         groups: ghost groups in it, at most half its samples.
         samples: batch size; None takes each network's own.
-        repeats: processes for each row.
-        threads: of the CPU.
-        device: where to run.
-        out: folder for the JSON file.
     """
 
     models: tuple[str, ...] = ("cifar_resnet", "wrn_40_2", "resnet18")
@@ -61,10 +53,6 @@ class Settings:
     ratios: tuple[float, ...] = (1.0, 0.5)
     groups: tuple[int, ...] = (0, 16)
     samples: int | None = None
-    repeats: int = 3
-    threads: int = os.cpu_count() or 1
-    device: str = default_device()
-    out: Path = RESULTS
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -76,10 +64,10 @@ class Settings:
 # One thread: two stall each other at random when anything else runs on the machine.
 QUICK = Settings(
     models=("cifar_resnet",),
-    methods=("plain", "APART", "APART drop-in"),
+    methods=("plain", "APART", "APART drop-in", "one pass", "one pass drop-in"),
     ratios=(1.0,),
     groups=(16,),
-    repeats=1,
+    rounds=5,
     threads=1,
 )
 
@@ -140,23 +128,16 @@ def measure(settings: Settings) -> list[Row]:
         A row for each.
     """
     rows: list[Row] = []
-    with progress_bar() as progress:
-        for model in settings.models:
-            chosen = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
-            task = progress.add_task(model, total=len(chosen) * settings.repeats)
-            peaks: dict[str, list[float]] = {choice.name: [] for choice in chosen}
-            for _ in range(settings.repeats):
-                for choice in chosen:
-                    progress.update(task, description=f"{model}: {choice.name}")
-                    used = in_child(growth, choice, settings.device, settings.threads, **FIXED_ALLOCATOR)
-                    peaks[choice.name].append(used)
-                    progress.advance(task)
-            progress.update(task, description=model)
-            rows += [
-                choice.labels()
-                | {"bytes": asdict(spread(peaks[choice.name])), "relative_to": relative_to(peaks, choice.name, [PLAIN])}
-                for choice in chosen
-            ]
+    for model in settings.models:
+        made = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
+        chosen = {choice.name: choice for choice in made}
+        peaks: dict[str, list[float]] = {name: [] for name in chosen}
+        for name in turns(model, chosen, settings.rounds):
+            peaks[name].append(in_child(growth, chosen[name], settings.device, settings.threads, **FIXED_ALLOCATOR))
+        rows += [
+            choice.labels() | {"bytes": asdict(spread(peaks[name])), "relative_to": relative_to(peaks, name, [PLAIN])}
+            for name, choice in chosen.items()
+        ]
     return rows
 
 
@@ -175,22 +156,10 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
 
 def line(row: Row) -> list[str]:
     """The cells of a step."""
-    settings = [f"{row['ratio']:g}", str(row["groups"])] if "ratio" in row else ["", ""]
     megabytes = f"{row['bytes']['median'] / 2**20:.1f} MiB ({row['bytes']['iqr'] / 2**20:.1f})"
     ratio = format_ratio(row["relative_to"].get(PLAIN), digits=3)
-    return [row["method"], *settings, row["model"], str(row["samples"]), megabytes, ratio]
-
-
-def main(settings: Settings) -> None:
-    """Measure, write, and print the table.
-
-    Args:
-        settings: from the command line.
-    """
-    rows = measure(settings)
-    content = record(settings.out, "memory", settings, rows, settings.device, settings.threads)
-    print_sheets(content, sheets(content))
+    return [row["method"], *setting_cells(row), row["model"], str(row["samples"]), megabytes, ratio]
 
 
 if __name__ == "__main__":
-    main(command_line(Settings(), QUICK, __doc__))
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)

@@ -9,7 +9,6 @@ the same batch, one by one or together under vmap.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,13 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from common import (
-    RESULTS,
     Row,
     Sheet,
-    command_line,
-    default_device,
+    TimedRounds,
     format_ratio,
     format_seconds,
     interleaved,
-    print_sheets,
-    progress_bar,
-    record,
-    result_path,
+    run_script,
     timing_row,
 )
 from models import cifar_resnet, small_resnet
@@ -41,13 +35,14 @@ from torch.utils._pytree import tree_map
 
 from apart_func import make_apart_step, split_state
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe and Ito: told apart with every kind of colour vision
-MARKERS = ("o", "^", "s", "D")
+# Okabe and Ito: told apart with every kind of colour vision
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
+MARKERS = ("o", "^", "s", "D", "v", "P")
 GROUPS = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TimedRounds):
     """What is measured, and for how long.
 
     Attributes:
@@ -58,12 +53,7 @@ class Settings:
         models: how many models are trained at a time.
         samples: batch size along depth and width.
         model_samples: batch size of each of the many models.
-        compiled: whether plain and APART steps are compiled too, at every point.
-        rounds: how often each step is timed, in turn with the others.
-        seconds: least time each gets in a round.
-        threads: of the CPU.
-        device: where to run.
-        out: folder for the JSON file and the plot.
+        compiled: whether the steps of one model are compiled too, at every point.
     """
 
     axes: tuple[str, ...] = ("batch", "depth", "width", "models")
@@ -74,11 +64,6 @@ class Settings:
     samples: int = 64
     model_samples: int = 32
     compiled: bool = False
-    rounds: int = 7
-    seconds: float = 0.3
-    threads: int = os.cpu_count() or 1
-    device: str = default_device()
-    out: Path = RESULTS
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
@@ -124,7 +109,8 @@ def one_model(axis: str, size: int, settings: Settings) -> Point:
     changed = {"width": 16, "depth": 2, "batch": settings.samples, axis: size}
     model = cifar_resnet(width=changed["width"], blocks_per_stage=changed["depth"], classes=CLASSES)
     case = case_of(model, (3, 32, 32), changed["batch"], settings.device)
-    names = ["plain", "APART"] + (["plain compiled", "APART compiled"] if settings.compiled else [])
+    names = ["plain", "APART", "one pass"]
+    names += ["plain compiled", "APART compiled", "one pass compiled"] if settings.compiled else []
     variant = Variant(groups=min(GROUPS, changed["batch"] // 2))
     steps = {name: METHODS[name].make(case, variant, ONE_GRAPH) for name in names}
     return Point(axis, size, steps, "plain")
@@ -164,18 +150,9 @@ def measure(settings: Settings) -> list[Row]:
         A row for every step and point.
     """
     rows: list[Row] = []
-    with progress_bar() as progress:
-        task = progress.add_task("", total=sum(len(getattr(settings, axis)) for axis in settings.axes))
-        for axis, size, steps, baseline in points(settings):
-
-            def show(name: str, axis: str = axis, size: int = size) -> None:
-                progress.update(task, description=f"{axis} {size}: {name}")
-
-            times = interleaved(steps, settings.rounds, settings.seconds, settings.threads, show)
-            rows += [
-                {"axis": axis, "size": size, "step": name, **timing_row(times, name, [baseline])} for name in steps
-            ]
-            progress.advance(task)
+    for axis, size, steps, baseline in points(settings):
+        times = interleaved(f"{axis} {size}", steps, settings)
+        rows += [{"axis": axis, "size": size, "step": name, **timing_row(times, name, [baseline])} for name in steps]
     return rows
 
 
@@ -236,17 +213,5 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main(settings: Settings) -> None:
-    """Measure, write, draw, and print the tables.
-
-    Args:
-        settings: from the command line.
-    """
-    rows = measure(settings)
-    content = record(settings.out, "scaling", settings, rows, settings.device, settings.threads)
-    draw(content, result_path(settings.out, "scaling", settings.device).with_suffix(".png"))
-    print_sheets(content, sheets(content))
-
-
 if __name__ == "__main__":
-    main(command_line(Settings(), QUICK, __doc__))
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets, draw)

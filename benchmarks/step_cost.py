@@ -10,37 +10,33 @@ of the compiled APART step. In steps.py stands what each step does.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib.pyplot as plt
 import torch
 from common import (
-    RESULTS,
     Row,
     Sheet,
-    command_line,
-    default_device,
+    TimedRounds,
     format_ratio,
     format_seconds,
     interleaved,
-    print_sheets,
-    progress_bar,
-    record,
+    run_script,
     timing_row,
 )
 from networks import NETWORKS, make_case
-from rich.progress import TaskID
-from steps import METHODS, ONE_GRAPH, Choice, choices, make_step
+from steps import METHODS, ONE_GRAPH, Choice, choices, make_step, setting_cells, step_name
 
 BASELINES = ("plain", "plain compiled", "plain one graph")
+COLOURS = {"plain": "#999999", "SAM": "#009E73", "APART": "#D55E00", "one": "#0072B2"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(TimedRounds):
     """What is measured, and for how long.
 
     Attributes:
@@ -52,11 +48,6 @@ class Settings:
         compile_mode: mode of torch.compile.
         samples: batch size; None takes each network's own.
         channels_last: memory format of images and convolutions.
-        rounds: how often each step is timed, in turn with the others.
-        seconds: least time each gets in a round.
-        threads: of the CPU.
-        device: where to run.
-        out: folder for the JSON file.
     """
 
     models: tuple[str, ...] = ("overhead", "mlp", "cifar_resnet", "wrn_40_2", "resnet18")
@@ -67,11 +58,6 @@ class Settings:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     samples: int | None = None
     channels_last: bool = False
-    rounds: int = 7
-    seconds: float = 0.5
-    threads: int = os.cpu_count() or 1
-    device: str = default_device()
-    out: Path = RESULTS
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
@@ -97,20 +83,13 @@ def measure(settings: Settings) -> list[Row]:
     """
     rows: list[Row] = []
     compiler = partial(ONE_GRAPH, mode=settings.compile_mode)
-    with progress_bar() as progress:
-        for model in settings.models:
-            torch._dynamo.reset()  # the compiled steps share code, and Dynamo limits the versions it keeps of one
-            case = make_case(model, settings.device, settings.samples, settings.channels_last)
-            chosen = {choice.name: choice for choice in steps_of(model, settings)}
-            steps = {name: make_step(choice, case, compiler) for name, choice in chosen.items()}
-            task = progress.add_task(f"{model}: first calls", total=len(chosen) * (settings.rounds + 1))
-
-            def show(name: str, model: str = model, task: TaskID = task) -> None:
-                progress.update(task, advance=1, description=f"{model}: {name}")
-
-            times = interleaved(steps, settings.rounds, settings.seconds, settings.threads, show)
-            rows += [choice.labels() | timing_row(times, name, BASELINES) for name, choice in chosen.items()]
-            progress.update(task, description=model)
+    for model in settings.models:
+        torch._dynamo.reset()  # the compiled steps share code, and Dynamo limits the versions it keeps of one
+        case = make_case(model, settings.device, settings.samples, settings.channels_last)
+        chosen = {choice.name: choice for choice in steps_of(model, settings)}
+        steps = {name: make_step(choice, case, compiler) for name, choice in chosen.items()}
+        times = interleaved(model, steps, settings)
+        rows += [choice.labels() | timing_row(times, name, BASELINES) for name, choice in chosen.items()]
     return rows
 
 
@@ -129,32 +108,52 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     Returns:
         A line for every step.
     """
-    columns = ["step", "ratio", "groups", "time (IQR)", *(f"/ {base} (IQR)" for base in BASELINES)]
     models = dict.fromkeys(row["model"] for row in content["rows"])
-    by_model = {model: [row for row in content["rows"] if row["model"] == model] for model in models}
-    return [
-        Sheet(f"{model}, batch of {rows[0]['samples']}", columns, [line(row) for row in rows])
-        for model, rows in by_model.items()
+    return [sheet(model, [row for row in content["rows"] if row["model"] == model]) for model in models]
+
+
+def sheet(model: str, rows: Sequence[Row]) -> Sheet:
+    """The table of one network."""
+    bases = [base for base in BASELINES if any(base in row["relative_to"] for row in rows)]
+    columns = ["step", "ratio", "groups", "time (IQR)", *(f"/ {base} (IQR)" for base in bases)]
+    lines = [
+        [row["method"], *setting_cells(row), format_seconds(row["seconds"])]
+        + [format_ratio(row["relative_to"].get(base)) for base in bases]
+        for row in rows
     ]
+    return Sheet(f"{model}, batch of {rows[0]['samples']}", columns, lines)
 
 
-def line(row: Row) -> list[str]:
-    """The cells of a step."""
-    settings = [f"{row['ratio']:g}", str(row["groups"])] if "ratio" in row else ["", ""]
-    ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
-    return [row["method"], *settings, format_seconds(row["seconds"]), *ratios]
-
-
-def main(settings: Settings) -> None:
-    """Measure, write, and print the tables.
+def draw(content: Mapping[str, Any], path: Path) -> None:
+    """Draw every step's time as a multiple of the plain step, a panel for each network.
 
     Args:
-        settings: from the command line.
+        content: what was recorded.
+        path: the PNG file.
     """
-    rows = measure(settings)
-    content = record(settings.out, "step_cost", settings, rows, settings.device, settings.threads)
-    print_sheets(content, sheets(content))
+    models = list(dict.fromkeys(row["model"] for row in content["rows"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.4 * len(models), 4), layout="constrained", squeeze=False)
+    for panel, model in zip(axes[0], models, strict=True):
+        rows = [row for row in content["rows"] if row["model"] == model and "plain" in row["relative_to"]][::-1]
+        ratios = [row["relative_to"]["plain"] for row in rows]
+        panel.barh(
+            [step_name(row) for row in rows],
+            [ratio["median"] for ratio in ratios],
+            xerr=[ratio["iqr"] / 2 for ratio in ratios],
+            color=[COLOURS[row["method"].replace("-", " ").split()[0]] for row in rows],
+            capsize=2,
+        )
+        panel.axvline(2, color="black", linewidth=0.8, linestyle=":")  # two plain steps
+        panel.set(title=model, xlabel="time / plain step, eager")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def bar_label(row: Mapping[str, Any]) -> str:
+    """A step, in few words."""
+    return f"{row['method']} r{row['ratio']:g} g{row['groups']}" if "ratio" in row else str(row["method"])
 
 
 if __name__ == "__main__":
-    main(command_line(Settings(), QUICK, __doc__))
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets, draw)

@@ -8,13 +8,14 @@ out; SAM's steps contain what they do to the weights between their two passes.
     plain one graph   forward and backward by torch.func.grad_and_value in one compiled function: the honest floor
     APART             the functional step                      APART compiled: the same in one graph
     APART drop-in     to_proxy() and to_adver() around two ordinary passes
+    one pass          the functional step in one pass          one pass compiled: the same in one graph
+    one pass drop-in  one_pass() around an ordinary pass
     APART-SAM         the functional step of APART-SAM
     SAM               pytorch_optimizer's, around two ordinary passes
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +26,15 @@ from networks import NETWORKS, Case
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from apart_func import ApartStep, make_apart_step, split_state
+from apart_func import (
+    ApartStep,
+    OnePassStep,
+    StepOutput,
+    init_perturbation,
+    make_apart_step,
+    make_one_pass_step,
+    split_state,
+)
 from apart_func.module import APART
 from apart_func.sam import make_apart_sam_step
 
@@ -123,6 +132,29 @@ def apart_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
     return step
 
 
+def one_pass(case: Case, variant: Variant, compiler: Compiler) -> Step:
+    """The functional step in one pass."""
+    return _carried(case, _one_pass_step(case, variant))
+
+
+def one_pass_compiled(case: Case, variant: Variant, compiler: Compiler) -> Step:
+    """The same in one graph."""
+    return _carried(case, compiler(_one_pass_step(case, variant)))
+
+
+def one_pass_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
+    """One context in a loop of the usual kind."""
+    model, (images, labels) = case
+    method = APART(model, epsilon=RADIUS, groups=variant.groups)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with method.one_pass():
+            F.cross_entropy(model(images), labels).backward()
+
+    return step
+
+
 def apart_sam(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """The functional step that climbs with the weights as well."""
     step = make_apart_sam_step(
@@ -153,22 +185,27 @@ class Method(NamedTuple):
     Attributes:
         make: the step for a case, from its settings and what compiles a function.
         compiled: whether `torch.compile` is part of it.
-        varies: whether ratio and groups matter to it.
+        varies: the settings that matter to it.
+        least_groups: that it can do with.
     """
 
     make: Callable[[Case, Variant, Compiler], Step]
     compiled: bool = False
-    varies: bool = False
+    varies: tuple[str, ...] = ()
+    least_groups: int = 0
 
 
 METHODS = {
     "plain": Method(plain),
     "plain compiled": Method(plain_compiled, compiled=True),
     "plain one graph": Method(plain_one_graph, compiled=True),
-    "APART": Method(apart, varies=True),
-    "APART compiled": Method(apart_compiled, compiled=True, varies=True),
-    "APART drop-in": Method(apart_drop_in, varies=True),
-    "APART-SAM": Method(apart_sam, varies=True),
+    "APART": Method(apart, varies=Variant._fields),
+    "APART compiled": Method(apart_compiled, compiled=True, varies=Variant._fields),
+    "APART drop-in": Method(apart_drop_in, varies=Variant._fields),
+    "one pass": Method(one_pass, varies=("groups",), least_groups=2),
+    "one pass compiled": Method(one_pass_compiled, compiled=True, varies=("groups",), least_groups=2),
+    "one pass drop-in": Method(one_pass_drop_in, varies=("groups",), least_groups=2),
+    "APART-SAM": Method(apart_sam, varies=Variant._fields),
     "SAM": Method(sam),
 }
 
@@ -191,12 +228,22 @@ class Choice(NamedTuple):
     @property
     def name(self) -> str:
         """The step, for a person."""
-        return self.method + (f", ratio {self.variant.ratio:g}, groups {self.variant.groups}" if self.variant else "")
+        return step_name(self.labels())
 
     def labels(self) -> dict[str, Any]:
         """What a row of results says of the step."""
         labels = {"model": self.model, "samples": self.samples, "method": self.method}
-        return labels | (self.variant._asdict() if self.variant else {})
+        return labels | {name: getattr(self.variant, name) for name in METHODS[self.method].varies}
+
+
+def step_name(row: dict[str, Any]) -> str:
+    """The step of a row of results, with its settings."""
+    return ", ".join([row["method"], *(f"{name} {row[name]:g}" for name in Variant._fields if name in row)])
+
+
+def setting_cells(row: dict[str, Any]) -> list[str]:
+    """Its settings, as the cells of a table."""
+    return [f"{row[name]:g}" if name in row else "" for name in Variant._fields]
 
 
 def choices(
@@ -215,12 +262,19 @@ def choices(
         Every combination, once.
     """
     samples = samples or NETWORKS[model].samples
-    pairs = dict.fromkeys((ratio, min(number, int(ratio * samples) // 2)) for ratio in ratios for number in groups)
     return [
         Choice(model, samples, method, variant)
         for method in methods
-        for variant in (itertools.starmap(Variant, pairs) if METHODS[method].varies else [None])
+        for variant in _variants(METHODS[method], samples, ratios, groups)
     ]
+
+
+def _variants(method: Method, samples: int, ratios: Iterable[float], groups: Iterable[int]) -> Iterable[Variant | None]:
+    if not method.varies:
+        return [None]
+    shares = ratios if "ratio" in method.varies else [1.0]
+    made = [Variant(ratio, min(number, int(ratio * samples) // 2)) for ratio in shares for number in groups]
+    return dict.fromkeys(variant for variant in made if variant.groups >= method.least_groups)
 
 
 def make_step(choice: Choice, case: Case, compiler: Compiler = ONE_GRAPH) -> Step:
@@ -239,6 +293,23 @@ def make_step(choice: Choice, case: Case, compiler: Compiler = ONE_GRAPH) -> Ste
 
 def _apart_step(case: Case, variant: Variant) -> ApartStep:
     return make_apart_step(case.model, F.cross_entropy, epsilon=RADIUS, groups=variant.groups, ratio=variant.ratio)
+
+
+def _one_pass_step(case: Case, variant: Variant) -> OnePassStep:
+    return make_one_pass_step(case.model, F.cross_entropy, epsilon=RADIUS, groups=variant.groups)
+
+
+def _carried(case: Case, one_pass_step: Callable[..., StepOutput]) -> Step:
+    params, buffers = split_state(case.model)
+    perturbation = init_perturbation(case.model)
+
+    def step() -> StepOutput:
+        nonlocal perturbation
+        out = one_pass_step(params, buffers, case.batch, perturbation)
+        perturbation = out.perturbation
+        return out
+
+    return step
 
 
 def _called(case: Case, step: Callable[..., object]) -> Step:

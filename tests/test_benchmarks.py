@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
+import breakdown
 import common
 import pytest
 import render
@@ -24,7 +27,8 @@ def run(script: str, out: Path, *options: str) -> dict:
     printed = subprocess.run(
         [*command, "--out", str(out)], check=True, capture_output=True, text=True, encoding="utf-8"
     )
-    content = json.loads((out / f"{script}-cpu.json").read_text(encoding="utf-8"))
+    name = "".join(f"-{name}" for option, name in pairwise(options) if option == "--name")
+    content = json.loads((out / f"{script}-cpu{name}.json").read_text(encoding="utf-8"))
     assert content["benchmark"] == script
     assert content["command"].startswith(f"python benchmarks/{script}.py")
     assert str(out) not in json.dumps(content)
@@ -54,17 +58,38 @@ def test_the_spread_is_median_and_distance_of_quartiles():
 def test_rounds_take_every_step_once_and_ratios_are_formed_within_them():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
-    shown = []
     threads = torch.get_num_threads()
-    times = common.interleaved(steps, rounds=3, seconds=1e-4, threads=1, show=shown.append)
+    times = common.interleaved("letters", steps, common.TimedRounds(rounds=3, threads=1, seconds=1e-4))
     torch.set_num_threads(threads)
-    assert calls[:3] == shown[:3] == ["a", "b", "c"]
-    assert all(sorted(shown[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
+    assert sorted(calls[:3]) == ["a", "b", "c"]  # the first calls
     assert all(len(measurements) == 3 for measurements in times.values())
     row = common.timing_row(times, "b", ["a", "absent"])
     ratios = [mine.median / theirs.median for mine, theirs in zip(times["b"], times["a"], strict=True)]
     assert row["relative_to"] == {"a": vars(common.spread(ratios))}
     assert row["seconds"]["n"] == sum(len(measurement.times) for measurement in times["b"])
+
+
+def test_every_round_calls_up_every_name_in_another_order():
+    called = list(common.turns("letters", "abc", rounds=6))
+    rounds = [called[i : i + 3] for i in range(0, 18, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+
+
+def test_the_processors_clock_does_not_count_waiting():
+    steps = {"sleep": lambda: time.sleep(0.02)}
+    threads = torch.get_num_threads()
+    wall, cpu = (
+        common.interleaved(clock, steps, common.TimedRounds(rounds=1, threads=1, seconds=0, clock=clock))["sleep"][0]
+        for clock in ("wall", "cpu")
+    )
+    torch.set_num_threads(threads)
+    assert cpu.median < 0.01 < 0.02 <= wall.median
+
+
+def test_the_processors_clock_is_refused_for_several_threads():
+    with pytest.raises(ValueError, match="threads=2"):
+        common.TimedRounds(threads=2, clock="cpu")
 
 
 def test_a_child_has_its_own_environment(monkeypatch):
@@ -108,6 +133,12 @@ def test_choices_are_distinct_and_leave_two_samples_in_a_group():
         None, Variant(1.0, 0), Variant(1.0, 4), Variant(0.5, 0), Variant(0.5, 2)
     ]  # fmt: skip
     assert len({choice.name for choice in chosen}) == 5
+
+
+def test_one_pass_needs_two_groups_and_has_no_ratio():
+    chosen = choices("tiny", 8, ["one pass"], [1.0, 0.5], [0, 2, 16])
+    assert [choice.name for choice in chosen] == ["one pass, groups 2", "one pass, groups 4"]
+    assert chosen[0].labels() == {"model": "tiny", "samples": 8, "method": "one pass", "groups": 2}
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.compiled])
@@ -167,10 +198,56 @@ def test_layer_cost_records_layouts_dtypes_and_groups(tmp_path):
         assert_spread(row["relative_to"]["F.batch_norm"], n=2)
 
 
+def test_the_parts_of_a_step_add_up_to_it(tmp_path):
+    rows = run("breakdown", tmp_path, "--parts", "eager", *TIMING)["rows"]
+    step, floor, *parts = (row["seconds"]["median"] for row in rows if "part" in row)
+    assert sum([floor, *parts]) == pytest.approx(step, rel=0.5)  # medians of two rounds, part by part
+    operators = {row["name"]: row["operators"]["two plain steps"] for row in rows if "operators" in row}
+    assert operators["aten::convolution_backward"]["calls"] == 20
+    assert operators["all"]["share"] == 1
+
+
+def test_parts_of_one_round_add_up_exactly():
+    names = ("plain", "APART", "proxy", "adversarial", "F.batch_norm", "clean", "perturbed")
+    step, *parts = breakdown.parts_of(dict(zip(names, (2.0, 9.0, 4.0, 3.5, 0.1, 0.15, 0.2), strict=True)), 3).values()
+    assert step == 9
+    assert sum(parts) == pytest.approx(step)
+
+
+def test_traffic_counts_passes_over_the_activations(tmp_path):
+    x, y = torch.randn(2, 64, 64)
+    for function, passes in [
+        (lambda: x + 1, 2),
+        (lambda: y.copy_(x), 2),
+        (lambda: y.mul_(x), 3),
+        (lambda: torch.add(x, x, out=y), 3),
+        (lambda: x.view(-1)[:10], 0),
+        (lambda: torch.empty_like(x), 0),
+        (lambda: x.expand(5, 64, 64), 0),
+        (lambda: x.half(), 1.5),
+    ]:
+        with breakdown.Traffic(x) as traffic:
+            function()
+        assert traffic.passes == passes
+    rows = run("breakdown", tmp_path, "--parts", "layer", "--shapes", "8x4x6x6", "--groups", "2", *TIMING)["rows"]
+    passes = {row["layer"]: row["passes"] for row in rows if "passes" in row and row["layout"] == "contiguous"}
+    assert passes["F.batch_norm"] == pytest.approx(breakdown.FLOOR_PASSES, abs=0.5)
+
+
+@pytest.mark.slow
+def test_kernels_of_compiled_steps_are_compared(tmp_path):
+    rows = run("breakdown", tmp_path, "--parts", "compiled", "--compiled-model", "tiny", "--groups", "2", *TIMING)[
+        "rows"
+    ]
+    fused = next(row["operators"] for row in rows if row["name"] == "fused kernels")
+    assert list(fused) == ["2 × plain compiled", "2 × plain one graph", "APART compiled"]
+    assert all(each["calls"] > 0 and 0 < each["share"] < 1 for each in fused.values())
+
+
 @pytest.mark.slow
 def test_memory_records_peaks(tmp_path):
     options = ["--models", "cifar_resnet", "--samples", "8", "--methods", "plain", "APART", "--ratios", "1.0"]
-    content = run("memory", tmp_path, *options, "--groups", "2", "--repeats", "1")
+    content = run("memory", tmp_path, *options, "--groups", "2", "--rounds", "1")
     plain, apart = content["rows"]
     assert_spread(plain["bytes"], n=1)
     assert plain["bytes"]["median"] > 2**20
@@ -187,10 +264,13 @@ def test_memory_of_compiled_steps_is_refused_on_a_cpu():
 
 @pytest.mark.slow
 def test_compile_records_times_and_counts(tmp_path):
-    options = ["--models", "tiny", "--methods", "plain compiled", "APART compiled", "--groups", "2", "--repeats", "1"]
+    options = ["--models", "tiny", "--methods", "plain compiled", "APART compiled", "--groups", "2", "--rounds", "1"]
     plain, apart = run("compile", tmp_path, *options)["rows"]
     for row in (plain, apart):
         assert_spread(row["cold_seconds"], n=1)
+        (warm,) = row["warm_seconds"]
+        assert warm["median"] < row["cold_seconds"]["median"]
+        assert 0.7 < sum(phase["median"] for phase in row["phases"].values()) / row["cold_seconds"]["median"] < 1.1
         assert row["frames"] == 1
         assert row["kernels"] > 0
         assert row["nodes"] > 0
@@ -199,12 +279,12 @@ def test_compile_records_times_and_counts(tmp_path):
 
 
 def test_scaling_records_every_axis_and_draws(tmp_path):
-    sizes = ["--batch", "2", "4", "--depth", "1", "--width", "4", "--samples", "4"]
+    sizes = ["--batch", "4", "8", "--depth", "1", "--width", "4", "--samples", "4"]
     content = run("scaling", tmp_path, "--axes", "batch", "depth", "width", *sizes, *TIMING)
     assert [(row["axis"], row["size"], row["step"]) for row in content["rows"]] == [
         (axis, size, step)
-        for axis, size in (("batch", 2), ("batch", 4), ("depth", 1), ("width", 4))
-        for step in ("plain", "APART")
+        for axis, size in (("batch", 4), ("batch", 8), ("depth", 1), ("width", 4))
+        for step in ("plain", "APART", "one pass")
     ]
     assert (tmp_path / "scaling-cpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -220,20 +300,23 @@ def test_scaling_of_many_models(tmp_path):
 def test_the_page_has_tables_figures_and_commands(tmp_path):
     results = tmp_path / "results"
     run("step_cost", results, "--models", "tiny", "--methods", "plain", "APART", *TIMING)
+    run("step_cost", results, "--models", "tiny", "--methods", "plain", "SAM", "--name", "peer", *TIMING)
     run("layer_cost", results, "--shapes", "4x3", "--groups", "1", *TIMING)
     render.main(render.Settings(results, tmp_path / "README.md"))
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "`python benchmarks/step_cost.py --models tiny --methods plain APART" in page
     assert "![A training step](results/step_cost-cpu.png)" in page
     assert (results / "step_cost-cpu.png").exists()
+    assert "![A training step](results/step_cost-cpu-peer.png)" in page
+    assert page.count("## A training step") == 1
     assert "| F.batch_norm | 4×3 | contiguous | float32 |" in page
     assert page.index("## A training step") < page.index("## The layer alone")
     assert str(tmp_path) not in page
 
 
-@pytest.mark.parametrize("script", ["step_cost", "layer_cost", "memory", "compile", "scaling"])
+@pytest.mark.parametrize("script", list(render.QUESTIONS))
 def test_quick_settings_measure_often_enough(script):
     module = __import__(script)
     quick = module.QUICK
-    assert getattr(quick, "rounds", 5) >= 5
+    assert quick.rounds >= 5
     assert type(quick) is module.Settings

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -295,7 +294,7 @@ def _arithmetic_layer(
     The groups stand in a dimension of their own, which is a view in every memory layout. `drift` is zero and has the
     mean's derivative: a backward through `grouped - mean` would have to sum over the activations once more.
     """
-    grouped = rearrange(x, "(b g) c ... -> b g c ...", g=groups).to(weight.dtype)
+    grouped = x.unflatten(0, (-1, groups)).to(weight.dtype)
     dims = (0, *range(3, grouped.dim()))
     mean = grouped.mean(dims, keepdim=True)
     drift = mean - mean.detach()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -176,7 +175,8 @@ def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:
     """Samples of ghost groups `start` to `stop`, where sample i is in group i mod `groups`; as `cut_batch` else."""
 
     def of_groups(leaf: Tensor) -> Tensor:
-        return rearrange(leaf, "(b g) ... -> b g ...", g=groups)[:, start:stop].flatten(0, 1)
+        grouped: Tensor = leaf.unflatten(0, (-1, groups))
+        return grouped[:, start:stop].flatten(0, 1)
 
     return tree_map(lambda leaf: of_groups(leaf) if _is_cut(leaf) else leaf, tree)
 

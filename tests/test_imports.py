@@ -23,7 +23,7 @@ LAYERS = [
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-RUN_TIME = {"torch", "einops"}
+RUN_TIME = {"torch"}
 
 
 def imported(module: str) -> set[str]:
@@ -45,7 +45,7 @@ def test_a_module_imports_only_from_above(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
-def test_the_library_depends_on_torch_and_einops_alone(module: str) -> None:
+def test_the_library_depends_on_torch_alone(module: str) -> None:
     from sys import stdlib_module_names
 
     foreign = {name.split(".")[0] for name in imported(module)} - stdlib_module_names - {"apart_func"}

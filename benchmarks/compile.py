@@ -12,15 +12,19 @@ sets up once does not count. The time of a later step is taken off. The cold tim
 
     Dynamo     traces Python                              AOTAutograd  traces the operators, and cuts them in two
     Inductor   lowers, schedules, writes kernels          compiler     waiting for the compiler of C++ or Triton
+
+With `--clock cpu` a time is the processor's, that of the C++ compiler included, with one worker of Inductor's: what
+there is to do, whatever else the machine does. The parts are always times of the clock on the wall.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from common import (
@@ -58,6 +62,7 @@ class Settings(Rounds):
         groups: ghost groups in it, at most half its samples.
         samples: batch size; None takes each network's own.
         warm: whether each is compiled once more with its cache.
+        clock: that on the wall, or the processor's.
     """
 
     models: tuple[str, ...] = ("overhead", "cifar_resnet")
@@ -66,6 +71,7 @@ class Settings(Rounds):
     groups: tuple[int, ...] = (0, 16)
     samples: int | None = None
     warm: bool = True
+    clock: Literal["wall", "cpu"] = "wall"
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
@@ -107,13 +113,14 @@ class Graphs(NamedTuple):
     nodes: int
 
 
-def first_call(choice: Choice, device: str, threads: int) -> FirstCall:
+def first_call(choice: Choice, device: str, threads: int, clock: Literal["wall", "cpu"]) -> FirstCall:
     """Compile a step in this process.
 
     Args:
         choice: which step.
         device: where to run.
         threads: of the CPU.
+        clock: what times are taken by.
 
     Returns:
         How long it took, and what came out.
@@ -126,12 +133,18 @@ def first_call(choice: Choice, device: str, threads: int) -> FirstCall:
     metrics.reset()
     compilation_time_metrics.clear()
     step = make_step(choice, make_case(choice.model, device, choice.samples))
-    start = timer()
+    now = timer if clock == "wall" else processor_seconds
+    start = now()
     step()
-    first = timer() - start
+    first = now() - start
     kernels, phases = metrics.generated_kernel_count, phases_of(compilation_time_metrics)
     later = Timer("step()", globals={"step": step}, num_threads=threads).blocked_autorange().median
     return FirstCall(first - later, phases, kernels)
+
+
+def processor_seconds() -> float:
+    """What this process and the ones that it has waited for have used."""
+    return sum(os.times()[:4])
 
 
 def phases_of(metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -175,9 +188,11 @@ def count_graphs(choice: Choice, device: str) -> Graphs:
 
 def first_calls(choice: Choice, settings: Settings) -> list[FirstCall]:
     """Compile a step in a process, and perhaps in a second one, which finds what the first has cached."""
+    own = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if settings.clock == "cpu" else {}
     with TemporaryDirectory() as cache:
+        own["TORCHINDUCTOR_CACHE_DIR"] = cache
         return [
-            in_child(first_call, choice, settings.device, settings.threads, TORCHINDUCTOR_CACHE_DIR=cache)
+            in_child(first_call, choice, settings.device, settings.threads, settings.clock, **own)
             for _ in range(1 + settings.warm)
         ]
 

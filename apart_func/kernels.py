@@ -5,11 +5,11 @@
 
 Ghost groups become channels, `(b g) c ... -> b (g c) ...`, which is a view of contiguous memory, and PyTorch's own
 kernels do the work. Two things they do badly on a CPU, and both are arithmetic on views here: moments of contiguous
-float32 and float64 activations, which they sum one by one, and groups of channels_last ones, which would be copied.
+float32 and float64 activations, which they sum one by one, and groups of channels_last ones, which would be copied. In
+half precision the copies cost less than arithmetic that has no fast sums.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,9 +66,7 @@ def normalize(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor | None, eps: 
         eps: BN's constant, added to the variance.
         groups: number of ghost groups G, a divisor of N.
     """
-    if _is_strided(x, groups):
-        if x.dtype != statistics_dtype(x.dtype):
-            return _normalize_each(x, gamma, beta, move, eps, groups)
+    if _is_strided(x, groups) and x.dtype == statistics_dtype(x.dtype):
         return _normalize_rows(x, gamma, beta, move, eps, groups)
     folded = fold_groups(x, groups)
     y = torch.empty_like(folded)
@@ -96,9 +94,7 @@ def differentiate(
         groups: number of ghost groups.
         for_x: whether the gradient of x is wanted.
     """
-    if _is_strided(x, groups):
-        if x.dtype != statistics_dtype(x.dtype):
-            return _differentiate_each(grad, x, gamma, mean, invstd, groups, for_x)
+    if _is_strided(x, groups) and x.dtype == statistics_dtype(x.dtype):
         return _differentiate_rows(grad, x, gamma, mean, invstd, groups)
     grad_x, g_gamma, g_beta = torch.ops.aten.native_batch_norm_backward.default(
         fold_groups(grad, groups),
@@ -117,7 +113,13 @@ def differentiate(
 
 def fold_groups(x: Tensor, groups: int) -> Tensor:
     """Make channels of the ghost groups: `(b g) c ... -> b (g c) ...`, a view of contiguous memory, else a copy."""
-    return x if groups == 1 else x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
+    if groups == 1:
+        return x
+    shape = (x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
+    if not _is_strided(x, groups):
+        return x.reshape(shape)
+    copied = _rows(x, groups).transpose(1, 2).reshape(shape[0], *shape[2:], shape[1])
+    return copied.movedim(-1, 1)  # channels_last again
 
 
 def unfold_groups(y: Tensor, like: Tensor) -> Tensor:
@@ -127,8 +129,14 @@ def unfold_groups(y: Tensor, like: Tensor) -> Tensor:
     """
     if y.shape == like.shape:
         return y
-    y = torch.ops.aten._unsafe_view.default(y, like.shape)
-    return y if is_traced() or like.is_contiguous() else torch.empty_like(like).copy_(y)
+    groups = like.shape[0] // y.shape[0]
+    if is_traced() or not _is_strided(like, groups):
+        y = torch.ops.aten._unsafe_view.default(y, like.shape)
+        return y if is_traced() or like.is_contiguous() else torch.empty_like(like).copy_(y)
+    unfolded = torch.empty_like(like)
+    rows = y.movedim(1, -1).reshape(y.shape[0], -1, groups, like.shape[1])
+    _rows(unfolded, groups).copy_(rows.transpose(1, 2))
+    return unfolded
 
 
 def moments(x: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -209,33 +217,3 @@ def _differentiate_rows(
 def _sum_rows(rows: Tensor) -> Tensor:
     """Σ over samples and positions, `(G, C)`: first over samples, where the memory of a sample is one vector."""
     return rows.sum(0).sum(1)
-
-
-def _normalize_each(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor | None, eps: float, groups: int) -> Normalized:
-    """`normalize` for groups of channels_last activations in half precision: one by one, which stays in the cache."""
-    y = torch.empty_like(x)
-    parts = []
-    for g, (of_gamma, of_beta, of_move) in enumerate(_of_groups(groups, gamma, beta, move)):
-        part = normalize(x[g::groups].clone(), of_gamma, of_beta, of_move, eps, 1)
-        y[g::groups] = part.y
-        parts.append(part)
-    return Normalized(y, torch.cat([part.mean for part in parts]), torch.cat([part.var for part in parts]))
-
-
-def _differentiate_each(
-    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, invstd: Tensor, groups: int, for_x: bool
-) -> Derivative:
-    """`differentiate`, likewise."""
-    grad_x = torch.empty_like(x) if for_x else None
-    parts = []
-    for g, (of_gamma, of_mean, of_invstd) in enumerate(_of_groups(groups, gamma, mean, invstd)):
-        part = differentiate(grad[g::groups].clone(), x[g::groups].clone(), of_gamma, of_mean, of_invstd, 1, for_x)
-        if grad_x is not None and part.x is not None:
-            grad_x[g::groups] = part.x
-        parts.append(part)
-    return Derivative(grad_x, torch.cat([part.gamma for part in parts]), torch.cat([part.beta for part in parts]))
-
-
-def _of_groups(groups: int, *vectors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """For each group its part of every vector."""
-    return zip(*([None] * groups if vector is None else vector.chunk(groups) for vector in vectors), strict=True)

@@ -5,13 +5,12 @@ So where neither a `torch.func` transform nor a compiler is active, gradients co
 fresh leaves, and from `torch.func.grad_and_value` otherwise. `is_traced` is the one place that decides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from apart_func.errors import UsageError
 
@@ -82,13 +81,36 @@ def is_checkpointed() -> bool:
 
 def gradient_eager(run: Pass, *inputs: dict[str, Any]) -> Gradient:
     """Differentiate a pass with respect to every tensor in `inputs` and to what it taps, by `torch.autograd.grad`."""
-    tensors, structure = tree_flatten(inputs)
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    with torch.enable_grad(), run(*tree_unflatten(leaves, structure)) as (loss, aux, taps):
+    leaves = [tensor.detach().requires_grad_() for tree in inputs for tensor in _tensors(tree)]
+    with torch.enable_grad(), run(*_filled(inputs, leaves)) as (loss, aux, taps):
         wanted = [*leaves, *taps]
         found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
     grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
-    return Gradient(tree_unflatten(grads[: len(leaves)], structure), aux, grads[len(leaves) :])
+    return Gradient(_filled(inputs, grads), aux, grads[len(leaves) :])
+
+
+# torch's pytrees do the same for trees of any kind, and take a tenth of a millisecond for some dozens of leaves.
+
+
+def _tensors(tree: dict[str, Any]) -> Iterator[Tensor]:
+    """The leaves of a dict of tensors, or of tuples of them."""
+    for value in tree.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from value
+
+
+def _filled(trees: Sequence[dict[str, Any]], leaves: Iterable[Tensor]) -> tuple[dict[str, Any], ...]:
+    """The same dicts with other leaves, in the order of `_tensors`."""
+    left = iter(leaves)
+    return tuple(
+        {
+            name: next(left) if isinstance(value, Tensor) else type(value)(*(next(left) for _ in value))
+            for name, value in tree.items()
+        }
+        for tree in trees
+    )
 
 
 def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:

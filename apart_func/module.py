@@ -41,7 +41,7 @@ from apart_func.passes import (
     zero_shifts,
 )
 from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
-from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree, Tensors, constant, tree_leaves
+from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree, Tensors, constant, vectors
 from apart_func.step import all_finite
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class APART:
         if mixed is None or _have_no_gradient(mixed.shifts):
             return
         found = self._reduced(clean_stat_grads(_gradients(mixed.shifts), mixed.clean))
-        if all_finite(tree_leaves(found)):
+        if all_finite(vectors(found)):
             self.stat_grads = found
             self.perturbation = self._perturbation()
 

@@ -28,7 +28,7 @@ from apart_func.pytrees import (
     batch_size,
     constant,
     merge_trees,
-    tree_leaves,
+    vectors,
 )
 from apart_func.step import all_finite, check_microbatches, chosen, over_microbatches, scalar
 
@@ -117,7 +117,7 @@ def make_one_pass_step(
             fmodel, loss_fn, params, buffers, batch, perturbation, groups=parts, clean=clean, precision=precision
         )
         stat_grads = clean_stat_grads(mixed.stat_grads, clean)
-        values = [mixed.loss, mixed.adversarial_loss, radius, *mixed.grads.values(), *tree_leaves(stat_grads)]
+        values = [mixed.loss, mixed.adversarial_loss, radius, *mixed.grads.values(), *vectors(stat_grads)]
         return StepOutput(
             grads=mixed.grads,
             buffers=mixed.buffers,

@@ -49,6 +49,11 @@ def constant(perturbation: PerturbationTree) -> PerturbationTree:
     return {layer: Perturbation(shift.mean.detach(), shift.var.detach()) for layer, shift in perturbation.items()}
 
 
+def vectors(tree: StatTree) -> list[Tensor]:
+    """The tensors of a tree of statistics or of their gradients."""
+    return [vector for of_layer in tree.values() for vector in of_layer]
+
+
 class ProxyOutput(NamedTuple):
     """What the proxy pass returns.
 

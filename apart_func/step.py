@@ -30,7 +30,7 @@ from apart_func.pytrees import (
     cut_batch,
     merge_trees,
     stack_trees,
-    tree_leaves,
+    vectors,
 )
 
 
@@ -143,7 +143,7 @@ def make_step_at(
         )
         grads = _interpolate(proxy.grads, adversarial.grads, chosen / (samples + chosen))
         # A gradient of either pass that is not finite leaves its mark on their sum.
-        values = [proxy.loss, adversarial.loss, radius, *grads.values(), *tree_leaves(proxy.stat_grads)]
+        values = [proxy.loss, adversarial.loss, radius, *grads.values(), *vectors(proxy.stat_grads)]
         return StepOutput(
             grads=grads,
             buffers=proxy.buffers,
@@ -225,7 +225,8 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     if is_traced():
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     # A NaN is the least and the greatest of the values that it is among. One kernel for all tensors.
-    least, greatest = torch.aminmax(torch.cat([tensor.detach().flatten() for tensor in tensors]))
+    with torch.no_grad():
+        least, greatest = torch.aminmax(torch.cat([tensor.flatten() for tensor in tensors]))
     return least.isfinite() & greatest.isfinite()
 
 

@@ -152,7 +152,7 @@ def test_a_batch_that_cannot_be_filled_is_refused(batch_size):
 
 
 def test_an_unknown_data_set_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="digits, mnist5k"):
+    with pytest.raises(ValueError, match="digits, digits640, mnist5k"):
         data.load("cifar")
 
 

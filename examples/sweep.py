@@ -3,7 +3,7 @@
 Every run is a command line of `train.py`: options that are not listed here go to it as they are (`train.py --help`).
 Runs that have finished are passed over and interrupted ones go on, so the same command starts a sweep, continues it,
 and extends it by further seeds or radii. What a method does not read is not varied for it: ε is APART's, ρ is SAM's.
-With --together 20, as many seeds of a run are trained at the same time, in half the time where networks are tiny.
+With --together 20, as many seeds of a run are trained at the same time, which pays where networks are tiny.
 """
 
 from __future__ import annotations

@@ -1,6 +1,18 @@
 """What holds for all tests."""
 
+import os
 import signal
+
+import torch
+from hypothesis import settings
+
+# One thread a process: the tests run small models, which more threads only slow down; also in what tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# No test is about time: a machine that does other work as well must not fail one.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start as well.
 # Some of them are about what Ctrl-C does.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from oracle import LossFunction, call, cut, map_tensors, sample_count
 from torch import Tensor, nn
 
-from apart_func import APART, BatchStats, StepOutput, split_state
+from apart_func import APART, StatGrads, StepOutput, split_state
 
 
 def weights(samples: int, adversarial_samples: int) -> tuple[float, float]:
@@ -73,7 +73,7 @@ def drop_in_step(
         adversarial_loss=adversarial_loss,
         output=output,
         stats=apart.stats,
-        stat_grads={layer: BatchStats(g.mean / r, g.var / r) for layer, g in apart.stat_grads.items()},
+        stat_grads={layer: StatGrads(g.mean / r, g.scale / r) for layer, g in apart.stat_grads.items()},
         perturbation=apart.perturbation,
         all_finite=torch.tensor(True),
     )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 LossFunction = Callable[[Any, Any], Tensor]
 
 
-class Pair(NamedTuple):
-    """One tensor for the mean and one for the variance of a layer: statistics, their gradients, or a perturbation."""
+class Stats(NamedTuple):
+    """Batch statistics of a layer; the variance is biased."""
 
     mean: Tensor
     var: Tensor
 
 
-Tree = dict[str, Pair]  # keyed by layer name
+class Shift(NamedTuple):
+    """δμ and δσ of a layer, or the gradients by them."""
+
+    mean: Tensor
+    scale: Tensor
+
+
+StatTree = dict[str, Stats]  # keyed by layer name
+ShiftTree = dict[str, Shift]
+
+# Which sample a row of a layer's input belongs to. None: row i is sample i.
+Rows = Literal["consecutive", "in_turn"] | Callable[[str, Tensor], Tensor] | None
+Grouped = Callable[[Tensor], list[list[int]]]  # from a layer's input to the rows of every group
 
 
 class Proxy(NamedTuple):
@@ -43,8 +55,8 @@ class Proxy(NamedTuple):
     loss: Tensor
     output: Any
     grads: dict[str, Tensor]
-    stats: Tree  # (C,), or (K, C) for a layer called K times; no entry for a layer never called
-    stat_grads: Tree  # (C,) always: a layer called K times adds them up
+    stats: StatTree  # (C,), or (K, C) for a layer called K times; no entry for a layer never called
+    stat_grads: ShiftTree  # (C,) always: a layer called K times adds them up
     buffers: dict[str, Tensor]  # the new ones, and the frozen parameters
 
 
@@ -63,15 +75,15 @@ class Step(NamedTuple):
     output: Any
     grads: dict[str, Tensor]
     buffers: dict[str, Tensor]
-    stats: Tree
-    stat_grads: Tree
-    perturbation: Tree
+    stats: StatTree
+    stat_grads: ShiftTree
+    perturbation: ShiftTree
 
 
 # One batch-norm layer.
 
 
-def normalize(layer: _BatchNorm, x: Tensor, delta: Pair) -> tuple[Tensor, Pair]:
+def normalize(layer: _BatchNorm, x: Tensor, delta: Shift) -> tuple[Tensor, Stats]:
     """BN with perturbed statistics, on one group of samples; also the statistics of that group."""
 
     def per_channel(vector: Tensor) -> Tensor:
@@ -84,16 +96,16 @@ def normalize(layer: _BatchNorm, x: Tensor, delta: Pair) -> tuple[Tensor, Pair]:
 
     x_hat = (x - per_channel(mean)) / per_channel(s)  # keeps BN's whole training-mode gradient
     shift = delta.mean * (mean / s).detach()  # a constant but for δμ
-    y = per_channel(1 + delta.var) * (x_hat - per_channel(shift))
+    y = per_channel(1 + delta.scale) * (x_hat - per_channel(shift))
     if layer.weight is not None:
         y = per_channel(layer.weight) * y
     if layer.bias is not None:
         y = y + per_channel(layer.bias)
-    return y, Pair(mean.detach(), var.detach())
+    return y, Stats(mean.detach(), var.detach())
 
 
 @torch.no_grad()
-def advance_running_statistics(layer: _BatchNorm, x: Tensor, stats: Pair) -> None:
+def advance_running_statistics(layer: _BatchNorm, x: Tensor, stats: Stats) -> None:
     """Move the layer's own buffers towards the statistics of one more batch, as PyTorch defines it."""
     if not layer.track_running_stats:
         return
@@ -111,7 +123,7 @@ def after_norm(layer: _BatchNorm, y: Tensor) -> Tensor:
     return layer.act(layer.drop(y)) if hasattr(layer, "act") else y
 
 
-def proxy_forward(layer: _BatchNorm, delta: Pair, calls: list[Pair], x: Tensor) -> Tensor:
+def proxy_forward(layer: _BatchNorm, delta: Shift, calls: list[Stats], x: Tensor) -> Tensor:
     """The layer's forward in the proxy pass: the batch is one group, and running statistics advance."""
     y, stats = normalize(layer, x, delta)
     advance_running_statistics(layer, x, stats)
@@ -119,24 +131,43 @@ def proxy_forward(layer: _BatchNorm, delta: Pair, calls: list[Pair], x: Tensor) 
     return after_norm(layer, y)
 
 
-def adversarial_forward(layer: _BatchNorm, delta: Pair, groups: int, x: Tensor) -> Tensor:
-    """The layer's forward in the adversarial pass: sample i is in group i mod G, and nothing is remembered."""
+def groups_of_rows(name: str, x: Tensor, groups: int, samples: int, rows: Rows) -> list[list[int]]:
+    """The rows of a layer's input in each group; sample i is in group i mod G."""
+    per_sample = len(x) // samples
+    if callable(rows):
+        sample_of = rows(name, x).tolist()
+    elif rows == "consecutive":
+        sample_of = [row // per_sample for row in range(len(x))]
+    else:  # in turn; also where a row is a sample
+        sample_of = [row % samples for row in range(len(x))]
+    return [[row for row, sample in enumerate(sample_of) if sample % groups == g] for g in range(groups)]
+
+
+def adversarial_forward(layer: _BatchNorm, delta: Shift, grouped: Grouped, x: Tensor) -> Tensor:
+    """The layer's forward in the adversarial pass: in groups of samples, and nothing is remembered."""
     y = torch.empty_like(x)
-    for g in range(groups):
+    for g, members in enumerate(grouped(x)):
         # (C,): one perturbation for all groups; (G, C): one for each
-        of_group = Pair(*(part[g] if part.dim() == 2 else part for part in delta))
-        y[g::groups], _ = normalize(layer, x[g::groups], of_group)
+        of_group = Shift(*(part[g] if part.dim() == 2 else part for part in delta))
+        y[members], _ = normalize(layer, x[members], of_group)
     return after_norm(layer, y)
 
 
-def mixed_forward(layer: _BatchNorm, deltas: list[Pair], clean: int, calls: list[Pair], x: Tensor) -> Tensor:
+def mixed_forward(
+    layer: _BatchNorm,
+    deltas: list[Shift],
+    clean: int,
+    calls: list[Stats],
+    grouped: Grouped,
+    x: Tensor,
+) -> Tensor:
     """The layer's forward in one pass: each group has a δ, and the clean samples are remembered together."""
-    groups = len(deltas)
     y = torch.empty_like(x)
-    for g, delta in enumerate(deltas):
-        y[g::groups], _ = normalize(layer, x[g::groups], delta)
-    seen = torch.cat([x[g::groups] for g in range(clean)])
-    _, stats = normalize(layer, seen, Pair(torch.zeros(()), torch.zeros(())))
+    members = grouped(x)
+    for of_group, delta in zip(members, deltas, strict=True):
+        y[of_group], _ = normalize(layer, x[of_group], delta)
+    seen = torch.cat([x[of_group] for of_group in members[:clean]])
+    _, stats = normalize(layer, seen, Shift(torch.zeros(()), torch.zeros(())))
     advance_running_statistics(layer, seen, stats)
     calls.append(stats)
     return after_norm(layer, y)
@@ -145,13 +176,13 @@ def mixed_forward(layer: _BatchNorm, deltas: list[Pair], clean: int, calls: list
 # The passes.
 
 
-def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta: Tree | None = None) -> Proxy:
+def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta: ShiftTree | None = None) -> Proxy:
     """Ordinary training, with δ (zero, unless given) as leaves whose gradients are the statistic gradients."""
     model = float64_copy(model)
     layers, params = training_layers(model), trained_parameters(model)
     delta = delta or zero_perturbation(model)
-    delta = {name: Pair(*(part.clone().requires_grad_() for part in pair)) for name, pair in delta.items()}
-    calls: dict[str, list[Pair]] = {name: [] for name in layers}
+    delta = {name: Shift(*(part.clone().requires_grad_() for part in pair)) for name, pair in delta.items()}
+    calls: dict[str, list[Stats]] = {name: [] for name in layers}
     for name, layer in layers.items():
         layer.forward = partial(proxy_forward, layer, delta[name], calls[name])
 
@@ -165,20 +196,28 @@ def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta:
     leaves = [*params.values(), *(part for name in layers for part in delta[name])]
     gradients = iter(gradients_of(loss, leaves))
     grads = {name: next(gradients) for name in params}
-    stat_grads = {name: Pair(next(gradients), next(gradients)) for name in layers}
+    stat_grads = {name: Shift(next(gradients), next(gradients)) for name in layers}
     return Proxy(loss.detach(), map_tensors(Tensor.detach, output), grads, stats, stat_grads, buffers)
 
 
 def oracle_adversarial(
-    model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, perturbation: Tree, groups: int
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Any,
+    y: Any,
+    perturbation: ShiftTree,
+    groups: int,
+    rows: Rows = None,
 ) -> Adversarial:
     """Training with every layer's statistics pushed by a constant δ; `x` and `y` hold the N samples already."""
     model = float64_copy(model)
     params = trained_parameters(model)
-    groups = {0: 1, -1: sample_count(x)}.get(groups, groups)
+    samples = sample_count(x)
+    groups = {0: 1, -1: samples}.get(groups, groups)
     for name, layer in training_layers(model).items():
-        delta = Pair(*(as_float64(part) for part in perturbation[name]))
-        layer.forward = partial(adversarial_forward, layer, delta, groups)
+        delta = Shift(*(as_float64(part) for part in perturbation[name]))
+        grouped = partial(groups_of_rows, name, groups=groups, samples=samples, rows=rows)
+        layer.forward = partial(adversarial_forward, layer, delta, grouped)
 
     loss = loss_fn(call(model, as_float64(x)), as_float64(y))
     return Adversarial(loss.detach(), dict(zip(params, gradients_of(loss, list(params.values())), strict=True)))
@@ -189,14 +228,14 @@ def oracle_adversarial(
 
 def oracle_ascent(
     model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, *, epsilon: float, steps: int, step_size: float
-) -> tuple[Tree, list[Tree]]:
+) -> tuple[ShiftTree, list[ShiftTree]]:
     """Projected gradient ascent on the proxy loss from δ = 0: where it ends, and the gradients on the way."""
-    delta, gradients = zero_perturbation(model), list[Tree]()
+    delta, gradients = zero_perturbation(model), list[ShiftTree]()
     for _ in range(steps):
         gradients.append(oracle_proxy(model, loss_fn, x, y, delta).stat_grads)
         for name, pair in delta.items():
             moved = [part + step_size * epsilon * g.sign() for part, g in zip(pair, gradients[-1][name], strict=True)]
-            delta[name] = Pair(*(part.clip(-epsilon, epsilon) for part in moved))
+            delta[name] = Shift(*(part.clip(-epsilon, epsilon) for part in moved))
     return delta, gradients
 
 
@@ -211,7 +250,8 @@ def oracle_step(
     epsilon: float,
     groups: int,
     ratio: float,
-    perturbation: Tree | None = None,
+    perturbation: ShiftTree | None = None,
+    rows: Rows = None,
 ) -> Step:
     """One step of APART. A given `perturbation` takes the place of ε · sign(g).
 
@@ -219,7 +259,15 @@ def oracle_step(
     implementations may then differ in δ and in every gradient after it.
     """
     return both_passes(
-        model, loss_fn, batch, epsilon=epsilon, groups=groups, ratio=ratio, perturbation=perturbation, rho=None
+        model,
+        loss_fn,
+        batch,
+        epsilon=epsilon,
+        groups=groups,
+        ratio=ratio,
+        rho=None,
+        perturbation=perturbation,
+        rows=rows,
     )
 
 
@@ -232,11 +280,20 @@ def oracle_sam_step(
     groups: int,
     ratio: float,
     rho: float,
-    perturbation: Tree | None = None,
+    perturbation: ShiftTree | None = None,
+    rows: Rows = None,
 ) -> Step:
     """One step of APART-SAM: the adversarial pass at θ + ρ r∇L_p/‖r∇L_p‖; both gradients still add up at θ."""
     return both_passes(
-        model, loss_fn, batch, epsilon=epsilon, groups=groups, ratio=ratio, perturbation=perturbation, rho=rho
+        model,
+        loss_fn,
+        batch,
+        epsilon=epsilon,
+        groups=groups,
+        ratio=ratio,
+        rho=rho,
+        perturbation=perturbation,
+        rows=rows,
     )
 
 
@@ -248,8 +305,9 @@ def both_passes(
     epsilon: float,
     groups: int,
     ratio: float,
-    perturbation: Tree | None,
+    perturbation: ShiftTree | None,
     rho: float | None,
+    rows: Rows,
 ) -> Step:
     """The proxy pass, the perturbation, the adversarial pass (somewhere else if `rho` is given), and their sum."""
     x, y = batch
@@ -259,9 +317,9 @@ def both_passes(
 
     proxy = oracle_proxy(model, loss_fn, x, y)
     if perturbation is None:
-        perturbation = {name: Pair(*(epsilon * g.sign() for g in pair)) for name, pair in proxy.stat_grads.items()}
+        perturbation = {name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in proxy.stat_grads.items()}
     else:
-        perturbation = {name: Pair(*(as_float64(part) for part in pair)) for name, pair in perturbation.items()}
+        perturbation = {name: Shift(*(as_float64(part) for part in pair)) for name, pair in perturbation.items()}
     model = float64_copy(model)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # a model's own buffers go on from where the proxy pass left them
@@ -269,7 +327,7 @@ def both_passes(
     if rho is not None:
         climb_(model, proxy.grads, rho)  # r cancels in r∇L_p/‖r∇L_p‖
     x, y = cut(x, adversarial_samples), cut(y, adversarial_samples)
-    adversarial = oracle_adversarial(model, loss_fn, x, y, perturbation, groups)
+    adversarial = oracle_adversarial(model, loss_fn, x, y, perturbation, groups, rows)
 
     return Step(
         loss=proxy.loss,
@@ -295,31 +353,33 @@ def oracle_one_pass_step(
     model: nn.Module,
     loss_fn: LossFunction,
     batch: tuple[Any, Any],
-    perturbation: Tree,
+    perturbation: ShiftTree,
     *,
     epsilon: float,
     groups: int,
     clean: int,
+    rows: Rows = None,
 ) -> Step:
     """One step in one pass. `perturbation` is the δ of this step, and what comes back the δ of the next one."""
     model = float64_copy(model)
     layers, params = training_layers(model), trained_parameters(model)
     x, y = as_float64(batch[0]), as_float64(batch[1])
-    groups = sample_count(x) if groups == -1 else groups
-    shifts: dict[str, list[Pair]] = {}
-    calls: dict[str, list[Pair]] = {name: [] for name in layers}
+    samples = sample_count(x)
+    groups = samples if groups == -1 else groups
+    shifts: dict[str, list[Shift]] = {}
+    calls: dict[str, list[Stats]] = {name: [] for name in layers}
     for name, layer in layers.items():
-        at_zero = [Pair(*torch.zeros(2, layer.num_features).double()) for _ in range(clean)]
-        shifts[name] = at_zero + [Pair(*map(as_float64, perturbation[name])) for _ in range(clean, groups)]
+        at_zero = [Shift(*torch.zeros(2, layer.num_features).double()) for _ in range(clean)]
+        shifts[name] = at_zero + [Shift(*map(as_float64, perturbation[name])) for _ in range(clean, groups)]
         for part in (part for delta in at_zero for part in delta):
             part.requires_grad_()
-        layer.forward = partial(mixed_forward, layer, shifts[name], clean, calls[name])
+        grouped = partial(groups_of_rows, name, groups=groups, samples=samples, rows=rows)
+        layer.forward = partial(mixed_forward, layer, shifts[name], clean, calls[name], grouped)
 
     output = call(model, x)
-    is_clean = [i % groups < clean for i in range(sample_count(x))]
-    chosen = [i for i, of_clean in enumerate(is_clean) if of_clean]
-    others = [i for i, of_clean in enumerate(is_clean) if not of_clean]
-    clean_loss, perturbed_loss = (loss_fn(pick(output, rows), pick(y, rows)) for rows in (chosen, others))
+    chosen = [i for i in range(samples) if i % groups < clean]
+    others = [i for i in range(samples) if i % groups >= clean]
+    clean_loss, perturbed_loss = (loss_fn(pick(output, of_kind), pick(y, of_kind)) for of_kind in (chosen, others))
     r = clean / groups
     stats = {name: stack_calls(pairs) for name, pairs in calls.items() if pairs}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -328,8 +388,8 @@ def oracle_one_pass_step(
     grads = gradients_of(r * clean_loss + (1 - r) * perturbed_loss, list(params.values()), retain_graph=True)
     stat_grads = {}
     for name in layers:
-        by_group = [Pair(*gradients_of(clean_loss, list(delta), retain_graph=True)) for delta in shifts[name][:clean]]
-        stat_grads[name] = Pair(*(torch.stack(parts).sum(0) for parts in zip(*by_group, strict=True)))
+        by_group = [Shift(*gradients_of(clean_loss, list(delta), retain_graph=True)) for delta in shifts[name][:clean]]
+        stat_grads[name] = Shift(*(torch.stack(parts).sum(0) for parts in zip(*by_group, strict=True)))
     return Step(
         loss=clean_loss.detach(),
         adversarial_loss=perturbed_loss.detach(),
@@ -338,7 +398,7 @@ def oracle_one_pass_step(
         buffers=buffers,
         stats=stats,
         stat_grads=stat_grads,
-        perturbation={name: Pair(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()},
+        perturbation={name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()},
     )
 
 
@@ -355,9 +415,9 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
 
 
-def zero_perturbation(model: nn.Module) -> Tree:
+def zero_perturbation(model: nn.Module) -> ShiftTree:
     """δ = 0."""
-    return {name: Pair(*torch.zeros(2, m.num_features).double()) for name, m in training_layers(model).items()}
+    return {name: Shift(*torch.zeros(2, m.num_features).double()) for name, m in training_layers(model).items()}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -371,9 +431,9 @@ def gradients_of(loss: Tensor, leaves: list[Tensor], retain_graph: bool = False)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
-def stack_calls(calls: list[Pair]) -> Pair:
+def stack_calls(calls: list[Stats]) -> Stats:
     """`(C,)` for one call, `(K, C)` for K."""
-    return calls[0] if len(calls) == 1 else Pair(*(torch.stack(parts) for parts in zip(*calls, strict=True)))
+    return calls[0] if len(calls) == 1 else Stats(*(torch.stack(parts) for parts in zip(*calls, strict=True)))
 
 
 def call(model: nn.Module, x: Any) -> Any:

@@ -136,7 +136,7 @@ def images(samples: int = 8, size: int = 5) -> tuple[Tensor, Tensor]:
 
 def pair_sum(a: Any, b: Any) -> Any:
     """The sum of two statistic gradients."""
-    return type(a)(a.mean + b.mean, a.var + b.var)
+    return type(a)(a.mean + b.mean, a.scale + b.scale)
 
 
 # Any architecture.
@@ -262,7 +262,7 @@ def test_a_training_layer_that_is_never_called_has_no_statistics_and_a_zero_pert
     step = take_step(model, vectors())
     assert step.library.stats.keys() == {"1"}
     assert not step.library.perturbation["1.uncalled"].mean.any()
-    assert not step.library.perturbation["1.uncalled"].var.any()
+    assert not step.library.perturbation["1.uncalled"].scale.any()
     assert step.library.buffers["1.uncalled.num_batches_tracked"] == 0
     assert_agree(step)
 

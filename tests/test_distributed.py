@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from loops import both_passes, gradients
-from oracle import Pair, Tree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
+from oracle import Shift, ShiftTree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
 from small import convolutional, images
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from apart_func import APART, BatchStats, make_apart_step, sign_perturbation, split_state
+from apart_func import APART, StatGrads, make_apart_step, sign_perturbation, split_state
 from apart_func.distributed import data_parallel_group, mean_over_ranks
 
 RANKS, STEPS, LEARNING_RATE = 2, 3, 0.1
@@ -108,7 +108,7 @@ def train_functional(rank: int) -> list[dict[str, Any]]:
                 "perturbation": without_prefix(out.perturbation),
                 # of the loss with its weight, as the drop-in has them
                 "stat_grads": {
-                    k: Pair(*(g / (1 + RATIO) for g in v)) for k, v in mean_over_ranks(out.stat_grads).items()
+                    k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in mean_over_ranks(out.stat_grads).items()
                 },
                 "buffers": out.buffers,
             }
@@ -131,7 +131,7 @@ def train_one_pass(rank: int) -> list[dict[str, Any]]:
         with apart.one_pass():
             F.cross_entropy(model(x), y).backward()
         used = without_prefix(apart.perturbation)
-        found = {name: Pair(*shift) for name, shift in without_prefix(apart.state_dict()["perturbation"]).items()}
+        found = {name: Shift(*shift) for name, shift in without_prefix(apart.state_dict()["perturbation"]).items()}
         seen.append({"before": before, "grads": gradients(model.module), "used": used, "found": found})
         optimizer.step()
     return seen
@@ -154,12 +154,12 @@ def accumulate(rank: int) -> dict[str, Any]:
 
 
 def mean(rank: int) -> Any:
-    own = {"a": BatchStats(torch.full((2,), 1.0 + rank), torch.arange(2.0)), "b": BatchStats(*torch.eye(2) * rank)}
+    own = {"a": StatGrads(torch.full((2,), 1.0 + rank), torch.arange(2.0)), "b": StatGrads(*torch.eye(2) * rank)}
     return mean_over_ranks(own)
 
 
 def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("module."): Pair(*value) for name, value in tree.items()}
+    return {name.removeprefix("module."): Shift(*value) for name, value in tree.items()}
 
 
 # What is checked of it.
@@ -177,10 +177,10 @@ def averaged(trees: list[Any]) -> Any:
     """The mean of dicts of tensors or of pairs of them."""
     if isinstance(trees[0], dict):
         return {name: averaged([tree[name] for tree in trees]) for name in trees[0]}
-    return Pair(*map(averaged, zip(*trees, strict=True))) if isinstance(trees[0], tuple) else sum(trees) / len(trees)
+    return Shift(*map(averaged, zip(*trees, strict=True))) if isinstance(trees[0], tuple) else sum(trees) / len(trees)
 
 
-def definition(model: nn.Module, shards: list[Any], perturbation: Tree, ratio: float) -> dict[str, Any]:
+def definition(model: nn.Module, shards: list[Any], perturbation: ShiftTree, ratio: float) -> dict[str, Any]:
     """A step on several ranks, written down: statistics of each shard, one perturbation, the mean of the gradients."""
     samples = len(shards[0][0])
     chosen = int(ratio * samples)
@@ -193,7 +193,7 @@ def definition(model: nn.Module, shards: list[Any], perturbation: Tree, ratio: f
     return {
         "grads": {name: r * grad + (1 - r) * second[name] for name, grad in first.items()},
         # of the loss that backward() was called on
-        "stat_grads": averaged([{k: Pair(r * g.mean, r * g.var) for k, g in p.stat_grads.items()} for p in proxies]),
+        "stat_grads": averaged([{k: Shift(r * g.mean, r * g.scale) for k, g in p.stat_grads.items()} for p in proxies]),
         "buffers": proxies[0].buffers,  # rank 0 broadcasts its own, as in plain training
     }
 
@@ -256,7 +256,7 @@ def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all
 
 
 def test_the_mean_over_ranks_keeps_the_tree(ranks: list[dict[str, Any]]) -> None:
-    expected = {"a": BatchStats(torch.full((2,), 1.5), torch.arange(2.0)), "b": BatchStats(*torch.eye(2) / 2)}
+    expected = {"a": StatGrads(torch.full((2,), 1.5), torch.arange(2.0)), "b": StatGrads(*torch.eye(2) / 2)}
     for results in ranks:
         torch.testing.assert_close(results["mean"], expected, rtol=0, atol=0)
-        assert type(results["mean"]["a"]) is BatchStats
+        assert type(results["mean"]["a"]) is StatGrads

@@ -1,6 +1,10 @@
 """The way in and out of a module's state, and the model as a function."""
 
 import copy
+import gc
+import threading
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -89,12 +93,59 @@ def test_a_functional_model_can_be_differentiated() -> None:
     torch.testing.assert_close(slopes, {name: p.grad for name, p in model.named_parameters()})
 
 
-def test_making_a_step_copies_no_tensor() -> None:
+def reachable_tensors(thing: Any) -> list[Tensor]:
+    """Every tensor that an object holds on to, through whatever attribute, container, cell or thread-local."""
+    waiting, seen, found = [thing], set(), []
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type | ModuleType | CodeType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found.append(one)
+            continue
+        if isinstance(one, FunctionType):
+            waiting += [cell.cell_contents for cell in one.__closure__ or ()] + list(one.__defaults__ or ())
+            continue
+        if isinstance(one, threading.local):
+            waiting.append(vars(one))
+        waiting += gc.get_referents(one)
+    return found
+
+
+def test_a_functional_model_owns_no_tensor_before_and_after_it_was_used() -> None:
     model = convolutional()
-    fmodel = functionalize(model)
-    for private in (fmodel._training, fmodel._evaluation):
-        assert not list(private.module.parameters())
-        assert not list(private.module.buffers())
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    step = make_apart_step(model, F.cross_entropy, groups=2)
+    assert not reachable_tensors(step)
+    out = step(*split_state(model), images())
+    step.fmodel(*split_state(model), images()[0])
+    held = reachable_tensors(step)
+    assert not held, f"{len(held)} tensors stay in the step, {[tuple(tensor.shape) for tensor in held]}"
+    assert not shared & {tensor.untyped_storage().data_ptr() for tensor in out.buffers.values()}
+
+
+class Alarm(nn.Module):
+    """Raises when a model is run whose layer was armed."""
+
+    armed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.armed, "the user's own model was run"
+        return x
+
+
+def test_the_users_own_model_is_never_run_and_may_be_gone() -> None:
+    model = nn.Sequential(Alarm(), convolutional()).double()
+    step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(convolutional())
+    params, buffers = ({f"1.{name}": tensor for name, tensor in part.items()} for part in state)
+    expected = step(params, buffers, images())
+    model[0].armed = True
+    torch.testing.assert_close(step(params, buffers, images())._asdict(), expected._asdict(), rtol=0, atol=0)
+    step.fmodel(params, buffers, images()[0])
+    del model
+    gc.collect()
+    torch.testing.assert_close(step(params, buffers, images())._asdict(), expected._asdict(), rtol=0, atol=0)
 
 
 def test_a_lazy_model_works_after_one_forward() -> None:

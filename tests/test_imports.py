@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from sys import stdlib_module_names
 
 import pytest
 
@@ -10,43 +11,75 @@ import apart_func
 PACKAGE = Path(apart_func.__file__).parent
 # From the top down. A module may import what stands on the lines above its own.
 LAYERS = [
-    {"errors"},
-    {"autodiff", "pytrees"},
-    {"kernels", "perturbation", "distributed"},
-    {"batch_norm"},
-    {"intercept"},
-    {"functional"},
+    {"errors", "_torch"},
+    {"trees", "layer.formula"},
+    {"layer.native", "layer.affine"},
+    {"layer.kernels"},
+    {"layer"},
+    {"layer.rows", "intercept", "autodiff", "rules", "distributed"},
+    {"functional", "running", "settings"},
     {"passes", "robustness"},
     {"step"},
-    {"sam", "one_pass"},
-    {"module"},
-    {"__init__"},
+    {"one_pass"},
+    {"dropin"},
+    {""},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-RUN_TIME = {"torch"}
+RUN_TIME = {"torch", "einops"}
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module inside the package; that of a folder is its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "integrations"}
+every_module = pytest.mark.parametrize("module", sorted(FILES))
 
 
 def imported(module: str) -> set[str]:
     """Every dotted name that a module imports, wherever in the file."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} imports relatively; name the module in full"
             names.add(node.module or "")
     return names
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
+def test_every_module_has_its_place() -> None:
+    assert FILES.keys() == LEVEL.keys()
+
+
+@every_module
 def test_a_module_imports_only_from_above(module: str) -> None:
-    ours = {name.split(".")[1] for name in imported(module) if name.startswith("apart_func.")}
+    ours = {name.partition(".")[2] for name in imported(module) if name.partition(".")[0] == "apart_func"}
     wrong = {name for name in ours if LEVEL[name] >= LEVEL[module]}
     assert not wrong, f"{module} imports {sorted(wrong)}, which stand beside or below it"
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
-def test_the_library_depends_on_torch_alone(module: str) -> None:
-    from sys import stdlib_module_names
-
+@every_module
+def test_the_library_depends_on_torch_and_einops_alone(module: str) -> None:
     foreign = {name.split(".")[0] for name in imported(module)} - stdlib_module_names - {"apart_func"}
     assert foreign <= RUN_TIME
+
+
+def test_private_names_of_torch_are_in_one_file() -> None:
+    """`_torch.py` has them, each with a canary."""
+    for module, path in FILES.items():
+        if module == "_torch":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            chain = dotted(node) if isinstance(node, ast.Attribute) else ""
+            private = [part for part in chain.split(".")[1:] if part.startswith("_") and not part.startswith("__")]
+            assert not (chain.startswith("torch.") and private), f"{module} calls {chain}, which belongs in _torch.py"
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""

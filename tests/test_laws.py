@@ -17,6 +17,7 @@ from apart_func import (
     Perturbation,
     Rule,
     SettingError,
+    StatGrads,
     adversarial_pass,
     functionalize,
     l2_perturbation,
@@ -28,7 +29,7 @@ from apart_func import (
     sign_perturbation,
     split_state,
 )
-from apart_func.perturbation import perturbation_by
+from apart_func.rules import perturbation_by
 
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("laws")
@@ -40,7 +41,7 @@ SEEDS = st.integers(0, 2**31)
 TIGHT = {"rtol": 1e-9, "atol": 1e-13}
 
 
-def random_tree(seed: int, dtype: torch.dtype, channels: int = 6) -> dict[str, BatchStats]:
+def random_tree(seed: int, dtype: torch.dtype, channels: int = 6) -> dict[str, StatGrads]:
     """Statistic gradients of two layers, some of them exactly zero."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,7 +49,7 @@ def random_tree(seed: int, dtype: torch.dtype, channels: int = 6) -> dict[str, B
         values = torch.randn(channels, generator=generator, dtype=dtype)
         return values * (torch.rand(channels, generator=generator) > 0.3)
 
-    return {name: BatchStats(vector(), vector()) for name in ("a", "b.c")}
+    return {name: StatGrads(vector(), vector()) for name in ("a", "b.c")}
 
 
 def random_stats(seed: int, dtype: torch.dtype) -> dict[str, BatchStats]:
@@ -85,8 +86,8 @@ RULES = {
 def applied(rule: Rule, *arguments: Any) -> dict[str, Perturbation]:
     """What a rule makes where further gradients are those of a paraboloid with its top inside the ball."""
 
-    def gradients_at(where: dict[str, Perturbation]) -> dict[str, BatchStats]:
-        return {layer: BatchStats(0.05 - shift.mean, -0.01 - shift.var) for layer, shift in where.items()}
+    def gradients_at(where: dict[str, Perturbation]) -> dict[str, StatGrads]:
+        return {layer: StatGrads(0.05 - shift.mean, -0.01 - shift.scale) for layer, shift in where.items()}
 
     return perturbation_by(rule, *arguments, gradients_at)
 
@@ -166,7 +167,7 @@ def test_every_shift_stays_within_the_radius_and_reaches_it_where_the_gradient_i
             assert torch.equal(delta.sign(), g.sign() * radius.sign())
 
 
-def drawn(seed: int, gradients: dict[str, BatchStats]) -> dict[str, Perturbation]:
+def drawn(seed: int, gradients: dict[str, StatGrads]) -> dict[str, Perturbation]:
     torch.manual_seed(seed)
     return random_sign_perturbation({}, gradients, torch.tensor(0.3))
 
@@ -180,7 +181,7 @@ def test_random_signs_reach_the_radius_everywhere_and_depend_on_the_seed_alone(s
         assert delta.unique().numel() == 2  # of 64 signs, one in 2⁶³ times all are alike
     torch.testing.assert_close(shifts, drawn(seed, others), rtol=0, atol=0)
     assert not torch.equal(shifts["a"].mean, drawn(seed + 1, gradients)["a"].mean)
-    assert not torch.equal(shifts["a"].mean, shifts["a"].var)
+    assert not torch.equal(shifts["a"].mean, shifts["a"].scale)
 
 
 def test_random_signs_of_mapped_models_are_different_or_the_same_as_one_says() -> None:
@@ -211,7 +212,7 @@ def test_an_l2_step_has_the_radius_for_its_length_and_the_gradients_direction_at
 
 def test_where_no_statistic_of_a_layer_has_a_gradient_an_l2_step_is_zero() -> None:
     gradients = random_tree(0, torch.float32)
-    gradients["a"] = BatchStats(torch.zeros(6), torch.zeros(6))
+    gradients["a"] = StatGrads(torch.zeros(6), torch.zeros(6))
     shifts = l2_perturbation({}, gradients, torch.tensor(0.1))
     assert torch.equal(torch.cat(shifts["a"]), torch.zeros(12))
     torch.testing.assert_close(torch.cat(shifts["b.c"]).norm(), torch.tensor(0.1))
@@ -240,7 +241,7 @@ def test_a_radius_of_one_or_more_has_no_perturbed_standard_deviation(epsilon: fl
 
 
 @settings(max_examples=15)
-@given(epsilon=st.floats(0, 2), groups=st.sampled_from([0, 1, 2, 4]), seed=SEEDS)
+@given(epsilon=st.floats(0, 0.99), groups=st.sampled_from([0, 1, 2, 4]), seed=SEEDS)
 def test_a_steps_perturbation_is_the_radius_times_the_sign_of_its_statistic_gradients(
     epsilon: float, groups: int, seed: int
 ) -> None:
@@ -267,7 +268,7 @@ def test_the_adversarial_pass_normalises_by_the_perturbed_statistics() -> None:
     s = (proxy.stats["0"].var + layer.eps).sqrt()
     # y = γ (1 + δσ)(x̂ − δμ μ/s) + β = γ ((x − μ') / s') + β
     expected = (x - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(s / std - 1, shifts["0"].var, **TIGHT)
+    torch.testing.assert_close(s / std - 1, shifts["0"].scale, **TIGHT)
     output = adversarial_pass(fmodel, loss, params, buffers, (x, x), shifts).output
     torch.testing.assert_close(output, expected, **TIGHT)
 
@@ -285,7 +286,7 @@ def test_a_zero_radius_on_the_whole_batch_gives_the_plain_gradient(seed: int, gr
 
 
 @settings(max_examples=10)
-@given(seed=SEEDS, epsilon=st.floats(0, 1))
+@given(seed=SEEDS, epsilon=st.floats(0, 0.99))
 def test_no_groups_and_one_group_are_the_same(seed: int, epsilon: float) -> None:
     none, one = (step_of(convolutional(), images(seed=seed), epsilon=epsilon, groups=groups) for groups in (0, 1))
     for a, b in zip(none.grads.values(), one.grads.values(), strict=True):
@@ -314,7 +315,7 @@ def test_permuting_samples_inside_their_groups_changes_no_gradient(seed: int, da
     fmodel = functionalize(model)
     within = [data.draw(st.permutations(range(g, samples, groups))) for g in range(groups)]
     order = torch.tensor([within[i % groups][i // groups] for i in range(samples)])
-    shifts = {name: Perturbation(*torch.full((2, spec.channels), 0.1).double()) for name, spec in fmodel.layers.items()}
+    shifts = {name: Perturbation(*torch.full((2, channels), 0.1).double()) for name, channels in fmodel.layers.items()}
     passes = [
         adversarial_pass(fmodel, F.cross_entropy, params, buffers, batch, shifts, groups=groups)
         for batch in ((x, y), (x[order], y[order]))

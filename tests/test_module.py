@@ -71,7 +71,7 @@ def test_a_golden_case_replayed_through_the_drop_in_is_met_over_all_its_steps(na
         grads = gradients(model)
         optimizer.step()
         r = len(x) / (len(x) + int(case.ratio * len(x)))
-        stat_grads = {layer: (g.mean / r, g.var / r) for layer, g in apart.stat_grads.items()}
+        stat_grads = {layer: (g.mean / r, g.scale / r) for layer, g in apart.stat_grads.items()}
         params, buffers = split_state(model)
         state = ({name: tensor.clone() for name, tensor in part.items()} for part in (params, buffers))
         outcomes.append(Outcome(loss, adversarial_loss, output, grads, stat_grads, *state))
@@ -177,7 +177,7 @@ def test_several_forwards_in_a_context_are_one_pass() -> None:
         assert apart.stats["1"].mean.shape == ((4,) if len(parts) == 1 else (2, 4))
         with apart.to_adver():
             model(x)
-        stat_grads.append(apart.stat_grads["4"].var)
+        stat_grads.append(apart.stat_grads["4"].scale)
     torch.testing.assert_close(stat_grads[2], stat_grads[0] + stat_grads[1], **ROUNDING)
 
 
@@ -188,7 +188,7 @@ def test_a_new_radius_holds_from_the_next_adversarial_pass_on() -> None:
     for epsilon in (0.3, torch.tensor(0.2), 0.0):
         apart.set_epsilon(epsilon)
         both_passes(apart, batch)
-        radius = apart.perturbation["4"].var.abs().max()
+        radius = apart.perturbation["4"].scale.abs().max()
         torch.testing.assert_close(radius, torch.as_tensor(epsilon, dtype=torch.float64), rtol=0, atol=0)
 
 
@@ -199,7 +199,7 @@ def test_another_rule_takes_the_place_of_the_sign() -> None:
     apart = APART(convolutional(), epsilon=0.5, rule=halved)
     both_passes(apart, images())
     torch.testing.assert_close(apart.perturbation["1"].mean, 0.5 * apart.stat_grads["1"].mean, rtol=0, atol=0)
-    torch.testing.assert_close(apart.perturbation["1"].var, apart.stats["1"].var, rtol=0, atol=0)
+    torch.testing.assert_close(apart.perturbation["1"].scale, apart.stats["1"].var, rtol=0, atol=0)
 
 
 # What is left of the user's model.

@@ -210,7 +210,7 @@ def test_the_gradient_at_zero_is_the_proxy_passes_own_also_with_buffers_that_the
     model = nn.Sequential(smooth(), Counting())
     fmodel, (params, buffers) = functionalize(model), split_state(model)
     proxy = proxy_pass(fmodel, F.cross_entropy, params, buffers, BATCH)
-    zero = {layer: Perturbation(0 * g.mean, 0 * g.var) for layer, g in proxy.stat_grads.items()}
+    zero = {layer: Perturbation(0 * g.mean, 0 * g.scale) for layer, g in proxy.stat_grads.items()}
     found = gradients_at(fmodel, F.cross_entropy, params, buffers, BATCH, zero)
     torch.testing.assert_close(found, proxy.stat_grads, **ROUNDING)
 

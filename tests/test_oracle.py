@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from architectures import Architecture, architectures
 from golden.models import conv1d
 from hypothesis import given, settings
-from oracle import Pair, oracle_adversarial, oracle_proxy, oracle_sam_step, oracle_step
+from oracle import Shift, oracle_adversarial, oracle_proxy, oracle_sam_step, oracle_step
 from torch import Tensor, nn
 
 
@@ -20,9 +20,9 @@ def small_case() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return conv1d().double(), (torch.randn(12, 2, 4).double(), torch.randint(3, (12,)))
 
 
-def pushed(push: Callable[[Pair], Pair]) -> dict[str, Pair]:
+def pushed(push: Callable[[Shift], Shift]) -> dict[str, Shift]:
     """A perturbation of the small case, made from no perturbation."""
-    return {layer: push(Pair(*torch.zeros(2, 6).double())) for layer in ("1", "4")}
+    return {layer: push(Shift(*torch.zeros(2, 6).double())) for layer in ("1", "4")}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -52,7 +52,7 @@ def test_a_zero_perturbation_of_one_group_changes_nothing() -> None:
     torch.testing.assert_close(adversarial.grads, proxy.grads, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("part", ["mean", "var"])
+@pytest.mark.parametrize("part", ["mean", "scale"])
 @pytest.mark.parametrize("layer", ["1", "4"])
 def test_statistic_gradients_are_the_slope_of_the_adversarial_loss(layer: str, part: str) -> None:
     model, batch = small_case()
@@ -62,7 +62,7 @@ def test_statistic_gradients_are_the_slope_of_the_adversarial_loss(layer: str, p
     for channel in range(6):
         losses = []
         for signed_h in (h, -h):
-            perturbation = pushed(lambda none: Pair(*(delta.clone() for delta in none)))
+            perturbation = pushed(lambda none: Shift(*(delta.clone() for delta in none)))
             getattr(perturbation[layer], part)[channel] = signed_h
             losses.append(oracle_adversarial(model, F.cross_entropy, *batch, perturbation, groups=1).loss)
         slopes.append((losses[0] - losses[1]) / (2 * h))
@@ -76,9 +76,9 @@ def test_a_perturbed_mean_and_deviation_are_what_a_layer_normalises_by() -> None
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     x = 1 + torch.randn(8, 5).double()
-    delta = Pair(0.3 * torch.randn(5).double(), 0.3 * torch.randn(5).double())
+    delta = Shift(0.3 * torch.randn(5).double(), 0.3 * torch.randn(5).double())
     mean, s = x.mean(0), (x.var(0, correction=0) + 1e-3).sqrt()
-    pushed_mean, pushed_s = mean * (1 + delta.mean), s / (1 + delta.var)
+    pushed_mean, pushed_s = mean * (1 + delta.mean), s / (1 + delta.scale)
     expected = layer.weight * (x - pushed_mean) / pushed_s + layer.bias
 
     outputs: list[Tensor] = []
@@ -90,7 +90,7 @@ def test_a_perturbed_mean_and_deviation_are_what_a_layer_normalises_by() -> None
 def test_ghost_groups_are_batches_of_their_own() -> None:
     # In a model that does not mix samples but by batch norm, a pass in groups is a pass for each group.
     model, (x, y) = small_case()
-    delta = pushed(lambda none: Pair(none.mean + 0.1, none.var - 0.2))
+    delta = pushed(lambda none: Shift(none.mean + 0.1, none.scale - 0.2))
     together = oracle_adversarial(model, F.cross_entropy, x, y, delta, groups=3)
     alone = [oracle_adversarial(model, F.cross_entropy, x[g::3], y[g::3], delta, groups=1) for g in range(3)]
     # rounding: the mean over twelve samples, or over three means of four

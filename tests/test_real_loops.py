@@ -199,7 +199,7 @@ def test_the_functional_step_cuts_a_batch_into_microbatches_of_their_own() -> No
     parts = [images(seed=t) for t in range(MICROBATCHES)]
     out = step(*split_state(model), (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])))
     perturbations = [
-        {layer: type(shift)(shift.mean[t], shift.var[t]) for layer, shift in out.perturbation.items()}
+        {layer: type(shift)(shift.mean[t], shift.scale[t]) for layer, shift in out.perturbation.items()}
         for t in range(MICROBATCHES)
     ]
     torch.testing.assert_close(out.grads, accumulated_definition(twin, perturbations), **ROUNDING)
@@ -254,7 +254,7 @@ def test_the_drop_in_under_autocast_and_a_scaler_is_near_the_definition(dtype: t
 def test_the_perturbation_of_the_drop_in_does_not_depend_on_the_scale(dtype: torch.dtype) -> None:
     one, other = Scaled(dtype, scale=256.0), Scaled(dtype, scale=4096.0)
     torch.testing.assert_close(one.apart.perturbation, other.apart.perturbation, rtol=0, atol=0)
-    assert one.apart.stat_grads["4"].var.abs().sum() < other.apart.stat_grads["4"].var.abs().sum()
+    assert one.apart.stat_grads["4"].scale.abs().sum() < other.apart.stat_grads["4"].scale.abs().sum()
 
 
 def test_where_a_pass_of_the_drop_in_overflows_the_scaler_skips_and_the_statistics_move_as_in_plain_training() -> None:

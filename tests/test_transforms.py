@@ -1,14 +1,11 @@
-"""The step under `torch.func.grad`, `vmap` and `torch.compile`, and the forms of the layer against each other."""
+"""The step under `torch.func.grad`, `vmap` and `torch.compile`, and its parts."""
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small import convolutional, images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,15 +17,14 @@ from apart_func import (
     ApartStep,
     BatchStats,
     Perturbation,
+    StatGrads,
     StepOutput,
     adversarial_pass,
     functionalize,
-    kernels,
     make_apart_step,
     proxy_pass,
     split_state,
 )
-from apart_func.batch_norm import _arithmetic_layer, _KernelLayer, _small_layer
 
 # The compared computations differ in the order of float64 sums only.
 ROUNDING = {"rtol": 1e-8, "atol": 1e-12}
@@ -42,71 +38,6 @@ def small_step(**options: Any) -> tuple[ApartStep, dict[str, Tensor], dict[str, 
 
 def assert_same(one: StepOutput, other: StepOutput) -> None:
     torch.testing.assert_close(one._asdict(), other._asdict(), **ROUNDING)
-
-
-# Three forms, one function.
-
-LAYER_INPUTS = [(6, 3), (6, 3, 5), (6, 3, 4, 2), (6, 3, 2, 2, 2)]
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    shape=st.sampled_from(LAYER_INPUTS),
-    groups=st.sampled_from([1, 2, 3]),
-    one_for_each=st.booleans(),
-    at_zero=st.booleans(),
-    many=st.booleans(),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    seed=st.integers(0, 1000),
-)
-def test_all_forms_of_the_layer_agree(
-    shape: tuple[int, ...], groups: int, one_for_each: bool, at_zero: bool, many: bool, dtype: torch.dtype, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=dtype)
-
-    size = (groups, 3) if one_for_each else (3,)
-    shift, scale = (torch.zeros(size, dtype=dtype) if at_zero else 0.3 * draw(*size) for _ in range(2))
-    inputs = [draw(*shape), draw(3), draw(3), shift, scale]
-    upstream = draw(*shape)
-    forms = [_arithmetic_layer, _KernelLayer.apply, _small_layer]
-    results = []
-    with patch.object(kernels, "MANY", 0 if many else kernels.MANY):
-        for layer in forms:
-            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-            y, mean, var = layer(*leaves, 1e-5, groups)
-            results.append([y, mean, var, *torch.autograd.grad(y, leaves, upstream)])
-    # Rounding: the forms differ in the order of sums, and a group of two is divided by a small deviation.
-    tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], **tolerance)
-
-
-def test_gradients_of_the_kernel_layer_are_those_of_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((6, 2, 3), (2,), (2,)))
-    zero = torch.zeros(2, dtype=torch.float64)
-
-    def layer(*tensors: Tensor) -> Tensor:
-        return _KernelLayer.apply(*tensors, 1e-5, 2)[0]
-
-    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    assert torch.autograd.gradcheck(lambda *t: layer(*t, zero, zero), inputs)
-
-
-def test_first_and_second_derivatives_of_the_arithmetic_layer_are_those_of_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((6, 2, 3), (2,), (2,)))
-    zero = torch.zeros(2, dtype=torch.float64)  # the shift of the mean is a constant, which differences do not know
-
-    def layer(*tensors: Tensor) -> Tensor:
-        return _arithmetic_layer(*tensors, zero, 0.3 + zero, 1e-5, 2)[0]
-
-    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    assert torch.autograd.gradcheck(layer, inputs)
-    assert torch.autograd.gradgradcheck(layer, inputs)
 
 
 # torch.func
@@ -307,14 +238,14 @@ def test_the_parts_make_the_step() -> None:
 
 def test_another_rule_takes_the_place_of_the_sign() -> None:
     def halved(
-        stats: dict[str, BatchStats], stat_grads: dict[str, BatchStats], epsilon: Tensor
+        stats: dict[str, BatchStats], stat_grads: dict[str, StatGrads], epsilon: Tensor
     ) -> dict[str, Perturbation]:
-        return {layer: Perturbation(epsilon * g.mean, epsilon * g.var / 2) for layer, g in stat_grads.items()}
+        return {layer: Perturbation(epsilon * g.mean, epsilon * g.scale / 2) for layer, g in stat_grads.items()}
 
     step, params, buffers = small_step(epsilon=0.5, rule=halved)
     out = step(params, buffers, BATCH)
     for layer, g in out.stat_grads.items():
-        torch.testing.assert_close(out.perturbation[layer], Perturbation(0.5 * g.mean, 0.25 * g.var))
+        torch.testing.assert_close(out.perturbation[layer], Perturbation(0.5 * g.mean, 0.25 * g.scale))
 
 
 def run_under_no_grad(step: Callable[[], StepOutput]) -> StepOutput:
@@ -342,47 +273,3 @@ def test_dropout_draws_from_the_default_generator() -> None:
     # each mapped model draws for itself, once the user says so
     out = vmap(lambda e: step(*split_state(model), BATCH, epsilon=e), randomness="different")(torch.zeros(2))
     assert not torch.equal(out.output[0], out.output[1])
-
-
-@pytest.mark.parametrize("shape", [(6, 3, 4, 2), (6, 3, 2, 2, 2)])
-def test_groups_of_channels_last_activations_are_those_of_contiguous_ones(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    vectors = [torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(4)]
-    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    results = []
-    for layout in (torch.contiguous_format, memory_format):
-        leaves = [
-            t.clone(memory_format=f).requires_grad_()
-            for t, f in ((x, layout), *((v, torch.contiguous_format) for v in vectors))
-        ]
-        y, mean, var = _KernelLayer.apply(*leaves, 1e-5, 2)
-        assert y.is_contiguous(memory_format=layout)
-        results.append([y, mean, var, *torch.autograd.grad(y, leaves, upstream.contiguous(memory_format=layout))])
-    torch.testing.assert_close(*results, **ROUNDING)
-
-
-def test_groups_of_channels_last_half_precision_are_those_of_float32() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, upstream = (torch.randn(6, 3, 4, 2, generator=generator).bfloat16() for _ in range(2))
-    x, upstream = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, upstream))
-    vectors = [torch.randn(3, generator=generator) for _ in range(4)]
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        leaves = [tensor.requires_grad_() for tensor in (x.detach().to(dtype), *(v.clone() for v in vectors))]
-        y, mean, var = _KernelLayer.apply(*leaves, 1e-5, 2)
-        assert y.dtype == dtype
-        assert mean.dtype == torch.float32
-        results.append([mean, var, y.float(), *(g.float() for g in torch.autograd.grad(y, leaves, upstream.to(dtype)))])
-    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-5, atol=1e-6)  # moments are not rounded
-    torch.testing.assert_close(results[0][2:], results[1][2:], rtol=2**-7, atol=2**-5)  # 8 bits, and sums of them
-
-
-def test_moments_of_many_activations_are_as_exact_as_those_of_few() -> None:
-    """Float32 around a mean that is 1000 deviations away, against float64."""
-    x = 1000 + torch.randn(64, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert kernels.outruns_batch_norm(x)
-    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    mean, var = kernels.moments(x, scratch=torch.empty_like(x))
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)  # a few units in the last place
-    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""Every call into torch that torch does not promise to keep; `tests/test_torch_internals.py` fails loudly when one changes."""
+"""Every call into torch that torch does not promise to keep. A test for each fails loudly when one changes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -82,3 +82,22 @@ def as_shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
 def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Tensor]:
     """(1 − weight) · start + weight · end for every pair, in one call. Not under a transform or compiler."""
     return list(torch._foreach_lerp(starts, ends, weight))
+
+
+@torch.no_grad()
+def copies_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that can be changed in place. Vectors of a kind are copied together: there are many, and they are small."""
+    kinds: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault((tensor.dim(), tensor.dtype, tensor.device), []).append(name)
+    found: dict[str, Tensor] = {}
+    for (dim, dtype, _), names in kinds.items():
+        if dim == 1:
+            joined = torch.cat([tensors[name] for name in names])
+            parts = torch.unsafe_split_with_sizes(joined, [tensors[name].shape[0] for name in names])
+        elif dim == 0 and not dtype.is_floating_point:
+            parts = torch.stack([tensors[name] for name in names]).unbind()
+        else:
+            parts = [tensors[name].clone() for name in names]
+        found.update(zip(names, parts, strict=True))
+    return {name: found[name] for name in tensors}

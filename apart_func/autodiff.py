@@ -24,11 +24,13 @@ class Opened(NamedTuple):
         aux: further results.
         taps: tensors that were made during the forward and are differentiated by as well. Only an eager one can have
             them, since a transform differentiates by arguments.
+        trusted: tensors whose graph is known to have no parameters but the arguments; see `_check_graph`.
     """
 
     loss: Tensor
     aux: Any = None
     taps: Sequence[Tensor] = ()
+    trusted: Sequence[Tensor] = ()
 
 
 class Gradient(NamedTuple):
@@ -89,9 +91,9 @@ def _eagerly(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradi
     leaves = [tensor.detach().requires_grad_() for tree in inputs for tensor in _leaves(tree)]
 
     def finish(opened: Opened) -> Gradient:
-        loss, aux, taps = opened
+        loss, aux, taps, trusted = opened
         wanted = [*leaves, *taps]
-        _check_graph(loss, leaves)
+        _check_graph(loss, leaves, trusted)
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
         grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
         return Gradient(_filled(inputs, grads), loss.detach(), aux, grads[len(leaves) :])
@@ -168,7 +170,7 @@ class ForeignParametersError(UsageError):
         )
 
 
-def _check_graph(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+def _check_graph(loss: Tensor, leaves: Sequence[Tensor], trusted: Sequence[Tensor]) -> None:
     """Make sure that a loss has a gradient, and that it is one by the leaves alone."""
     if not loss.requires_grad:
         raise UsageError(
@@ -176,13 +178,14 @@ def _check_graph(loss: Tensor, leaves: Sequence[Tensor]) -> None:
             "detach the output, compute without no_grad, and return a tensor that the model's output went into."
         )
     own = {id(leaf) for leaf in leaves}
-    foreign = [leaf for leaf in _graph_leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    graph = _graph_leaves(loss, {tensor.grad_fn for tensor in trusted})
+    foreign = [leaf for leaf in graph if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ForeignParametersError(foreign)
 
 
 def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
-    """`_check_graph` for what a transform has left of the graph around it: leaves that no transform differentiates by."""
+    """`_check_graph` for the graph around a transform: of leaves that no transform differentiates by."""
     if is_compiling() or not torch.is_grad_enabled():
         return
     own = {id(unwrapped(leaf)) for tree in inputs for leaf in _leaves(tree)}
@@ -192,17 +195,16 @@ def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
         raise ForeignParametersError(foreign)
 
 
-def _graph_leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The leaves of the graph of a tensor that are differentiated by."""
+def _graph_leaves(loss: Tensor, left_out: Iterable[Any] = ()) -> Iterator[Tensor]:
+    """The leaves of the graph of a tensor that are differentiated by, without those that some nodes lead to."""
     if loss.grad_fn is None:
         if loss.requires_grad:
             yield loss
         return
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    waiting, seen = [loss.grad_fn], {loss.grad_fn, None, *left_out}
     while waiting:
-        following = waiting.pop().next_functions
-        for node, _ in following:
-            if node is None or node in seen:
+        for node, _ in waiting.pop().next_functions:
+            if node in seen:
                 continue
             seen.add(node)
             if node.next_functions:

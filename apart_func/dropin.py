@@ -108,6 +108,7 @@ class APART:
         self._proxy: _Proxy | None = None
         self._mixed: _Mixed | None = None
         self._inside: str | None = None
+        self._route: Route | None = None
 
     def __repr__(self) -> str:
         settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
@@ -258,7 +259,7 @@ class APART:
         hook = self.model.register_forward_pre_hook(handler.samples.count, with_kwargs=True)
         self._inside = context
         try:
-            with Route(layers).opened(watch):
+            with self._route_of(layers).opened(watch):
                 yield
         finally:
             self._inside = None
@@ -268,6 +269,12 @@ class APART:
                 f"{context} was left before backward(), and out here that would run the checkpointed layers "
                 f"{sorted(watch.waiting)} again as plain batch norm. Call backward() inside the context."
             )
+
+    def _route_of(self, layers: Layers) -> Route:
+        """The same one for the same layers: a compiler looks at whether it is."""
+        if self._route is None or self._route.layers != layers:
+            self._route = Route(layers)
+        return self._route
 
     def _perturbation(self, before: PerturbationTree) -> PerturbationTree:
         radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)

@@ -1,8 +1,8 @@
 """A model as a function of its tensors: `functionalize`, and the way in and out of a module's state.
 
-`functionalize` keeps a private copy of the model that owns no tensor. `torch.func.functional_call` lends it the caller's
-parameters and buffers for the time of a call, in which the loss is computed *and* differentiated, so that a layer that
-is run once more during the backward finds its tensors. The caller's model is never run.
+`functionalize` keeps a private copy of the model that owns no tensor. `torch.func.functional_call` lends it the
+caller's parameters and buffers for the time of a call, in which the loss is computed *and* differentiated, so that a
+layer that is run once more during the backward finds its tensors. The caller's model is never run.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from apart_func._torch import Constants, is_compiling, is_traced, register_einops
+from apart_func._torch import Constants, copies_together, is_compiling, is_traced, register_einops
 from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
 from apart_func.layer.affine import Parameters
@@ -241,10 +241,12 @@ class _Template:
     Attributes:
         module: the copy.
         route: of its batch norm.
+        checked: whether a loss was looked through for parameters that its forward reaches past the arguments. What a
+            loss function reaches is looked for in every call.
     """
 
     def __init__(self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None]) -> None:
-        self.module = module
+        self.module, self.checked = module, False
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in momenta}
         self.route = Route(layers, momenta)
         for layer in layers.values():
@@ -259,11 +261,12 @@ class _Template:
             if place == name and place.rpartition(".")[2] in registers[place.rpartition(".")[0]]
         }
         self._layers = layers
+        self._lent: dict[str, tuple[Tensor, int]] = {}
         self._modes = [(layer, layer.training) for layer in layers.values()]
 
     def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
         """See `FunctionalModel.run`."""
-        held = {**tensors, **_copies({name: tensors[name] for name in self._buffers})}
+        held = {**tensors, **self._copies(tensors)}
         lent = {place: held[name] for place, name in self._aliases}
         try:
             if handler is None:
@@ -282,6 +285,14 @@ class _Template:
             )
         return result
 
+    def _copies(self, tensors: Tensors) -> Tensors:
+        """Copies of the buffers for a forward to change."""
+        buffers = {name: tensors[name] for name in self._buffers}
+        if is_traced():
+            return {name: buffer.clone() for name, buffer in buffers.items()}
+        self._lent = {name: (copy, copy._version) for name, copy in copies_together(buffers).items()}
+        return {name: copy for name, (copy, _) in self._lent.items()}
+
     def affine_parameters(self) -> dict[str, Parameters]:
         """γ and β of the layers that are perturbed, by name; to be asked while the call runs."""
         return {name: Parameters(layer.weight, layer.bias) for name, layer in self._layers.items()}
@@ -289,8 +300,16 @@ class _Template:
     def buffers(self, before: Mapping[str, Tensor]) -> Tensors:
         """The buffers as the forward has left them, keyed as those before; to be asked while the call runs."""
         after = {name: register[key] for name, (register, key) in self._buffers.items()}
-        if not is_traced():
-            after = {name: value.detach() if value.requires_grad else value for name, value in after.items()}
+        if is_traced():
+            return {name: after.get(name, tensor) for name, tensor in before.items()}
+        for name, value in after.items():
+            copy, version = self._lent[name]
+            if value is not copy:
+                after[name] = value.detach()
+            elif value._version == version:
+                after[name] = before[name]
+            else:  # a copy may share its memory with others
+                after[name] = value.detach().clone()
         return {name: after.get(name, tensor) for name, tensor in before.items()}
 
 
@@ -303,12 +322,6 @@ class _Program(nn.Module):
 
     def forward(self, function: Callable[[_Template], Any], template: _Template) -> Any:
         return function(template)
-
-
-def _copies(buffers: Tensors) -> Tensors:
-    """Copies for a forward to change."""
-    traced = is_traced()
-    return {name: buffer.clone() if traced else buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 class _Absent:
@@ -328,8 +341,8 @@ class _Absent:
             elif isinstance(value, tuple | list):
                 waiting.extend(value)
         raise ModelError(
-            f"the model reached {name} through something that is no attribute of a module, so the caller's tensor could "
-            "not be put there. Keep it as a module attribute, and read it there."
+            f"the model reached {name} through something that is neither a module's attribute nor made of one, so the "
+            "caller's tensor could not be put there. Keep it as a module attribute, and read it there."
         )
 
 
@@ -365,9 +378,6 @@ def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mod
     Raises:
         ModelError: it cannot be copied.
     """
-    lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
-    if lazy:
-        raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
     for name, module in model.named_modules():
         _check_forward(name, module)
     try:
@@ -453,14 +463,17 @@ def _plain_batch_norm(site: Site, x: Tensor, weight: Tensor | None, bias: Tensor
 
 
 def check_model(model: Any) -> None:
-    """Make sure that a model is one.
+    """Make sure that a model is one, with tensors that have a shape.
 
     Raises:
-        ModelError: it is no module.
+        ModelError: it is no module, or has lazy layers.
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ModelError(f"the model is {what}; expected a torch.nn.Module, such as resnet18().")
+    lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
 
 
 def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensors:

@@ -85,25 +85,30 @@ class Route:
 
     Args:
         layers: by name.
-        momenta: weight of a batch in their running statistics; None takes what the layers say now.
+        momenta: weight of a batch in their running statistics; None takes what the layers say whenever it is opened.
 
     Attributes:
+        layers: by name.
         handler: where the layers' calls go; None leaves every layer as it is.
         reached: whether a layer was called since the route was opened, in either mode.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], momenta: Mapping[str, float | None] | None = None) -> None:
+        self.layers, self._momenta = layers, momenta
         self.handler: Handler | None = None
         self.reached = False
-        if momenta is None:
-            momenta = {name: layer.momentum for name, layer in layers.items()}
-        self._detours = [
-            _Detour(self, Site(name, layer, momenta[name], is_stock(layer))) for name, layer in layers.items()
-        ]
+        self._detours = [_Detour(self, site) for site in self._sites()]
+
+    def _sites(self) -> list[Site]:
+        momenta = self._momenta or {name: layer.momentum for name, layer in self.layers.items()}
+        return [Site(name, layer, momenta[name], is_stock(layer)) for name, layer in self.layers.items()]
 
     @contextmanager
     def opened(self, handler: Handler) -> Iterator[None]:
         """Lead the layers' calls to `handler` while open, and leave the layers as they were."""
+        if self._momenta is None:
+            for detour, site in zip(self._detours, self._sites(), strict=True):
+                detour.take(site)
         for detour in self._detours:
             vars(detour.site.layer)["forward"] = detour
         self.handler, self.reached = handler, False
@@ -119,7 +124,12 @@ class _Detour:
     """What stands in for the `forward` of one layer. In a copy of the layer, its own forward stands again."""
 
     def __init__(self, route: Route, site: Site) -> None:
-        self.route, self.site = route, site
+        self.route = route
+        self.take(site)
+
+    def take(self, site: Site) -> None:
+        """Stand in for a layer as it is now."""
+        self.site = site
         self.own = vars(site.layer).get("forward")  # of the instance, if it has one
         self.original = site.layer.forward
 

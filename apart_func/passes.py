@@ -10,7 +10,7 @@ A pass gives every BN layer of the functional model something else to do, and di
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -26,15 +26,16 @@ from apart_func.intercept import Site
 from apart_func.layer import clean_batch_norm
 from apart_func.layer.affine import (
     Affine,
+    Clean,
     Parameters,
     Tapped,
     affine,
     affine_of_layers,
+    clean_of_layers,
+    clean_vectors,
     flat_shifts,
-    flat_vectors,
     over_layers,
-    statistic_gradients,
-    tap,
+    together,
 )
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import (
@@ -46,15 +47,17 @@ from apart_func.layer.rows import (
     grouped_batch_norm,
     number_of_groups,
 )
-from apart_func.running import Record, assign, pooled
+from apart_func.running import Record, advance, as_called, assign, pooled
 from apart_func.trees import (
     AdversarialOutput,
+    BatchStats,
     MixedOutput,
     Perturbation,
     PerturbationTree,
     ProxyOutput,
     StatGrads,
     StatGradTree,
+    StatTree,
     Tensors,
     batch_size,
     detached,
@@ -109,11 +112,13 @@ def proxy_pass(
     layer = _TracedProxyLayer(run) if is_traced() else _EagerProxyLayer(run)
 
     def after(template: _Template) -> Any:
-        return template.buffers(buffers), layer.record.statistics()
+        return template.buffers(buffers), layer.recorded()
 
-    gradient, output, (moved, stats) = run.differentiated(layer, layer.inputs(params), after)
-    grads, stat_grads = gradient.grads[0], layer.statistic_gradients(gradient)
-    return ProxyOutput(gradient.loss, output, run.unscaled(grads), moved, stats, run.unscaled_stats(stat_grads))
+    gradient, output, (moved, recorded) = run.differentiated(layer, layer.inputs(params), after)
+    stats, stat_grads = layer.results(gradient, recorded)
+    return ProxyOutput(
+        gradient.loss, output, run.unscaled(gradient.grads[0]), moved, stats, run.unscaled_stats(stat_grads)
+    )
 
 
 def adversarial_pass(
@@ -312,9 +317,17 @@ class _Pass:
                 with self._autocast():
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
+                first, template.checked = not template.checked, True
                 scale = self._precision.loss_scale
                 results = (_outcome(loss), _outcome(output), after(template))
-                return finish(Opened(loss if scale is None else loss * scale, results, layer.taps()))
+                return finish(
+                    Opened(
+                        loss if scale is None else loss * scale,
+                        results,
+                        layer.taps(),
+                        () if first else tensors_of(output),
+                    )
+                )
 
             return self._fmodel.run({**self._tensors, **trained}, layer, body)
 
@@ -408,17 +421,19 @@ class _ShiftedLayer(_Layer):
         name = site.name
         check_input(name, x, self._run.layers[name])
         vectors = self._prepared.get(name)
-        if vectors is None or not _fits(vectors.gamma, self._parameters[name], weight, bias, x):
-            vectors = affine(x, Parameters(weight, bias), self.shifts[name], self._grouping.groups)
+        used = Parameters(weight, bias)
+        if vectors is None or not _fits(vectors.gamma, self._parameters[name], used, x):
+            vectors = affine(x, used, self.shifts[name], self._grouping.groups)
         return grouped_batch_norm(name, x, vectors, eps, self._grouping)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return self.normalized(site, x, weight, bias, eps).y
 
 
-def _fits(vector: Tensor, own: Parameters, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> bool:
+def _fits(vector: Tensor, own: Parameters, used: Parameters, x: Tensor) -> bool:
     """Whether a layer computes with its own γ and β, in the dtype of a vector that was prepared of them."""
-    return weight is own.weight and bias is own.bias and vector.dtype == statistics_dtype(x.dtype)
+    same = used.weight is own.weight and used.bias is own.bias
+    return same and (vector.dtype == x.dtype or vector.dtype == statistics_dtype(x.dtype))
 
 
 class _MixedLayer(_ShiftedLayer):
@@ -447,9 +462,13 @@ class _TracedProxyLayer(_ShiftedLayer):
         """What the pass is differentiated by."""
         return params, self.shifts
 
-    def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
-        """By layer, from the gradient of the pass."""
-        return self._run.shift_grads(gradient.grads[1], 1)
+    def recorded(self) -> StatTree:
+        """Statistics of the layers that were called."""
+        return self.record.statistics()
+
+    def results(self, gradient: Gradient, recorded: StatTree) -> tuple[StatTree, StatGradTree]:
+        """Statistics of the layers that were called, and the gradients of all, from the gradient of the pass."""
+        return recorded, self._run.shift_grads(gradient.grads[1], 1)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, stats, sizes = self.normalized(site, x, weight, bias, eps)
@@ -460,64 +479,78 @@ class _TracedProxyLayer(_ShiftedLayer):
 class _EagerProxyLayer(_Layer):
     """The same for an eager pass: the loss is differentiated by γ and β of each call, as BN's backward does anyway.
 
-    γ and β of all layers stand in two vectors for that; a second call of a layer has a pair of its own.
+    The vectors of all layers stand together for that; a second call of a layer has its own.
     """
 
     def __init__(self, run: _Pass) -> None:
         super().__init__(run)
-        self.record = Record(assign, run.like.dtype)
         self._parameters: dict[str, Parameters] = {}
-        self._vectors: tuple[Tensor, ...] = ()
-        self._prepared: dict[str, tuple[Tensor, Tensor]] = {}
-        self._calls: list[tuple[Tapped, tuple[Tensor, Tensor] | None]] = []
+        self._all: Clean | None = None
+        self._prepared: dict[str, Clean] = {}
+        self._calls: list[tuple[str, Tapped, bool]] = []  # the flag: whether its vectors are a part of all
 
     def prepare(self, template: _Template) -> None:
-        """Put γ and β of all layers together."""
+        """Put the vectors of all layers together."""
         self._parameters = template.affine_parameters()
-        self._vectors, self._prepared = flat_vectors(self._parameters, self._run.layers)
+        self._all, self._prepared = clean_of_layers(self._parameters, self._run.layers)
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """See `intercept.Handler`."""
+        name = site.name
+        check_input(name, x, self._run.layers[name])
+        check_variance(name, x, 1)
+        vectors, own = self._prepared.pop(name, None), Parameters(weight, bias)
+        prepared = vectors is not None and _fits(vectors.weight, self._parameters[name], own, x)
+        if vectors is None or not prepared:
+            vectors = clean_vectors(x, own)
+        y = clean_batch_norm(x, vectors, eps)
+        if not is_recomputing():
+            size = x.numel() // x.shape[1]
+            advance(site, vectors.mean, vectors.unbiased, assign)
+            self._calls.append((name, Tapped(vectors, (size - 1) / size, eps), prepared))
+        return y
+
+    def taps(self) -> list[Tensor]:
+        """γ and β of all layers, then those of calls that have their own."""
+        own = [tap for _, call, prepared in self._calls if not prepared for tap in call.vectors[:2]]
+        return [*(self._all[:2] if self._all else ()), *own]
 
     def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
         """What the pass is differentiated by."""
         return (params,)
 
-    def taps(self) -> list[Tensor]:
-        """γ and β of all layers, then those of calls that have their own."""
-        return [*self._vectors, *(tap for _, own in self._calls if own is not None for tap in own)]
+    def recorded(self) -> StatTree:
+        """Nothing yet: statistics of all layers are computed together, after the pass."""
+        return {}
 
-    def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
-        """Sum over the calls of each layer."""
-        grads, lengths = gradient.tap_grads, list(self._run.layers.values())
-        of_all = {}
-        if self._vectors:
-            of_all = dict(zip(self._run.layers, zip(grads[0].split(lengths), grads[1].split(lengths), strict=False), strict=True))
-        rest = iter(grads[len(self._vectors) :])
-        pairs = [of_all[call.name] if own is None else (next(rest), next(rest)) for call, own in self._calls]
-        zero = self._run.like
-        found: StatGradTree = {}
-        if pairs:
-            for (call, _), g in zip(
-                self._calls, statistic_gradients([c for c, _ in self._calls], *zip(*pairs, strict=False)), strict=True
-            ):
-                g = StatGrads(g.mean.to(zero.dtype), g.scale.to(zero.dtype))
-                before = found.get(call.name)
-                found[call.name] = g if before is None else StatGrads(before.mean + g.mean, before.scale + g.scale)
-        return {
-            name: found.get(name) or StatGrads(zero.new_zeros(channels), zero.new_zeros(channels))
-            for name, channels in self._run.layers.items()
-        }
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        name, own = site.name, None
-        check_input(name, x, self._run.layers[name])
-        check_variance(name, x, 1)
-        pair = self._prepared.pop(name, None)
-        if pair is None or not _fits(pair[0], self._parameters[name], weight, bias, x):
-            pair = own = tap(x, weight, 1.0), tap(x, bias, 0.0)
-        y, stats = clean_batch_norm(x, *pair, eps)
-        if not is_recomputing():
-            self.record.add(site, stats, x.numel() // x.shape[1])
-            self._calls.append((Tapped(name, stats, eps, pair[0]), own))
-        return y
+    def results(self, gradient: Gradient, recorded: StatTree) -> tuple[StatTree, StatGradTree]:
+        """Statistics of the layers that were called, and the gradients of all, from the gradient of the pass."""
+        zero, channels = self._run.like, self._run.layers
+        grads, lengths = gradient.tap_grads, list(channels.values())
+        names = [name for name, _, prepared in self._calls if prepared]
+        if self._all is not None and len(self._calls) == len(names) == len(channels):
+            of_name = {name: call for name, call, _ in self._calls}
+            call = together(self._all, [of_name[name] for name in channels])
+            stats = call.stats()
+            found = call.statistic_gradients(stats, *grads)
+            if found.mean.dtype == zero.dtype:
+                trees = [zip(*(vector.split(lengths) for vector in pair), strict=True) for pair in (stats, found)]
+                return (
+                    dict(zip(channels, map(BatchStats._make, trees[0]), strict=True)),
+                    dict(zip(channels, map(StatGrads._make, trees[1]), strict=True)),
+                )
+        parts: dict[str, tuple[Tensor, Tensor]] = {}
+        rest = iter(grads)
+        if self._all is not None:
+            parts = dict(zip(channels, zip(*(next(rest).split(lengths) for _ in range(2)), strict=True), strict=True))
+        stats_of: dict[str, list[BatchStats]] = {}
+        sums = {name: StatGrads(zero.new_zeros(size), zero.new_zeros(size)) for name, size in channels.items()}
+        for name, call, prepared in self._calls:
+            moments = call.stats()
+            g = call.statistic_gradients(moments, *(parts[name] if prepared else (next(rest), next(rest))))
+            sums[name] = StatGrads(sums[name].mean + g.mean, sums[name].scale + g.scale)
+            stats_of.setdefault(name, []).append(BatchStats(moments.mean.to(zero.dtype), moments.var.to(zero.dtype)))
+        return as_called(stats_of), sums
 
 
 def statistics_like(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -611,16 +644,7 @@ def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int
     Raises:
         SettingError: naming the layers.
     """
-    if not isinstance(perturbation, Mapping):
-        raise SettingError(
-            f"the perturbation is a {type(perturbation).__name__}; expected one by layer, as of init_perturbation(model)."
-        )
-    if perturbation.keys() != layers.keys():
-        missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
-        raise SettingError(
-            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
-            "A rule returns one entry for every layer in stat_grads."
-        )
+    check_layers(layers, perturbation)
     for name, channels in layers.items():
         for shift in perturbation[name]:
             shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
@@ -629,3 +653,21 @@ def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int
                     f"the perturbation of layer {name!r} has shape {shape}; expected ({channels},), "
                     f"or ({groups}, {channels}) for one in each group."
                 )
+
+
+def check_layers(layers: Iterable[str], perturbation: Any) -> None:
+    """Make sure that a perturbation has the layers that it should have.
+
+    Raises:
+        SettingError: naming the layers.
+    """
+    if not isinstance(perturbation, Mapping):
+        raise SettingError(
+            f"the perturbation is a {type(perturbation).__name__}; expected a dict by layer, as of init_perturbation."
+        )
+    missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
+    if missing or unexpected:
+        raise SettingError(
+            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
+            "A rule returns one entry for every layer in stat_grads."
+        )

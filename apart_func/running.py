@@ -3,7 +3,7 @@
 Statistics of ghost groups are taken together for it: running statistics are those of samples, not of groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,14 +47,19 @@ class Record:
             stats: its batch statistics, `(C,)`.
             sizes: values a channel that they are of.
         """
-        advance(site, stats, sizes, self._store)
+        advance(site, stats.mean, stats.var * (sizes / (sizes - 1)), self._store)
         if stats.mean.dtype != self._dtype:
             stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))
         self._calls.setdefault(site.name, []).append(stats)
 
     def statistics(self) -> StatTree:
-        """Batch statistics of the recorded calls, `(C,)`, or `(K, C)` for a layer called K times."""
-        return {layer: stats[0] if len(stats) == 1 else stacked(stats) for layer, stats in self._calls.items()}
+        """Batch statistics of the recorded calls; see `as_called`."""
+        return as_called(self._calls)
+
+
+def as_called(calls: Mapping[str, Sequence[BatchStats]]) -> StatTree:
+    """Statistics of the calls of every layer as one tree: `(C,)`, or `(K, C)` for a layer called K times."""
+    return {layer: stats[0] if len(stats) == 1 else stacked(list(stats)) for layer, stats in calls.items()}
 
 
 def pooled(stats: BatchStats, sizes: Any, groups: int, clean: int) -> tuple[BatchStats, Any]:
@@ -78,13 +83,13 @@ def pooled(stats: BatchStats, sizes: Any, groups: int, clean: int) -> tuple[Batc
     return BatchStats(center, between.add_(var.mean(0))), sizes * clean
 
 
-def advance(site: Site, stats: BatchStats, size: Any, store: Store) -> None:
+def advance(site: Site, mean: Tensor, unbiased: Tensor, store: Store) -> None:
     """Move a layer's running statistics by one batch, as plain batch norm does.
 
     Args:
         site: the layer. One with a forward of its own counts the batch itself.
-        stats: batch statistics, `(C,)`.
-        size: values a channel in the batch; the running variance takes the unbiased estimate.
+        mean: of the batch, `(C,)`.
+        unbiased: its unbiased variance, `(C,)`.
         store: how the layer gets the new values.
     """
     layer = site.layer
@@ -96,9 +101,9 @@ def advance(site: Site, stats: BatchStats, size: Any, store: Store) -> None:
         store(layer, "num_batches_tracked", count)
     weight: Any = site.momentum
     if weight is None:  # all batches weigh alike; without a counter none does, as in PyTorch
-        weight = 0.0 if count is None else torch.reciprocal(count.to(stats.mean.dtype))
-    mean, var = layer.running_mean, layer.running_var
-    unbiased = stats.var * (size / (size - 1))
-    # computed in the dtype of the batch's statistics, and kept in that of the running ones
-    store(layer, "running_mean", torch.lerp(mean.to(stats.mean.dtype), stats.mean, weight).to(mean.dtype))
-    store(layer, "running_var", torch.lerp(var.to(unbiased.dtype), unbiased, weight).to(var.dtype))
+        weight = 0.0 if count is None else torch.reciprocal(count.to(mean.dtype))
+    for key, new in (("running_mean", mean), ("running_var", unbiased)):
+        old = getattr(layer, key)
+        # computed in the dtype of the batch's statistics, and kept in that of the running ones
+        moved = torch.lerp(old, new, weight) if old.dtype == new.dtype else torch.lerp(old.to(new), new, weight).to(old)
+        store(layer, key, moved)

@@ -20,7 +20,15 @@ from apart_func.errors import BatchError
 from apart_func.functional import FunctionalModel, LossFunction, as_functional
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import Rows, number_of_groups
-from apart_func.passes import Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like, zero_shifts
+from apart_func.passes import (
+    Precision,
+    adversarial_pass,
+    check_layers,
+    gradients_at,
+    proxy_pass,
+    statistics_like,
+    zero_shifts,
+)
 from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit, sign_perturbation
 from apart_func.settings import Settings, scalar
 from apart_func.trees import (
@@ -222,7 +230,11 @@ def found_perturbation(
 ) -> PerturbationTree:
     """What a rule makes of the layers that were called; the others keep the perturbation that they had."""
     called = {layer: stat_grads[layer] for layer in stat_grads if layer in stats}
-    return {**before, **constant(rule(stats, called))} if called else before
+    if not called:
+        return before
+    found = rule(stats, called)
+    check_layers(called, found)
+    return {**before, **constant(found)}
 
 
 def over_microbatches(

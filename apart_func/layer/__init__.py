@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apart_func._torch import is_traced
-from apart_func.layer.affine import Affine
+from apart_func.layer.affine import Affine, Clean
 from apart_func.layer.formula import Reduce, arithmetic_layer
 from apart_func.layer.kernels import KernelLayer, outruns_batch_norm
 from apart_func.layer.native import KERNEL_DEVICES, native_layer
@@ -29,27 +29,26 @@ from apart_func.trees import BatchStats
 SMALL = 2**15
 
 
-def clean_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, BatchStats]:
-    """Plain training-mode batch norm, and its statistics. Eager only.
+def clean_batch_norm(x: Tensor, vectors: Clean, eps: float) -> Tensor:
+    """Plain training-mode batch norm, which leaves its statistics in the vectors. Eager only.
 
     Args:
         x: activations `(N, C, ...)`.
-        weight: scale γ `(C,)`, in the dtype of the statistics.
-        bias: shift β `(C,)`, likewise.
+        vectors: γ and β `(C,)`, and zeros in which the batch's mean and *unbiased* variance are left.
         eps: BN's constant, added to the variance.
 
     Returns:
-        The output, of `x`'s shape and dtype; and batch statistics, `(C,)`, in at least float32.
+        The output, of `x`'s shape and dtype.
     """
+    weight, bias, mean, unbiased = vectors
     if outruns_batch_norm(x):
-        y, mean, var = KernelLayer.apply(x, weight, None, bias, eps, 1)
-        return y, BatchStats(mean, var)
+        y, center, var = KernelLayer.apply(x, weight, None, bias, eps, 1)
+        size = x.numel() // x.shape[1]
+        mean.copy_(center)
+        unbiased.copy_(var).mul_(size / (size - 1))
+        return y  # type: ignore[no-any-return]
     # Running statistics that start from nothing and take the batch whole are the batch's.
-    channels = x.shape[1]
-    mean, var = torch.zeros(2, channels, dtype=weight.dtype, device=x.device)
-    y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
-    size = x.numel() // channels
-    return y, BatchStats(mean, var * ((size - 1) / size))
+    return torch.batch_norm(x, weight, bias, mean, unbiased, True, 1.0, eps, torch.backends.cudnn.enabled)
 
 
 def perturbed_batch_norm(

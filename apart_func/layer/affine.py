@@ -8,7 +8,7 @@ all layers of a pass in a few operations by `affine_of_layers`.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,24 +125,6 @@ def affine_of_layers(
     return dict(zip(channels, map(Affine, *split), strict=True))
 
 
-def flat_vectors(
-    parameters: Mapping[str, Parameters], channels: Mapping[str, int]
-) -> tuple[tuple[Tensor, ...], dict[str, tuple[Tensor, Tensor]]]:
-    """γ and β of all layers in two vectors that a loss can be differentiated by, and each layer's part of them.
-
-    Returns:
-        Nothing where dtypes or devices differ, or a γ or β is missing.
-    """
-    weights, biases = zip(*(parameters[name] for name in channels), strict=True)
-    if not _are_alike((*weights, *biases)):
-        return (), {}
-    vectors = tuple(
-        vector if vector.requires_grad else vector.requires_grad_() for vector in _joined(weights, biases, 1)
-    )
-    lengths = list(channels.values())
-    return vectors, dict(zip(channels, zip(*(vector.split(lengths) for vector in vectors), strict=True), strict=True))
-
-
 def _are_alike(column: Sequence[Tensor | None]) -> bool:
     first = column[0]
     return first is not None and all(
@@ -174,25 +156,30 @@ def _perturbed(channels: tuple[int, ...], groups: int, clean: int, device: torch
     return torch.cat([groups_of.repeat_interleave(size) for size in channels])
 
 
-class Tapped(NamedTuple):
-    """One call of a layer at δ = 0, of which the loss is differentiated by γ and β.
+class Clean(NamedTuple):
+    """The vectors of one call of a layer at δ = 0, or of one of all layers, one after the other.
 
     Attributes:
-        name: of the layer.
-        stats: batch statistics, `(C,)`.
-        eps: BN's constant.
-        weight: γ of this call, `(C,)`.
+        weight: γ, `(C,)`, in the dtype of statistics, which the loss can be differentiated by.
+        bias: β, likewise.
+        mean: where the batch's mean is left.
+        unbiased: where its unbiased variance is left.
     """
 
-    name: str
-    stats: BatchStats
-    eps: float
     weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    unbiased: Tensor
 
 
-def tap(x: Tensor, vector: Tensor | None, default: float) -> Tensor:
-    """γ or β of one call alone, which the loss can be differentiated by, in the dtype of the layer's statistics."""
-    dtype = statistics_dtype(x.dtype)
+def clean_vectors(x: Tensor, parameters: Parameters) -> Clean:
+    """The vectors of one call of a layer."""
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    taps = (_tap(vector, default, x, dtype) for vector, default in zip(parameters, (1.0, 0.0), strict=True))
+    return Clean(*taps, *torch.zeros(2, channels, dtype=dtype, device=x.device))
+
+
+def _tap(vector: Tensor | None, default: float, x: Tensor, dtype: torch.dtype) -> Tensor:
     if vector is None:
         return torch.full((x.shape[1],), default, dtype=dtype, device=x.device, requires_grad=True)
     if vector.requires_grad:
@@ -200,29 +187,68 @@ def tap(x: Tensor, vector: Tensor | None, default: float) -> Tensor:
     return vector.to(dtype).detach().requires_grad_()
 
 
-def statistic_gradients(
-    calls: Sequence[Tapped], by_weight: Sequence[Tensor], by_bias: Sequence[Tensor]
-) -> list[StatGrads]:
-    """Gradients by the relative shifts at zero, which BN's backward yields on the way. Eager only.
+def clean_of_layers(
+    parameters: Mapping[str, Parameters], channels: Mapping[str, int]
+) -> tuple[Clean | None, dict[str, Clean]]:
+    """The vectors of one call of every layer: all together, and each layer's part of them.
 
-    From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
+    Returns:
+        Nothing where dtypes or devices differ, or a γ or β is missing.
+    """
+    weights, biases = zip(*(parameters[name] for name in channels), strict=True)
+    if not _are_alike((*weights, *biases)):
+        return None, {}
+    taps = [vector if vector.requires_grad else vector.requires_grad_() for vector in _joined(weights, biases, 1)]
+    together = Clean(
+        *taps, torch.zeros_like(taps[0], requires_grad=False), torch.zeros_like(taps[0], requires_grad=False)
+    )
+    lengths = list(channels.values())
+    return together, dict(zip(channels, map(Clean, *(vector.split(lengths) for vector in together)), strict=True))
 
-    Args:
-        calls: of layers.
-        by_weight: gradient of the loss by γ of each, `(C,)`.
-        by_bias: by β.
+
+class Tapped(NamedTuple):
+    """One call of a layer at δ = 0, or one of all layers.
+
+    Attributes:
+        vectors: those that it was computed with, and its statistics.
+        unbias: (n − 1)/n of the n values a channel, which makes the variance the biased one.
+        eps: BN's constant.
     """
 
-    def by_shift_and_scale(
-        mean: Tensor, var: Tensor, weight: Tensor, g_weight: Tensor, g_bias: Tensor, eps: Any
-    ) -> tuple[Tensor, ...]:
-        return torch.mul(weight, g_bias).mul_(mean).mul_(torch.rsqrt(var + eps)).neg_(), weight * g_weight
+    vectors: Clean
+    unbias: float | Tensor
+    eps: float | Tensor
 
-    vectors = [
-        (*call.stats, call.weight.detach(), g_weight, g_bias)
-        for call, g_weight, g_bias in zip(calls, by_weight, by_bias, strict=True)
-    ]
-    return [StatGrads(*pair) for pair in over_layers(by_shift_and_scale, vectors, [(call.eps,) for call in calls])]
+    def stats(self) -> BatchStats:
+        """Batch statistics, `(C,)`."""
+        return BatchStats(self.vectors.mean, self.vectors.unbiased * self.unbias)
+
+    def statistic_gradients(self, stats: BatchStats, by_weight: Tensor, by_bias: Tensor) -> StatGrads:
+        """Gradients by the relative shifts at zero, which BN's backward yields on the way.
+
+        From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
+        """
+        weight = self.vectors.weight.detach()
+        by_mean = torch.mul(weight, by_bias).mul_(stats.mean).mul_(torch.rsqrt(stats.var + self.eps)).neg_()
+        return StatGrads(by_mean, weight * by_weight)
+
+
+def together(vectors: Clean, calls: Sequence[Tapped]) -> Tapped:
+    """One call of every layer as one call of all."""
+    sizes = tuple(call.vectors.mean.shape[0] for call in calls)
+    like = vectors.mean
+    spread = (
+        _spread(tuple(column), sizes, like.device, like.dtype)
+        for column in zip(*((call.unbias, call.eps) for call in calls), strict=True)
+    )
+    return Tapped(vectors, *spread)
+
+
+@lru_cache(maxsize=64)
+def _spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number of each layer for all of its channels."""
+    parts = zip(values, sizes, strict=True)
+    return torch.cat([torch.full((size,), value, dtype=dtype, device=device) for value, size in parts])
 
 
 def over_layers(

@@ -2,8 +2,8 @@
 
     y = γ' x̂ + β'     with β' = β − ω sg(μ/s), for every channel of every ghost group
 
-So autograd knows all its derivatives, and at δ = 0 it is plain batch norm to the last bit. Ghost groups become channels,
-which is a view of contiguous memory. The statistics are computed twice: first for μ/s.
+So autograd knows all its derivatives, and at δ = 0 it is plain batch norm to the last bit. Ghost groups become
+channels, which is a view of contiguous memory. The statistics are computed twice: first for μ/s.
 """
 
 import torch

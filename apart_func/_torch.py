@@ -1,6 +1,6 @@
 """Every call into torch that torch does not promise to keep. A test for each fails loudly when one changes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import einops
@@ -76,7 +76,8 @@ def as_shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
 
     Autograd must not see a view where an in-place activation follows: it would copy gradients.
     """
-    return torch.ops.aten._unsafe_view.default(tensor, shape)
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
+    return shaped
 
 
 def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Tensor]:
@@ -86,12 +87,13 @@ def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Te
 
 @torch.no_grad()
 def copies_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that can be changed in place. Vectors of a kind are copied together: there are many, and they are small."""
+    """Copies that can be changed in place. Vectors of a kind are copied together: they are many, and small."""
     kinds: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         kinds.setdefault((tensor.dim(), tensor.dtype, tensor.device), []).append(name)
     found: dict[str, Tensor] = {}
     for (dim, dtype, _), names in kinds.items():
+        parts: Sequence[Tensor]
         if dim == 1:
             joined = torch.cat([tensors[name] for name in names])
             parts = torch.unsafe_split_with_sizes(joined, [tensors[name].shape[0] for name in names])

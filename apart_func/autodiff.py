@@ -201,7 +201,8 @@ def _graph_leaves(loss: Tensor, left_out: Iterable[Any] = ()) -> Iterator[Tensor
         if loss.requires_grad:
             yield loss
         return
-    waiting, seen = [loss.grad_fn], {loss.grad_fn, None, *left_out}
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {loss.grad_fn, None, *left_out}
     while waiting:
         for node, _ in waiting.pop().next_functions:
             if node in seen:

@@ -15,7 +15,7 @@ Inside a context the model's BN layers hand their input to the layer of `layer/`
 both are those of the functional step. Outside, the model is as the user made it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,21 +23,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_func._torch import is_checkpointed, is_recomputing
+from apart_func._torch import is_checkpointed, is_recomputing, is_traced
 from apart_func.distributed import data_parallel_group, mean_over_ranks
 from apart_func.errors import StateError, UsageError
 from apart_func.functional import check_model, named_tensors, unwrapped_names
-from apart_func.intercept import Handler, Route, Site, batch_norm_layers, is_stock, training_layers
-from apart_func.layer.affine import Parameters, affine
-from apart_func.layer.rows import Grouping, Normed, Rows, check_input, grouped_batch_norm
+from apart_func.intercept import Route, Site, batch_norm_layers, is_stock, training_layers
+from apart_func.layer.affine import FlatShifts, Parameters, flat_shifts
+from apart_func.layer.rows import Grouping, Rows
+from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers
 from apart_func.one_pass import clean_groups, clean_stat_grads
-from apart_func.passes import check_perturbation, in_groups, statistics_like, zero_shifts
+from apart_func.passes import check_perturbation, statistics_like, zero_shifts
 from apart_func.rules import IterativeRule, Rule, check_epsilon, sign_perturbation
-from apart_func.running import Record, overwrite, pooled
+from apart_func.running import overwrite
 from apart_func.settings import Settings, scalar
 from apart_func.step import found_perturbation
 from apart_func.trees import (
-    BatchStats,
     Perturbation,
     PerturbationTree,
     StatGrads,
@@ -78,7 +78,7 @@ class APART:
         epsilon: the radius; see `set_epsilon`.
         groups: the ghost groups.
         stats: batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`, by layer.
-        stat_grads: their gradients, averaged over ranks; there once the perturbation is made from them.
+        stat_grads: their gradients, averaged over ranks. Both are there once the perturbation is made from them.
         perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
 
     Raises:
@@ -130,13 +130,11 @@ class APART:
     def to_proxy(self) -> Iterator[None]:
         """Make the passes inside proxy passes: plain training, which also yields the statistic gradients."""
         layers = self._enter("to_proxy()")
-        shifts = _leaves(zero_shifts(_channels(layers), self._like()))
+        handler = _ProxyLayers(_channels(layers), self._like())
         self._proxy, self._mixed, self.stats, self.stat_grads, self.perturbation = None, None, {}, {}, {}
-        handler = _RecordedLayers(shifts, _Samples(1, None), self._like())
-        with self._opened("to_proxy()", layers, handler):
+        with self._opened("to_proxy()", layers, _Forwards(handler, layers, 1, None)):
             yield
-        self._proxy = _Proxy(layers, shifts)
-        self.stats = handler.record.statistics()
+        self._proxy = _Proxy(layers, handler)
 
     @contextmanager
     def to_adver(self) -> Iterator[None]:
@@ -145,13 +143,15 @@ class APART:
         No buffer of the model moves.
         """
         layers = self._enter("to_adver()")
-        self.stat_grads = self._reduced(_stat_grads(self._proxy, layers))
-        self.perturbation = self._perturbation(zero_shifts(_channels(layers), self._like()))
-        check_perturbation(_channels(layers), self.perturbation, max(self.groups, 1))
+        channels, like = _channels(layers), self._like()
+        self.stats, stat_grads = _found(self._proxy, layers)
+        self.stat_grads = self._reduced(stat_grads)
+        self.perturbation = self._perturbation(zero_shifts(channels, like))
+        check_perturbation(channels, self.perturbation, max(self.groups, 1))
         stock = {layer for layer in layers.values() if is_stock(layer)}
         buffers = [(module, key) for module in self.model.modules() if module not in stock for key in module._buffers]
-        handler = _ShiftedLayers(self.perturbation, _Samples(self.groups, self.rows))
-        with self._opened("to_adver()", layers, handler), _lent(buffers):
+        handler = ShiftedLayers(channels, self.perturbation, Grouping(1, None))
+        with self._opened("to_adver()", layers, _Forwards(handler, layers, self.groups, self.rows)), _lent(buffers):
             yield
         self._proxy = None
 
@@ -169,17 +169,20 @@ class APART:
         Settings(clean_fraction=clean_fraction)
         clean = clean_groups(clean_fraction, self.groups)
         layers = self._enter("one_pass()")
+        channels, like = _channels(layers), self._like()
         self._find_perturbation()
-        shifts = zero_shifts(_channels(layers), self._like()) | {
+        shifts = zero_shifts(channels, like) | {
             layer: shift for layer, shift in self.perturbation.items() if layer in layers
         }
-        check_perturbation(_channels(layers), shifts, 1)
+        check_perturbation(channels, shifts, 1)
         self.perturbation, self._proxy, self._mixed = shifts, None, None
-        leaves = _leaves(in_groups(shifts, self.groups, clean, self._like()))
-        handler = _RecordedLayers(leaves, _Samples(self.groups, self.rows), self._like(), clean)
-        with self._opened("one_pass()", layers, handler):
+        leaves = flat_shifts(shifts, channels, self.groups, clean, like.dtype)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        handler = MixedLayers(channels, {ALL: leaves}, Grouping(self.groups, None), clean, overwrite, like.dtype)
+        with self._opened("one_pass()", layers, _Forwards(handler, layers, self.groups, self.rows)):
             yield
-        self._mixed = _Mixed(leaves, clean)
+        self._mixed = _Mixed(leaves, channels, self.groups, clean)
         self.stats = handler.record.statistics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,9 +227,11 @@ class APART:
     def _find_perturbation(self) -> None:
         """Make the perturbation from the gradients that backward() left in the shifts of a `one_pass()`."""
         mixed, self._mixed = self._mixed, None
-        if mixed is None or _have_no_gradient(mixed.shifts):
+        if mixed is None or all(leaf.grad is None for leaf in mixed.leaves):
             return
-        stat_grads = self._reduced(clean_stat_grads(_gradients(mixed.shifts), mixed.clean))
+        grads = FlatShifts(*map(_gradient, mixed.leaves)).by_layer(mixed.channels, mixed.groups)
+        stat_grads = {layer: StatGrads(*pair) for layer, pair in grads.items()}
+        stat_grads = self._reduced(clean_stat_grads(stat_grads, mixed.clean))
         if not all_finite(vectors(stat_grads)):
             return
         self.stat_grads = stat_grads
@@ -253,21 +258,24 @@ class APART:
         return training_layers(self.model)
 
     @contextmanager
-    def _opened(self, context: str, layers: Layers, handler: "_ShiftedLayers") -> Iterator[None]:
+    def _opened(self, context: str, layers: Layers, forwards: "_Forwards") -> Iterator[None]:
         """Lead the layers to a handler while open."""
-        watch = _CheckpointWatch(handler)
-        hook = self.model.register_forward_pre_hook(handler.samples.count, with_kwargs=True)
+        hooks = (
+            self.model.register_forward_pre_hook(_Hook(forwards.begin), with_kwargs=True),
+            self.model.register_forward_hook(_Hook(forwards.end), always_call=True),
+        )
         self._inside = context
         try:
-            with self._route_of(layers).opened(watch):
+            with self._route_of(layers).opened(forwards):
                 yield
         finally:
             self._inside = None
-            hook.remove()
-        if watch.waiting:
+            for hook in hooks:
+                hook.remove()
+        if forwards.waiting:
             raise UsageError(
                 f"{context} was left before backward(), and out here that would run the checkpointed layers "
-                f"{sorted(watch.waiting)} again as plain batch norm. Call backward() inside the context."
+                f"{sorted(forwards.waiting)} again as plain batch norm. Call backward() inside the context."
             )
 
     def _route_of(self, layers: Layers) -> Route:
@@ -278,116 +286,138 @@ class APART:
 
     def _perturbation(self, before: PerturbationTree) -> PerturbationTree:
         radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
-        return found_perturbation(before, self.stats, self.stat_grads, lambda *found: self.rule(*found, radius))
+        return found_perturbation(
+            before, self.stats, self.stat_grads, lambda stats, grads: self.rule(stats, grads, radius)
+        )
 
 
 class _Proxy(NamedTuple):
-    """What a proxy pass leaves for the adversarial pass: its layers, and the leaves that backward() gives gradients."""
+    """What a proxy pass leaves for the adversarial pass: its layers, and what backward() leaves gradients in."""
 
     layers: Layers
-    shifts: PerturbationTree
+    handler: "_ProxyLayers"
 
 
 class _Mixed(NamedTuple):
-    """What a `one_pass()` leaves for the next: the leaves that backward() gives gradients, and its clean groups."""
+    """What a `one_pass()` leaves for the next: the leaves that backward() gives gradients, and what they are of."""
 
-    shifts: PerturbationTree
+    leaves: FlatShifts
+    channels: dict[str, int]
+    groups: int
     clean: int
 
 
-class _Samples:
-    """How many samples the model was called with, by which its layers know how rows form ghost groups."""
+class _ProxyLayers:
+    """Batch norm at δ = 0, eager or compiled: a compiler differentiates by arguments, so there zero shifts are one."""
 
-    def __init__(self, groups: int, rows: Rows | None) -> None:
-        self._groups, self._rows = groups, rows
+    def __init__(self, channels: dict[str, int], like: Tensor) -> None:
+        self.channels = channels
+        self._clean = CleanLayers(channels, overwrite, like, retain=True)
+        self._zero = zero_shifts(channels, like)
+        self._traced = MixedLayers(channels, self._zero, Grouping(1, None), 1, overwrite, like.dtype)
+        for leaf in vectors(self._zero):
+            leaf.requires_grad_()
+
+    def prepare(self, parameters: dict[str, Parameters]) -> None:
+        """Prepare a forward."""
+        self._clean.prepare(parameters)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what is prepared is of the forward that runs."""
+        return self._clean.is_prepared
+
+    @is_prepared.setter
+    def is_prepared(self, value: bool) -> None:
+        self._clean.is_prepared = value
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return (self._traced if is_traced() else self._clean)(site, x, weight, bias, eps)
+
+    def leaves(self) -> list[Tensor]:
+        """What backward() leaves gradients in."""
+        return [*self._clean.taps(), *vectors(self._zero)]
+
+    def results(self) -> tuple[StatTree, StatGradTree]:
+        """Statistics of the layers that were called, and the gradients that backward() has left."""
+        eager, grads = self._clean.results([_gradient(tap) for tap in self._clean.taps()])
+        traced = self._traced.record.statistics()
+        if not traced:
+            return eager, grads
+        more = {layer: StatGrads(*map(_gradient, shift)) for layer, shift in self._zero.items()}
+        sums = {layer: StatGrads(g.mean + more[layer].mean, g.scale + more[layer].scale) for layer, g in grads.items()}
+        return eager | traced, sums
+
+
+class _Forwards:
+    """The handler of a context. Of every forward of the model it learns the samples, by which rows form ghost groups.
+
+    Attributes:
+        waiting: checkpointed layers that have not been run again yet.
+    """
+
+    def __init__(self, layer: "ShiftedLayers | _ProxyLayers", layers: Layers, groups: int, rows: Rows | None) -> None:
+        self._layer, self._layers, self._groups, self._rows = layer, layers, groups, rows
         self._samples: int | None = None
+        self._running = False
+        self.waiting: set[str] = set()
 
-    def count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Look at the input of the model, as a hook before its forward."""
         lengths = {leaf.shape[0] for leaf in tensors_of((args, kwargs)) if leaf.dim()}
         self._samples = lengths.pop() if len(lengths) == 1 else None
+        self._running = True
+        if self._samples is not None:
+            self._regroup(self._samples)
+        if not is_traced():
+            self._layer.prepare({name: Parameters(layer.weight, layer.bias) for name, layer in self._layers.items()})
 
-    def grouping(self, rows: int) -> Grouping:
-        """The groups of a layer that sees some rows. Where the model was not called, the first layer sees samples."""
-        if self._samples is None:
-            self._samples = rows
-        groups = self._samples if self._groups == -1 else max(self._groups, 1)
-        return Grouping(groups, self._samples, self._rows)
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note that the forward of the model has ended."""
+        self._running = False
 
-
-class _ShiftedLayers:
-    """Batch norm with perturbed statistics, in ghost groups."""
-
-    def __init__(self, shifts: PerturbationTree, samples: _Samples) -> None:
-        self.shifts, self.samples = shifts, samples
-
-    def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
-        """The layer, and the statistics of its groups."""
-        shift = self.shifts[site.name]
-        check_input(site.name, x, shift.mean.shape[-1])
-        grouping = self.samples.grouping(x.shape[0])
-        return grouped_batch_norm(
-            site.name, x, affine(x, Parameters(weight, bias), shift, grouping.groups), eps, grouping
-        )
+    def _regroup(self, samples: int) -> None:
+        if isinstance(self._layer, ShiftedLayers):
+            groups = samples if self._groups == -1 else max(self._groups, 1)
+            self._layer.grouping = Grouping(groups, samples, self._rows)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return self.normalized(site, x, weight, bias, eps).y
-
-
-class _RecordedLayers(_ShiftedLayers):
-    """The same, differentiated by δ, and written down."""
-
-    def __init__(self, shifts: PerturbationTree, samples: _Samples, like: Tensor, clean: int | None = None) -> None:
-        super().__init__(shifts, samples)
-        self.record = Record(overwrite, like.dtype)
-        self._clean = clean
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
-        if not is_recomputing():
-            # Detached: else a compiled backward would also differentiate the statistics, by nothing.
-            stats = BatchStats(stats.mean.detach(), stats.var.detach())
-            self.record.add(
-                site,
-                *(
-                    (stats, sizes)
-                    if self._clean is None
-                    else pooled(stats, sizes, self.samples.grouping(x.shape[0]).groups, self._clean)
-                ),
-            )
-        return y
-
-
-class _CheckpointWatch:
-    """Passes calls on, and notes the checkpointed layers that have not been run again yet."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        self.waiting: set[str] = set()
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        if is_recomputing():  # which ends in the middle of the last layer, once all is there that its segment saved
+        if self._samples is None:  # the model itself was not called: its first layer sees samples
+            self._samples = x.shape[0]
+            self._regroup(self._samples)
+        again = is_recomputing()
+        self._layer.is_prepared = self._running or again
+        if again:  # it ends in the middle of the last layer, once all is there that its segment saved
             self.waiting.discard(site.name)
-            return self.handler(site, x, weight, bias, eps)
-        y = self.handler(site, x, weight, bias, eps)
-        if is_checkpointed() and y.requires_grad:
+        y = self._layer(site, x, weight, bias, eps)
+        if not again and is_checkpointed() and y.requires_grad:
             self.waiting.add(site.name)
         return y
+
+
+class _Hook:
+    """A hook of a context. A copy of the model is in no context, and its hook does nothing."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        self.function(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Hook, (_nothing,))
+
+
+def _nothing(*arguments: Any) -> None:
+    """Do nothing."""
 
 
 def _channels(layers: Layers) -> dict[str, int]:
     return {name: layer.num_features for name, layer in layers.items()}
 
 
-def _leaves(shifts: PerturbationTree) -> PerturbationTree:
-    """Shifts that backward() gives gradients."""
-    for shift in vectors(shifts):
-        shift.requires_grad_()
-    return shifts
-
-
-def _stat_grads(proxy: _Proxy | None, layers: Layers) -> StatGradTree:
-    """The gradients that backward() left in the shifts of the proxy pass; zero for layers that it did not reach."""
+def _found(proxy: _Proxy | None, layers: Layers) -> tuple[StatTree, StatGradTree]:
+    """What a proxy pass and its backward() have left; zero gradients for layers that it did not reach."""
     if proxy is None:
         raise UsageError(
             "to_adver() was entered with no proxy pass since the last adversarial one, and its perturbation comes from "
@@ -399,23 +429,16 @@ def _stat_grads(proxy: _Proxy | None, layers: Layers) -> StatGradTree:
             f"the BN layers in training mode are not those of the proxy pass: {changed} came, went, or were replaced. "
             "Leave the model's structure and modes alone between to_proxy() and to_adver()."
         )
-    if _have_no_gradient(proxy.shifts):
+    if all(leaf.grad is None for leaf in proxy.handler.leaves()):
         raise UsageError(
             "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. Call "
             "backward() on the loss that was computed under to_proxy(), in the context or after it."
         )
-    return _gradients(proxy.shifts)
+    return proxy.handler.results()
 
 
-def _have_no_gradient(shifts: PerturbationTree) -> bool:
-    return all(part.grad is None for part in vectors(shifts))
-
-
-def _gradients(shifts: PerturbationTree) -> StatGradTree:
-    return {
-        layer: StatGrads(*(torch.zeros_like(part) if part.grad is None else part.grad.detach() for part in shift))
-        for layer, shift in shifts.items()
-    }
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach()
 
 
 @contextmanager

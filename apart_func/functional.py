@@ -208,7 +208,8 @@ class FunctionalModel:
             StateError: keys are missing or unexpected, a shape differs, or there is nothing to train.
         """
         tensors = _united(params, buffers)
-        _check_tensors(self._constants.shapes, tensors)
+        shapes: Any = self._constants.shapes
+        _check_tensors(shapes, tensors)
         if not params:
             raise StateError("params is empty, so there is nothing to train. Unfreeze a parameter: requires_grad=True.")
         for name, tensor in params.items():
@@ -378,6 +379,7 @@ def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mod
     Raises:
         ModelError: it cannot be copied.
     """
+    check_model(model)
     for name, module in model.named_modules():
         _check_forward(name, module)
     try:
@@ -400,7 +402,7 @@ HOOKS = frozenset(
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy` of a model, without what takes it long: a dozen empty dicts in every module."""
     modules = list(model.modules())
-    plain = all(_copies_plainly(type(module)) for module in modules)
+    plain = all(map(_copies_plainly, {type(module) for module in modules}))
     if plain:
         for module in modules:
             memo[id(module)] = module.__class__.__new__(module.__class__)
@@ -415,7 +417,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         state = vars(memo[id(module)])
         for key, value in vars(module).items():
             if value is None or isinstance(value, bool | int | float | str) or (not value and key in HOOKS):
-                state[key] = type(value)() if key in HOOKS else value
+                state[key] = copy.copy(value) if key in HOOKS else value
             else:
                 state[key] = copy.deepcopy(value, memo)
     made: nn.Module = memo[id(model)]

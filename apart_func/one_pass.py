@@ -128,7 +128,9 @@ class OnePassStep(Step):
         stat_grads = out.stat_grads
         if self.settings.microbatches > 1:
             stat_grads = {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
-        after = found_perturbation(before, out.stats, stat_grads, lambda *found: self.settings.rule(*found, radius))
+        after = found_perturbation(
+            before, out.stats, stat_grads, lambda stats, grads: self.settings.rule(stats, grads, radius)
+        )
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return out._replace(
             buffers=chosen(finite, out.buffers, dict(buffers)),

@@ -18,46 +18,22 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from apart_func._torch import is_compiling, is_mapped, is_recomputing, is_traced, specialize
+from apart_func._torch import is_compiling, is_mapped, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
 from apart_func.errors import BatchError, SettingError, UsageError
 from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
-from apart_func.intercept import Site
-from apart_func.layer import clean_batch_norm
-from apart_func.layer.affine import (
-    Affine,
-    Clean,
-    Parameters,
-    Tapped,
-    affine,
-    affine_of_layers,
-    clean_of_layers,
-    clean_vectors,
-    flat_shifts,
-    over_layers,
-    together,
-)
-from apart_func.layer.formula import statistics_dtype
-from apart_func.layer.rows import (
-    Grouping,
-    Normed,
-    Rows,
-    check_input,
-    check_variance,
-    grouped_batch_norm,
-    number_of_groups,
-)
-from apart_func.running import Record, advance, as_called, assign, pooled
+from apart_func.layer.affine import flat_shifts, over_layers
+from apart_func.layer.rows import Grouping, Rows, number_of_groups
+from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers, Shifts
+from apart_func.running import assign
 from apart_func.trees import (
     AdversarialOutput,
-    BatchStats,
     MixedOutput,
     Perturbation,
     PerturbationTree,
     ProxyOutput,
     StatGrads,
     StatGradTree,
-    StatTree,
     Tensors,
     batch_size,
     detached,
@@ -109,16 +85,27 @@ def proxy_pass(
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
-    layer = _TracedProxyLayer(run) if is_traced() else _EagerProxyLayer(run)
-
-    def after(template: _Template) -> Any:
-        return template.buffers(buffers), layer.recorded()
-
-    gradient, output, (moved, recorded) = run.differentiated(layer, layer.inputs(params), after)
-    stats, stat_grads = layer.results(gradient, recorded)
+    if is_traced():  # a transform differentiates by arguments, so the zero shifts are one
+        return _traced_proxy_pass(run, params, buffers)
+    layers = CleanLayers(run.layers, assign, run.like)
+    gradient, output, moved = run.differentiated(layers, (params,), lambda template: template.buffers(buffers))
+    stats, stat_grads = layers.results(gradient.tap_grads)
     return ProxyOutput(
         gradient.loss, output, run.unscaled(gradient.grads[0]), moved, stats, run.unscaled_stats(stat_grads)
     )
+
+
+def _traced_proxy_pass(run: _Pass, params: Tensors, buffers: Tensors) -> ProxyOutput:
+    point = zero_shifts(run.layers, run.like)
+    layers = MixedLayers(run.layers, point, Grouping(1, run.samples), 1, assign, run.like.dtype)
+
+    def after(template: _Template) -> Any:
+        return template.buffers(buffers), layers.record.statistics()
+
+    gradient, output, (moved, stats) = run.differentiated(layers, (params, point), after)
+    grads, shift_grads = gradient.grads
+    stat_grads = run.unscaled_stats(run.shift_grads(shift_grads, 1))
+    return ProxyOutput(gradient.loss, output, run.unscaled(grads), moved, stats, stat_grads)
 
 
 def adversarial_pass(
@@ -157,8 +144,8 @@ def adversarial_pass(
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
-    layer = _ShiftedLayer(run, grouping, run.point(perturbation, grouping.groups))
-    gradient, output, _ = run.differentiated(layer, (params,))
+    layers = ShiftedLayers(run.layers, run.point(perturbation, grouping.groups), grouping)
+    gradient, output, _ = run.differentiated(layers, (params,))
     return AdversarialOutput(gradient.loss, output, run.unscaled(gradient.grads[0]))
 
 
@@ -194,7 +181,8 @@ def gradients_at(
     run = _Pass(fmodel, loss_fn, detached(params), buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
     point = run.point(perturbation, 1)
-    gradient, _, _ = run.differentiated(_ShiftedLayer(run, Grouping(1, run.samples), point), ({}, point))
+    layers = ShiftedLayers(run.layers, point, Grouping(1, run.samples))
+    gradient, _, _ = run.differentiated(layers, ({}, point))
     return run.unscaled_stats(run.shift_grads(gradient.grads[1], 1))
 
 
@@ -240,7 +228,7 @@ def mixed_pass(
     check_clean(clean, groups)
     check_perturbation(fmodel.layers, perturbation, 1)
     point = run.point(perturbation, groups, clean)
-    layer = _MixedLayer(run, Grouping(groups, run.samples, rows), point, clean)
+    layers = MixedLayers(run.layers, point, Grouping(groups, run.samples, rows), clean, assign, run.like.dtype)
     losses: list[Tensor] = []
 
     def loss_of_both(output: Any, target: Any) -> Tensor:
@@ -252,10 +240,10 @@ def mixed_pass(
         return torch.lerp(losses[1], losses[0], clean / groups)
 
     def after(template: _Template) -> Any:
-        return template.buffers(buffers), layer.record.statistics(), [_outcome(loss) for loss in losses]
+        return template.buffers(buffers), layers.record.statistics(), [_outcome(loss) for loss in losses]
 
     run.loss_fn = loss_of_both
-    gradient, output, (moved, stats, (loss, second)) = run.differentiated(layer, (params, point), after)
+    gradient, output, (moved, stats, (loss, second)) = run.differentiated(layers, (params, point), after)
     grads, shift_grads = gradient.grads
     stat_grads = run.unscaled_stats(run.shift_grads(shift_grads, groups))
     return MixedOutput(loss, second, output, run.unscaled(grads), moved, stats, stat_grads)
@@ -292,14 +280,14 @@ class _Pass:
 
     def differentiated(
         self,
-        layer: _Layer,
+        layers: CleanLayers | ShiftedLayers,
         inputs: tuple[Mapping[str, Any], ...],
         after: Callable[[_Template], Any] = lambda template: None,
     ) -> tuple[Gradient, Any, Any]:
         """Run the pass.
 
         Args:
-            layer: what batch norm does.
+            layers: what batch norm does.
             inputs: parameters to differentiate by, then shifts, if these are differentiated by as well.
             after: what else to return, asked between forward and backward.
 
@@ -309,11 +297,11 @@ class _Pass:
 
         def compute(trained: Tensors, *more: Any) -> Any:
             *shifts, finish = more
-            if shifts:
-                (layer.shifts,) = shifts
+            if shifts and isinstance(layers, ShiftedLayers):
+                (layers.shifts,) = shifts
 
             def body(template: _Template) -> Any:
-                layer.prepare(template)
+                layers.prepare({} if is_traced() else template.affine_parameters())
                 with self._autocast():
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
@@ -324,12 +312,12 @@ class _Pass:
                     Opened(
                         loss if scale is None else loss * scale,
                         results,
-                        layer.taps(),
+                        layers.taps(),
                         () if first else tensors_of(output),
                     )
                 )
 
-            return self._fmodel.run({**self._tensors, **trained}, layer, body)
+            return self._fmodel.run({**self._tensors, **trained}, layers, body)
 
         try:
             gradient = differentiate(compute, *inputs)
@@ -372,185 +360,6 @@ class _Pass:
         criterion = self.loss_fn.named_parameters() if isinstance(self.loss_fn, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
-
-
-# A perturbation by layer; or, in an eager pass, of all layers together under this name.
-ALL = "all layers"
-Shifts = Mapping[str, Any]
-
-
-class _Layer:
-    """What batch norm does in a pass."""
-
-    shifts: Shifts
-
-    def __init__(self, run: _Pass) -> None:
-        self._run = run
-
-    def prepare(self, template: _Template) -> None:
-        """Compute what concerns all layers, once the model has its tensors."""
-
-    def taps(self) -> list[Tensor]:
-        """What the loss is differentiated by besides the arguments of the pass."""
-        return []
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """See `intercept.Handler`."""
-        raise NotImplementedError
-
-
-class _ShiftedLayer(_Layer):
-    """Batch norm with perturbed statistics, in ghost groups."""
-
-    def __init__(self, run: _Pass, grouping: Grouping, shifts: Shifts) -> None:
-        super().__init__(run)
-        self._grouping, self.shifts = grouping, shifts
-        self._parameters: dict[str, Parameters] = {}
-        self._prepared: dict[str, Affine] = {}
-
-    def prepare(self, template: _Template) -> None:
-        """Compute the vectors of all layers at once."""
-        if ALL in self.shifts:
-            channels, groups, together = self._run.layers, self._grouping.groups, self.shifts[ALL]
-            self._parameters = template.affine_parameters()
-            self._prepared = affine_of_layers(self._parameters, channels, together, groups)
-            self.shifts = together.by_layer(channels, groups)
-
-    def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
-        """The layer, and the statistics of its groups."""
-        name = site.name
-        check_input(name, x, self._run.layers[name])
-        vectors = self._prepared.get(name)
-        used = Parameters(weight, bias)
-        if vectors is None or not _fits(vectors.gamma, self._parameters[name], used, x):
-            vectors = affine(x, used, self.shifts[name], self._grouping.groups)
-        return grouped_batch_norm(name, x, vectors, eps, self._grouping)
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return self.normalized(site, x, weight, bias, eps).y
-
-
-def _fits(vector: Tensor, own: Parameters, used: Parameters, x: Tensor) -> bool:
-    """Whether a layer computes with its own γ and β, in the dtype of a vector that was prepared of them."""
-    same = used.weight is own.weight and used.bias is own.bias
-    return same and (vector.dtype == x.dtype or vector.dtype == statistics_dtype(x.dtype))
-
-
-class _MixedLayer(_ShiftedLayer):
-    """The same, with the statistics of the clean groups written down."""
-
-    def __init__(self, run: _Pass, grouping: Grouping, shifts: Shifts, clean: int) -> None:
-        super().__init__(run, grouping, shifts)
-        self._clean = clean
-        self.record = Record(assign, run.like.dtype)
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
-        if not is_recomputing():
-            self.record.add(site, *pooled(stats, sizes, self._grouping.groups, self._clean))
-        return y
-
-
-class _TracedProxyLayer(_ShiftedLayer):
-    """Batch norm at δ = 0, written down. A transform differentiates by arguments, so the zero shifts are one."""
-
-    def __init__(self, run: _Pass) -> None:
-        super().__init__(run, Grouping(1, run.samples), zero_shifts(run.layers, run.like))
-        self.record = Record(assign, run.like.dtype)
-
-    def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
-        """What the pass is differentiated by."""
-        return params, self.shifts
-
-    def recorded(self) -> StatTree:
-        """Statistics of the layers that were called."""
-        return self.record.statistics()
-
-    def results(self, gradient: Gradient, recorded: StatTree) -> tuple[StatTree, StatGradTree]:
-        """Statistics of the layers that were called, and the gradients of all, from the gradient of the pass."""
-        return recorded, self._run.shift_grads(gradient.grads[1], 1)
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
-        self.record.add(site, stats, sizes)
-        return y
-
-
-class _EagerProxyLayer(_Layer):
-    """The same for an eager pass: the loss is differentiated by γ and β of each call, as BN's backward does anyway.
-
-    The vectors of all layers stand together for that; a second call of a layer has its own.
-    """
-
-    def __init__(self, run: _Pass) -> None:
-        super().__init__(run)
-        self._parameters: dict[str, Parameters] = {}
-        self._all: Clean | None = None
-        self._prepared: dict[str, Clean] = {}
-        self._calls: list[tuple[str, Tapped, bool]] = []  # the flag: whether its vectors are a part of all
-
-    def prepare(self, template: _Template) -> None:
-        """Put the vectors of all layers together."""
-        self._parameters = template.affine_parameters()
-        self._all, self._prepared = clean_of_layers(self._parameters, self._run.layers)
-
-    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        """See `intercept.Handler`."""
-        name = site.name
-        check_input(name, x, self._run.layers[name])
-        check_variance(name, x, 1)
-        vectors, own = self._prepared.pop(name, None), Parameters(weight, bias)
-        prepared = vectors is not None and _fits(vectors.weight, self._parameters[name], own, x)
-        if vectors is None or not prepared:
-            vectors = clean_vectors(x, own)
-        y = clean_batch_norm(x, vectors, eps)
-        if not is_recomputing():
-            size = x.numel() // x.shape[1]
-            advance(site, vectors.mean, vectors.unbiased, assign)
-            self._calls.append((name, Tapped(vectors, (size - 1) / size, eps), prepared))
-        return y
-
-    def taps(self) -> list[Tensor]:
-        """γ and β of all layers, then those of calls that have their own."""
-        own = [tap for _, call, prepared in self._calls if not prepared for tap in call.vectors[:2]]
-        return [*(self._all[:2] if self._all else ()), *own]
-
-    def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
-        """What the pass is differentiated by."""
-        return (params,)
-
-    def recorded(self) -> StatTree:
-        """Nothing yet: statistics of all layers are computed together, after the pass."""
-        return {}
-
-    def results(self, gradient: Gradient, recorded: StatTree) -> tuple[StatTree, StatGradTree]:
-        """Statistics of the layers that were called, and the gradients of all, from the gradient of the pass."""
-        zero, channels = self._run.like, self._run.layers
-        grads, lengths = gradient.tap_grads, list(channels.values())
-        names = [name for name, _, prepared in self._calls if prepared]
-        if self._all is not None and len(self._calls) == len(names) == len(channels):
-            of_name = {name: call for name, call, _ in self._calls}
-            call = together(self._all, [of_name[name] for name in channels])
-            stats = call.stats()
-            found = call.statistic_gradients(stats, *grads)
-            if found.mean.dtype == zero.dtype:
-                trees = [zip(*(vector.split(lengths) for vector in pair), strict=True) for pair in (stats, found)]
-                return (
-                    dict(zip(channels, map(BatchStats._make, trees[0]), strict=True)),
-                    dict(zip(channels, map(StatGrads._make, trees[1]), strict=True)),
-                )
-        parts: dict[str, tuple[Tensor, Tensor]] = {}
-        rest = iter(grads)
-        if self._all is not None:
-            parts = dict(zip(channels, zip(*(next(rest).split(lengths) for _ in range(2)), strict=True), strict=True))
-        stats_of: dict[str, list[BatchStats]] = {}
-        sums = {name: StatGrads(zero.new_zeros(size), zero.new_zeros(size)) for name, size in channels.items()}
-        for name, call, prepared in self._calls:
-            moments = call.stats()
-            g = call.statistic_gradients(moments, *(parts[name] if prepared else (next(rest), next(rest))))
-            sums[name] = StatGrads(sums[name].mean + g.mean, sums[name].scale + g.scale)
-            stats_of.setdefault(name, []).append(BatchStats(moments.mean.to(zero.dtype), moments.var.to(zero.dtype)))
-        return as_called(stats_of), sums
 
 
 def statistics_like(tensors: Mapping[str, Tensor]) -> Tensor:

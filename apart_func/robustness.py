@@ -18,7 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_func.errors import BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import LossFunction, call_module, copy_model, scalar_loss
 from apart_func.rules import perturbed_stats, sign_perturbation
-from apart_func.trees import BatchStats, PerturbationTree, StatTree, Tensors, batch_size, input_and_target
+from apart_func.trees import (
+    BatchStats,
+    PerturbationTree,
+    StatGrads,
+    StatGradTree,
+    StatTree,
+    Tensors,
+    batch_size,
+    input_and_target,
+)
 
 Batches = Iterable[tuple[Any, Any]]
 
@@ -165,7 +174,7 @@ def shifted_running_stats(
     }
 
 
-def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> StatTree:
+def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> StatGradTree:
     """Differentiate the loss in evaluation mode by the relative shifts of the running statistics, at zero.
 
     A shift acts like other affine parameters, γ(1 + δσ) and β − γ(1 + δσ) δμ μ/s, so with their gradients gw and gb,
@@ -201,7 +210,7 @@ def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batch
     result = {}
     for (name, layer), gw, gb in zip(layers.items(), sums[::2], sums[1::2], strict=True):
         weight, std = affine[name][0].detach(), (layer.running_var + layer.eps).sqrt()
-        result[name] = BatchStats(-weight * layer.running_mean / std * gb / samples, weight * gw / samples)
+        result[name] = StatGrads(-weight * layer.running_mean / std * gb / samples, weight * gw / samples)
     return result
 
 
@@ -255,13 +264,13 @@ def _own_affine(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.weight, layer.bias
 
 
-def _random_signs(stats: StatTree, generator: torch.Generator) -> StatTree:
+def _random_signs(stats: StatTree, generator: torch.Generator) -> StatGradTree:
     """A direction: +1 or −1 for every channel."""
 
     def signs(like: Tensor) -> Tensor:
         return (2 * torch.randint(2, like.shape, generator=generator) - 1).to(like)
 
-    return {layer: BatchStats(signs(moments.mean), signs(moments.var)) for layer, moments in stats.items()}
+    return {layer: StatGrads(signs(moments.mean), signs(moments.var)) for layer, moments in stats.items()}
 
 
 def _with_buffers(module: nn.Module, buffers: Tensors) -> Callable[..., Any]:

@@ -193,7 +193,10 @@ class ApartStep(Step):
             return {layer: found[layer] for layer in perturbation}
 
         perturbation = found_perturbation(
-            zero, proxy.stats, proxy.stat_grads, lambda *found: perturbation_by(settings.rule, *found, radius, further)
+            zero,
+            proxy.stats,
+            proxy.stat_grads,
+            lambda stats, grads: perturbation_by(settings.rule, stats, grads, radius, further),
         )
         adversarial = adversarial_pass(
             fmodel,

@@ -13,8 +13,6 @@ for every channel of every ghost group. A perturbation acts on vectors (`affine.
 At δ = 0 and in one group, eagerly, `clean_batch_norm` is PyTorch's own.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 

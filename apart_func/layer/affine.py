@@ -8,7 +8,7 @@ all layers of a pass in a few operations by `affine_of_layers`.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def _of_groups(vector: Tensor, groups: int) -> Tensor:
     """`(C,)` or `(G, C)` as `(G·C,)`, contiguous in memory: the kernels do not look at strides."""
     if groups > 1 and vector.dim() == 1:
         vector = vector.expand(groups, -1)
-    return vector.reshape(-1)
+    return vector.contiguous().view(-1)
 
 
 class FlatShifts(NamedTuple):
@@ -92,12 +92,12 @@ def flat_shifts(
 ) -> FlatShifts:
     """A perturbation `(C,)` of every layer in every ghost group but the first `clean` ones, where it is zero."""
     shifts = [perturbation[name] for name in channels]
-    sizes, device = tuple(channels.values()), shifts[0].mean.device
+    sizes = tuple(channels.values())
     together = [torch.cat(column).detach().to(dtype) for column in zip(*shifts, strict=True)]
     if groups > 1:
-        together = [vector.index_select(0, _places(sizes, groups, device)) for vector in together]
+        together = [vector.index_select(0, _places(sizes, groups, like=together[0])) for vector in together]
     if clean:
-        together = [vector.mul_(_perturbed(sizes, groups, clean, device, dtype)) for vector in together]
+        together = [vector.mul_(_perturbed(sizes, groups, clean, like=vector)) for vector in together]
     return FlatShifts(*together)
 
 
@@ -137,23 +137,43 @@ def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: int) ->
     channels = tuple(weight.shape[0] for weight in weights)
     joined = [torch.cat(column) for column in (weights, biases)]  # type: ignore[arg-type]
     if groups > 1:
-        joined = [vector.index_select(0, _places(channels, groups, vector.device)) for vector in joined]
+        joined = [vector.index_select(0, _places(channels, groups, like=vector)) for vector in joined]
     dtype = statistics_dtype(joined[0].dtype)
     return joined if joined[0].dtype == dtype else [vector.to(dtype) for vector in joined]
 
 
-@lru_cache(maxsize=64)
-def _places(channels: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a tensor of numbers once for a device and dtype; anew where it is to be like a fake tensor."""
+
+    @lru_cache(maxsize=64)
+    def kept(*numbers: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return make(*numbers, device=device, dtype=dtype)
+
+    def made(*numbers: Any, like: Tensor) -> Tensor:
+        return (kept if type(like) is Tensor else make)(*numbers, device=like.device, dtype=like.dtype)
+
+    return made
+
+
+@_kept
+def _places(channels: tuple[int, ...], groups: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Where in the vectors of all layers the channels of all layers in all groups are."""
     parts = torch.arange(sum(channels), device=device).split(list(channels))
     return torch.cat([part for part in parts for _ in range(groups)])
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _perturbed(channels: tuple[int, ...], groups: int, clean: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """1 for the channels of all layers in all groups that are not clean, else 0."""
     groups_of = (torch.arange(groups, device=device) >= clean).to(dtype)
     return torch.cat([groups_of.repeat_interleave(size) for size in channels])
+
+
+@_kept
+def _spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number of each layer for all of its channels."""
+    parts = zip(values, sizes, strict=True)
+    return torch.cat([torch.full((size,), value, dtype=dtype, device=device) for value, size in parts])
 
 
 class Clean(NamedTuple):
@@ -175,8 +195,9 @@ class Clean(NamedTuple):
 def clean_vectors(x: Tensor, parameters: Parameters) -> Clean:
     """The vectors of one call of a layer."""
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
-    taps = (_tap(vector, default, x, dtype) for vector, default in zip(parameters, (1.0, 0.0), strict=True))
-    return Clean(*taps, *torch.zeros(2, channels, dtype=dtype, device=x.device))
+    weight, bias = _tap(parameters.weight, 1.0, x, dtype), _tap(parameters.bias, 0.0, x, dtype)
+    mean, unbiased = torch.zeros(2, channels, dtype=dtype, device=x.device)
+    return Clean(weight, bias, mean, unbiased)
 
 
 def _tap(vector: Tensor | None, default: float, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,9 +220,9 @@ def clean_of_layers(
     if not _are_alike((*weights, *biases)):
         return None, {}
     taps = [vector if vector.requires_grad else vector.requires_grad_() for vector in _joined(weights, biases, 1)]
-    together = Clean(
-        *taps, torch.zeros_like(taps[0], requires_grad=False), torch.zeros_like(taps[0], requires_grad=False)
-    )
+    weight, bias = taps
+    mean, unbiased = torch.zeros_like(weight, requires_grad=False), torch.zeros_like(weight, requires_grad=False)
+    together = Clean(weight, bias, mean, unbiased)
     lengths = list(channels.values())
     return together, dict(zip(channels, map(Clean, *(vector.split(lengths) for vector in together)), strict=True))
 
@@ -236,19 +257,11 @@ class Tapped(NamedTuple):
 def together(vectors: Clean, calls: Sequence[Tapped]) -> Tapped:
     """One call of every layer as one call of all."""
     sizes = tuple(call.vectors.mean.shape[0] for call in calls)
-    like = vectors.mean
     spread = (
-        _spread(tuple(column), sizes, like.device, like.dtype)
+        _spread(tuple(column), sizes, like=vectors.mean)
         for column in zip(*((call.unbias, call.eps) for call in calls), strict=True)
     )
     return Tapped(vectors, *spread)
-
-
-@lru_cache(maxsize=64)
-def _spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number of each layer for all of its channels."""
-    parts = zip(values, sizes, strict=True)
-    return torch.cat([torch.full((size,), value, dtype=dtype, device=device) for value, size in parts])
 
 
 def over_layers(

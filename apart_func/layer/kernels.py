@@ -77,7 +77,7 @@ class KernelLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs = (x, gamma, omega, beta)
             wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            y, _, _ = native_layer(*inputs, ctx.eps, ctx.groups)
+            y = native_layer(*inputs, ctx.eps, ctx.groups)[0]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None)
         invstd = (var + ctx.eps).rsqrt_()

@@ -198,5 +198,6 @@ def _indexed(name: str, x: Tensor, vectors: Affine, eps: float, grouping: Groupi
                 f"layer {name!r} sees {int(sizes.min())} values a channel in one of {groups} groups, so it has no "
                 "variance. Use fewer groups or a larger batch."
             )
-    y, mean, var = indexed_layer(x, *(part.view(groups, -1) for part in vectors), eps, group, sizes.unsqueeze(1))
+    gamma, omega, beta = (part.view(groups, -1) for part in vectors)
+    y, mean, var = indexed_layer(x, gamma, omega, beta, eps, group, sizes.unsqueeze(1))
     return Normed(y, BatchStats(mean.view(-1), var.view(-1)), sizes.unsqueeze(1))

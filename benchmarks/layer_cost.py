@@ -20,10 +20,10 @@ from common import (
     Row,
     Sheet,
     TimedRounds,
-    format_ratio,
-    format_seconds,
     interleaved,
     run_script,
+    time_cells,
+    time_columns,
     timing_row,
 )
 from torch import Tensor
@@ -140,23 +140,21 @@ def inputs(shapes: Sequence[str], layouts: Sequence[str], dtypes: Sequence[str])
             yield shape, layout, dtype
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Time all layers on one input against each other, then on the next.
 
     Args:
         settings: what to measure.
 
-    Returns:
+    Yields:
         A row for every layer and input.
     """
-    rows: list[Row] = []
     for shape, layout, dtype in inputs(settings.shapes, settings.layouts, settings.dtypes):
         size = tuple(map(int, shape.split("x")))
         functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
         times = interleaved(f"{shape} {layout} {dtype}", functions, settings)
         labels = {"shape": shape, "layout": layout, "dtype": dtype}
-        rows += [{**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions]
-    return rows
+        yield from ({**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions)
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -174,12 +172,11 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
             row["shape"].replace("x", "×"),
             row["layout"],
             row["dtype"],
-            format_seconds(row["seconds"]),
-            format_ratio(row["relative_to"].get(PLAIN)),
+            *time_cells(row, [PLAIN]),
         ]
         for row in content["rows"]
     ]
-    columns = ["layer", "activations", "layout", "dtype", "time (IQR)", f"/ {PLAIN} (IQR)"]
+    columns = ["layer", "activations", "layout", "dtype", *time_columns([PLAIN])]
     return [Sheet("one layer, forward and backward", columns, lines)]
 
 

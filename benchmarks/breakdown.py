@@ -229,7 +229,7 @@ def joined(operators: Iterable[tuple[str, Operator]]) -> Profile:
 
 
 def comparison(title: str, profiles: Mapping[str, Profile], shown: int) -> list[Row]:
-    """Profiles side by side: their sum, and what takes longest in the last of them, or, of two, longer than in the first.
+    """Profiles side by side: their sum, and what takes longest in the last one; of two, what takes longer than before.
 
     Args:
         title: of the table.

@@ -99,7 +99,7 @@ def make(name: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of models that are called something else by now
         model: nn.Module = timm.create_model(name, pretrained=False)
-    return model
+    return model.train()  # pruned ones come in evaluation mode
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from common import (
     Row,
     Sheet,
@@ -33,7 +32,7 @@ from common import (
     time_columns,
     timing_row,
 )
-from networks import NETWORKS, expanded, make_case
+from networks import expanded, make_case
 from steps import METHODS, ONE_GRAPH, choices, make_step, setting_cells
 
 BASELINES = ("plain", "plain compiled", "plain one graph")

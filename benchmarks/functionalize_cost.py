@@ -5,7 +5,8 @@
 
 It is called once for a model, before its first step, and looks at every module. Every network with batch norm in less
 than `--most-layers` layers is made, on the meta device, since `functionalize` copies no weight (`--weights` makes them
-all the same), and then made functional `--rounds` times. The longest of these may contain a collection of Python's
+all the same), and then made functional `--rounds` times. Times are the processor's: it is Python and nothing else, and
+other programs on the machine do not count. The longest of these may contain a collection of Python's
 garbage, as the one of a program may. Networks that are refused are listed with the error.
 """
 
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -79,9 +80,9 @@ def row_of(model: nn.Module, rounds: int) -> Row:
     seconds = []
     try:
         for _ in range(rounds):
-            start = perf_counter()
+            start = process_time()
             functionalize(model)
-            seconds.append(perf_counter() - start)
+            seconds.append(process_time() - start)
     except ApartError as error:
         return row | {"error": str(error)}
     return row | {"longest_seconds": max(seconds), "seconds": asdict(spread(seconds))}
@@ -120,7 +121,7 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
         for row in timed[: settings["shown"]]
     ]
     title = f"the slowest of {len(timed)} networks; {slow} take more than {settings['goal']:g} s"
-    tables = [Sheet(title, ["network", "modules", "BN layers", "time (IQR)", "longest"], lines)]
+    tables = [Sheet(title, ["network", "modules", "BN layers", "processor time (IQR)", "longest"], lines)]
     if refused:
         cells = [[row["model"], *_counts(row), row["error"]] for row in refused]
         tables.append(Sheet("refused", ["network", "modules", "BN layers", "error"], cells))

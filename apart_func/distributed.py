@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from apart_func.pytrees import StatTree
+from apart_func.trees import StatGradTree
 
 
-def mean_over_ranks(stat_grads: StatTree, group: "dist.ProcessGroup | None" = None) -> StatTree:
+def mean_over_ranks(stat_grads: StatGradTree, group: "dist.ProcessGroup | None" = None) -> StatGradTree:
     """Average statistic gradients, in one collective call for all layers.
 
     Args:
@@ -23,7 +23,7 @@ def mean_over_ranks(stat_grads: StatTree, group: "dist.ProcessGroup | None" = No
     flat = torch.cat([leaf.flatten() for leaf in leaves])
     dist.all_reduce(flat, group=group)
     parts = torch.split(flat / dist.get_world_size(group), [leaf.numel() for leaf in leaves])
-    means: StatTree = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)], structure)
+    means: StatGradTree = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)], structure)
     return means
 
 

@@ -1,23 +1,29 @@
 """A model as a function of its tensors: `functionalize`, and the way in and out of a module's state.
 
-`functionalize` keeps private copies of the model that own no tensor: they hold the caller's parameters and buffers for
-the time of a call. The caller's model is never run.
+`functionalize` keeps a private copy of the model that owns no tensor. `torch.func.functional_call` lends it the caller's
+parameters and buffers for the time of a call, in which the loss is computed *and* differentiated, so that a layer that
+is run once more during the backward finds its tensors. The caller's model is never run.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import lru_cache
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from apart_func._torch import Constants, is_compiling, is_traced, register_einops
 from apart_func.errors import ModelError, StateError, UsageError
-from apart_func.intercept import Handler, Route, training_layers
-from apart_func.pytrees import Tensors
+from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
+from apart_func.trees import Tensors
 
 
 def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
@@ -29,6 +35,7 @@ def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
     Returns:
         `params` and `buffers`, keyed as in `named_parameters()` and `named_buffers()`.
     """
+    check_model(model)
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
     frozen = {name: tensor.detach() for name, tensor in model.named_parameters() if not tensor.requires_grad}
     return params, frozen | {name: tensor.detach() for name, tensor in model.named_buffers()}
@@ -38,11 +45,15 @@ def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
 def load_state_(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
     """Copy `params` and `buffers` into a model, in place; the inverse of `split_state`.
 
+    Wrappers make no difference: `module.` of DistributedDataParallel and `_orig_mod.` of torch.compile may stand in the
+    names of the model, of the tensors, of both or of none.
+
     Raises:
         StateError: keys are missing or unexpected, or a shape differs; the model is then unchanged.
     """
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = _united(params, buffers)
+    check_model(model)
+    targets = unwrapped_names(dict(named_tensors(model)))
+    tensors = unwrapped_names(_united(params, buffers))
     _check_tensors({name: tuple(target.shape) for name, target in targets.items()}, tensors)
     for name, target in targets.items():
         target.copy_(tensors[name])
@@ -52,24 +63,36 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor]) -> None:
     """Set the `.grad` of a model's parameters, in place, for a `torch.optim` optimizer to use.
 
     Args:
-        model: the module whose parameters get gradients.
+        model: the module whose parameters get gradients, wrapped or not, as in `load_state_`.
         grads: gradients keyed by parameter name, such as `out.grads`. Parameters without a key lose their gradient.
 
     Raises:
         StateError: a key names no parameter, or a shape differs; the model is then unchanged.
     """
+    check_model(model)
     targets = dict(model.named_parameters())
+    if not all(name in targets for name in grads):
+        targets, grads = unwrapped_names(targets), unwrapped_names(grads)
     _check_tensors({name: tuple(targets[name].shape) for name in grads if name in targets}, grads)
     for name, target in targets.items():
         target.grad = grads[name].to(target.dtype) if name in grads else None
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def unwrapped_names(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, without the parts of names that wrappers of models add; as it is where two would become one."""
+    plain = {".".join(part for part in name.split(".") if part not in WRAPPERS): value for name, value in named.items()}
+    return plain if len(plain) == len(named) else dict(named)
 
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 def call_module(module: Callable[..., Any], inputs: Any) -> Any:
-    """Run a model on the input of a batch: a tuple is splatted, a dict passed as keywords."""
-    if isinstance(inputs, tuple):
+    """Run a model on the input of a batch: a tuple or list is splatted, a mapping passed as keywords."""
+    if isinstance(inputs, tuple | list):
         return module(*inputs)
     if isinstance(inputs, Mapping):
         return module(**inputs)
@@ -90,30 +113,6 @@ def scalar_loss(loss: Any) -> Tensor:
     return loss
 
 
-class LayerSpec(NamedTuple):
-    """What the passes need to know of a BN layer.
-
-    Attributes:
-        channels: number of channels C.
-        momentum: weight of a new batch in the running statistics; None is the cumulative average.
-        tracked: whether the layer keeps running statistics.
-    """
-
-    channels: int
-    momentum: float | None
-    tracked: bool
-
-
-def layer_specs(layers: Mapping[str, _BatchNorm]) -> dict[str, LayerSpec]:
-    """What the passes need to know of every layer."""
-    return {
-        name: LayerSpec(
-            layer.num_features, layer.momentum, layer.track_running_stats and layer.running_mean is not None
-        )
-        for name, layer in layers.items()
-    }
-
-
 def functionalize(model: nn.Module) -> "FunctionalModel":
     """Make a function of `params` and `buffers` from a model. Its layers keep the modes they have now.
 
@@ -123,25 +122,50 @@ def functionalize(model: nn.Module) -> "FunctionalModel":
     return FunctionalModel(model)
 
 
+def as_functional(model: "nn.Module | FunctionalModel") -> "FunctionalModel":
+    """A model as a function, if it is not one already."""
+    return model if isinstance(model, FunctionalModel) else functionalize(model)
+
+
 class FunctionalModel:
-    """A model without state.
+    """A model without state: `fmodel(params, buffers, *inputs)` evaluates it, and the passes train it.
 
-    `fmodel(params, buffers, *inputs)` evaluates it; the passes of `apart_func.step` train it.
-
-    Attributes:
-        layers: the BN layers that the method perturbs, by name.
+    It is a value: it can be copied, pickled, and called from several threads at once. Every thread has a copy of the
+    model of its own, and what is compiled has a fixed one.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = layer_specs(training_layers(model))
-        self._evaluation = _PrivateCopy(model, ())
-        self._evaluation.module.eval()
-        self._training = _PrivateCopy(model, self.layers)
-        layers = training_layers(self._training.module)
-        for layer in layers.values():
-            layer.momentum = layer.momentum or 0.0  # None would read a counter, which no tracing allows
-        self._route = Route(layers)
-        self._route.attach()
+        check_model(model)
+        self._constants = Constants(
+            layers={name: layer.num_features for name, layer in training_layers(model).items()},
+            shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(model)},
+        )
+        self._aliases = _all_names(model)
+        self._momenta = {name: layer.momentum for name, layer in training_layers(model).items()}
+        self._module = _copy_without_tensors(model)
+        self._of_caller = {id(p): (weakref.ref(p), name) for name, p in model.named_parameters()}
+        self._prepare()
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """The channels of the BN layers that the method perturbs, by name."""
+        return self._constants.layers  # type: ignore[return-value]
+
+    def _prepare(self) -> None:
+        register_einops()
+        self._fixed = _Template(self._module, self._aliases, self._momenta)
+        self._of_threads = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_anew = ("_fixed", "_of_threads", "_of_caller")
+        return {key: value for key, value in vars(self).items() if key not in made_anew}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _of_caller={})
+        self._prepare()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._module).__name__}, {len(self.layers)} batch-norm layers)"
 
     def __call__(self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any) -> Any:
         """Run the model on `inputs`; buffers that the forward changes are dropped.
@@ -158,20 +182,35 @@ class FunctionalModel:
             StateError: keys are missing or unexpected, or a shape differs.
         """
         tensors = self.check_state(params, buffers)
-        if training:
-            with self.opened(tensors, _plain_batch_norm) as (module, _):
-                return module(*inputs, **keywords)
-        with self._evaluation.holding(tensors) as module:
-            return module(*inputs, **keywords)
 
-    def check_state(self, params: Tensors, buffers: Tensors) -> Tensors:
-        """Unite `params` and `buffers` after a look at their keys and shapes.
+        def forward(template: "_Template") -> Any:
+            return template.module(*inputs, **keywords)
+
+        return self.run(tensors, _plain_batch_norm if training else None, forward)
+
+    def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
+        """Call a function while a copy of the model holds some tensors, and its batch norm goes to a handler.
+
+        Args:
+            tensors: parameters and buffers by name; the buffers are copied, since a forward may change them.
+            handler: of batch norm; None evaluates the model.
+            function: of the template whose `module` can be called.
+
+        Returns:
+            What the function returns.
+        """
+        return self._template(evaluates=handler is None).run(tensors, handler, function)
+
+    def check_state(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensors:
+        """Unite `params` and `buffers` after a look at their keys, shapes and dtypes.
 
         Raises:
-            StateError: keys are missing or unexpected, or a shape differs.
+            StateError: keys are missing or unexpected, a shape differs, or there is nothing to train.
         """
         tensors = _united(params, buffers)
-        _check_tensors(self._training.shapes, tensors)
+        _check_tensors(self._constants.shapes, tensors)
+        if not params:
+            raise StateError("params is empty, so there is nothing to train. Unfreeze a parameter: requires_grad=True.")
         for name, tensor in params.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise StateError(
@@ -179,118 +218,138 @@ class FunctionalModel:
                 )
         return tensors
 
-    @contextmanager
-    def opened(self, tensors: Tensors, handler: Handler) -> Iterator[tuple[nn.Module, "_PrivateCopy"]]:
-        """Hold `tensors` in the training copy, and lead its batch norm to `handler`, while open."""
-        with self._training.holding(tensors) as module:
-            self._route.handler = handler
-            try:
-                yield module, self._training
-            finally:
-                self._route.handler = None
+    def name_of(self, parameter: nn.Parameter) -> str | None:
+        """The name that a parameter has in the model this was made from; None where it is not of it."""
+        reference, name = self._of_caller.get(id(parameter), (None, None))
+        return name if reference is not None and reference() is parameter else None
+
+    def _template(self, evaluates: bool) -> "_Template":
+        if is_compiling() and not evaluates:
+            return self._fixed
+        kind = "evaluation" if evaluates else "training"
+        template: _Template | None = getattr(self._of_threads, kind, None)
+        if template is None:
+            module = copy_model(self._module)
+            template = _Template(module.eval() if evaluates else module, self._aliases, self._momenta)
+            setattr(self._of_threads, kind, template)
+        return template
 
 
-class _PrivateCopy:
-    """A copy of a model that owns no tensor, and holds the caller's while it runs.
-
-    It assigns to the modules' own dicts, where `torch.func.functional_call` walks the module tree anew in every call.
-    It also reaches tensors that a module keeps in a list (as LSTM does), and keeps the buffers that a forward
-    replaces instead of changing.
+class _Template:
+    """A copy of a model that owns no tensor, and borrows the caller's for the time of a call.
 
     Attributes:
         module: the copy.
-        shapes: what every tensor must look like, by name.
+        route: of its batch norm.
     """
 
-    def __init__(self, model: nn.Module, perturbed: Iterable[str]) -> None:
-        self.module = _copy_without_tensors(model)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
-        perturbed = list(perturbed)
-        counters = {f"{layer}.num_batches_tracked" for layer in perturbed}
-        statistics = {f"{layer}.{key}" for layer in perturbed for key in ("running_mean", "running_var")}
-        buffers = {name for name, _ in model.named_buffers()}
-        slots = _slots(self.module)
-        for slot in slots:
-            slot.place[slot.key] = slot.at_rest
-        self._counters = [slot for slot in slots if slot.name in counters]
-        self._cloned = [slot for slot in slots if slot.name in buffers - counters - statistics]
-        self._given = [slot for slot in slots if slot.name not in buffers]
+    def __init__(self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None]) -> None:
+        self.module = module
+        layers: dict[str, Any] = {name: module.get_submodule(name) for name in momenta}
+        self.route = Route(layers, momenta)
+        for layer in layers.values():
+            if not is_stock(layer) and layer.momentum is None:
+                layer.momentum = 0.0  # None would make its forward read a counter, which no tracing allows
+        self._program = _Program(module)
+        self._aliases = [(f"module.{place}", name) for place, name in aliases.items()]
+        registers = {name: owner._buffers for name, owner in module.named_modules()}
+        self._buffers = {
+            name: (registers[place.rpartition(".")[0]], place.rpartition(".")[2])
+            for place, name in aliases.items()
+            if place == name and place.rpartition(".")[2] in registers[place.rpartition(".")[0]]
+        }
+        self._modes = [(layer, layer.training) for layer in layers.values()]
 
-    @contextmanager
-    def holding(self, tensors: Tensors) -> Iterator[nn.Module]:
-        """Hold the caller's parameters, copies of its buffers, and no running statistics of perturbed layers."""
-        clones = {name: tensors[name].clone() for name in {slot.name for slot in self._cloned}}
-        for slot in self._given:
-            slot.place[slot.key] = tensors[slot.name]
-        for slot in self._cloned:
-            slot.place[slot.key] = clones[slot.name]
-        for slot in self._counters:  # layers with a forward of their own count on it
-            slot.place[slot.key] = torch.zeros((), dtype=torch.long)
+    def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
+        """See `FunctionalModel.run`."""
+        held = {**tensors, **_copies({name: tensors[name] for name in self._buffers})}
+        lent = {place: held[name] for place, name in self._aliases}
         try:
-            yield self.module
+            if handler is None:
+                return functional_call(self._program, lent, (function, self), tie_weights=False)
+            with self.route.opened(handler):
+                result = functional_call(self._program, lent, (function, self), tie_weights=False)
         finally:
-            for slot in (*self._given, *self._cloned, *self._counters):
-                slot.place[slot.key] = slot.at_rest
+            for layer, mode in self._modes:
+                if layer.training != mode:  # a forward may freeze its layers; the next call begins as this one
+                    layer.training = mode
+        if not self.route.reached:
+            raise ModelError(
+                f"the forward of {type(self.module).__name__} called none of its {len(self._modes)} batch-norm layers "
+                "in training mode, so there is nothing to perturb. Do not replace layers after functionalize, or "
+                "reach them in another way than through the model's attributes."
+            )
+        return result
 
-    def own_buffers(self) -> Tensors:
-        """The buffers that the model changes itself, as they are now."""
-        return {slot.name: slot.place[slot.key] for slot in self._cloned}
+    def buffers(self, before: Mapping[str, Tensor]) -> Tensors:
+        """The buffers as the forward has left them, keyed as those before; to be asked while the call runs."""
+        after = {name: register[key] for name, (register, key) in self._buffers.items()}
+        return {name: after.get(name, tensor) for name, tensor in before.items()}
+
+
+class _Program(nn.Module):
+    """A model whose forward is any function of it, so that one `functional_call` spans a forward and its backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[_Template], Any], template: _Template) -> Any:
+        return function(template)
+
+
+def _copies(buffers: Tensors) -> Tensors:
+    """Copies for a forward to change."""
+    traced = is_traced()
+    return {name: buffer.clone() if traced else buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 class _Absent:
-    """Stands where a copied module has a parameter or buffer, and complains when it is computed with."""
+    """Stands where a copied module has a tensor that is no attribute, and complains when it is computed with."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __torch_function__(self, *_: Any) -> Any:
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse, by the name of the tensor."""
+        waiting, name = [*args, *(kwargs or {}).values()], "a tensor"
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, cls):
+                name = repr(value.name)
+            elif isinstance(value, tuple | list):
+                waiting.extend(value)
         raise ModelError(
-            f"the model reached {self.name!r} through something that is neither a module's attribute nor a list or "
-            "dict of tensors in one, so the caller's tensor could not be put there. Keep it as a module attribute."
+            f"the model reached {name} through something that is no attribute of a module, so the caller's tensor could "
+            "not be put there. Keep it as a module attribute, and read it there."
         )
 
 
-class _Slot(NamedTuple):
-    """A place in a module, a dict or list, where a tensor belongs."""
-
-    place: Any
-    key: Any
-    name: str
-    at_rest: _Absent | None  # modules and compilers expect a tensor or None in a module's own registers
-
-
-def _slots(module: nn.Module) -> list[_Slot]:
-    """Every place that refers to a parameter or buffer of the copied module."""
-    slots: list[_Slot] = []
-    seen: set[int] = set()
-    registers = {id(place) for submodule in module.modules() for place in (submodule._parameters, submodule._buffers)}
-
-    def visit(place: Any) -> None:
-        if id(place) in seen:
-            return
-        seen.add(id(place))
-        for key, value in place.items() if isinstance(place, dict) else enumerate(place):
-            if isinstance(value, _Absent):
-                slots.append(_Slot(place, key, value.name, None if id(place) in registers else value))
-            elif isinstance(value, dict | list):
-                visit(value)
-
-    for submodule in module.modules():
-        visit(vars(submodule))
-    return slots
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, each once, by its first name."""
     return [*module.named_parameters(), *module.named_buffers()]
 
 
+def _all_names(model: nn.Module) -> dict[str, str]:
+    """Every place of a parameter or buffer, and the first name of the tensor that is there."""
+    first = {id(tensor): name for name, tensor in named_tensors(model)}
+    places = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {place: first[id(tensor)] for place, tensor in places}
+
+
 def _copy_without_tensors(model: nn.Module) -> nn.Module:
-    """Copy a model, with one `_Absent` for each tensor; what was tied stays tied."""
-    return copy_model(model, {id(tensor): _Absent(name) for name, tensor in _named_tensors(model)})
+    """Copy a model with empty places in its registers, and an `_Absent` wherever else a tensor of it is."""
+    module = copy_model(model, {id(tensor): _Absent(name) for name, tensor in named_tensors(model)})
+    for submodule in module.modules():
+        for register in (submodule._parameters, submodule._buffers):
+            for key in register:
+                register[key] = None
+    return module
 
 
 def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model.
+    """Copy a model. Its hooks stay the caller's objects, but for methods of modules in it.
 
     Args:
         model: any module.
@@ -299,11 +358,13 @@ def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mod
     Raises:
         ModelError: it cannot be copied.
     """
-    lazy = [name for name, tensor in _named_tensors(model) if is_lazy(tensor)]
+    lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
     if lazy:
         raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
+    for name, module in model.named_modules():
+        _check_forward(name, module)
     try:
-        return copy.deepcopy(model, copies)
+        return _copied(model, {} if copies is None else dict(copies))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}). Replace old-style weight_norm and spectral_norm by "
@@ -312,11 +373,93 @@ def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mod
         ) from error
 
 
-def _plain_batch_norm(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+HOOKS = frozenset(
+    name
+    for name, value in vars(nn.Module()).items()
+    if name.endswith("_hooks") or (name.startswith("_") and "hooks_" in name)
+)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """`copy.deepcopy` of a model, without what takes it long: a dozen empty dicts in every module."""
+    modules = list(model.modules())
+    plain = all(_copies_plainly(type(module)) for module in modules)
+    if plain:
+        for module in modules:
+            memo[id(module)] = module.__class__.__new__(module.__class__)
+    for module in modules:
+        for hooks in HOOKS:
+            for hook in vars(module).get(hooks, {}).values():
+                if not (isinstance(hook, MethodType) and isinstance(hook.__self__, nn.Module)):
+                    memo.setdefault(id(hook), hook)
+    if not plain:
+        return copy.deepcopy(model, memo)
+    for module in modules:
+        state = vars(memo[id(module)])
+        for key, value in vars(module).items():
+            if value is None or isinstance(value, bool | int | float | str) or (not value and key in HOOKS):
+                state[key] = type(value)() if key in HOOKS else value
+            else:
+                state[key] = copy.deepcopy(value, memo)
+    made: nn.Module = memo[id(model)]
+    return made
+
+
+@lru_cache(maxsize=None)
+def _copies_plainly(kind: type) -> bool:
+    """Whether a copy of a module is a copy of its attributes."""
+    special = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__slots__")
+    ours = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    states = [base for base in ours if "__setstate__" in vars(base) and base.__module__.partition(".")[0] != "torch"]
+    return not states and not any(name in vars(base) for base in ours for name in special)
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """Make sure that a forward that was put on a module does not reach the caller's own modules."""
+    held = _modules_held_by(vars(module).get("forward"))
+    if held:
+        raise ModelError(
+            f"the forward of layer {name!r} ({type(module).__name__}) was replaced by a function that holds "
+            f"{type(held[0]).__name__}, a module of its own, so a copy of the layer would still run the original. "
+            "Override forward in a subclass, or wrap the layer in a module."
+        )
+
+
+def _modules_held_by(function: Any) -> list[nn.Module]:
+    """The modules that a function closes over, or is partially applied to."""
+    if not isinstance(function, FunctionType):
+        function = getattr(function, "func", None)
+        if function is None:
+            return []
+    values: list[Any] = [*(function.__defaults__ or ())] if isinstance(function, FunctionType) else [function]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not yet filled
+            continue
+    found = [getattr(value, "__self__", value) for value in values]
+    return [value for value in found if isinstance(value, nn.Module)]
+
+
+def _plain_batch_norm(site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
 
+def check_model(model: Any) -> None:
+    """Make sure that a model is one.
+
+    Raises:
+        ModelError: it is no module.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ModelError(f"the model is {what}; expected a torch.nn.Module, such as resnet18().")
+
+
 def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensors:
+    for kind, tensors in (("params", params), ("buffers", buffers)):
+        if not isinstance(tensors, Mapping):
+            raise StateError(f"{kind} is a {type(tensors).__name__}; expected a dict of tensors, as of split_state.")
     both = sorted(set(params) & set(buffers))
     if both:
         raise StateError(f"{both} are in params and in buffers. Keep each in one.")
@@ -324,12 +467,15 @@ def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tens
 
 
 def _check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
-    if set(expected) != set(given):
+    if expected.keys() != given.keys():
         missing, unexpected = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
         raise StateError(
             f"the tensors do not fit the model: missing {missing}, unexpected {unexpected}. "
             "Take them from split_state(model) of the same model."
         )
     for name, shape in expected.items():
-        if given[name].shape != shape:
-            raise StateError(f"{name!r} has shape {tuple(given[name].shape)}, and the model expects {shape}.")
+        tensor = given[name]
+        if not isinstance(tensor, Tensor):
+            raise StateError(f"{name!r} is a {type(tensor).__name__}; expected a tensor of shape {shape}.")
+        if tensor.shape != shape:
+            raise StateError(f"{name!r} has shape {tuple(tensor.shape)}, and the model expects {shape}.")

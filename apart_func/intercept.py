@@ -1,26 +1,49 @@
 """How batch norm is intercepted: the only file that knows how a module reaches `F.batch_norm`.
 
-While a route is open, every BN layer in training mode hands its input to a `Handler` instead of `F.batch_norm`:
+While a route is open, every BN layer that is in training mode hands its input to a `Handler` instead of `F.batch_norm`:
 
-    forward of a stock layer      →  handler(name, layer, x, weight, bias, eps)
+    forward of a stock layer      →  handler(site, x, weight, bias, eps)
     forward of any other subclass →  runs as it is; its call of F.batch_norm goes to the handler
 
 Catching the function, and not the module, keeps what a subclass does around it (activation, dropout) in place;
 catching it inside BN layers alone leaves other users of `F.batch_norm` (weight standardisation) in peace.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from apart_func.errors import ApartError, BatchError, ModelError, UsageError
 
-Handler = Callable[[str, Tensor, Tensor | None, Tensor | None, float], Tensor]
+
+class Site(NamedTuple):
+    """Where batch norm is intercepted.
+
+    Attributes:
+        name: of the layer, its first one in the model.
+        layer: the module.
+        momentum: weight of a batch in its running statistics; None is the cumulative average.
+        stock: whether its forward is PyTorch's own, and does not run.
+    """
+
+    name: str
+    layer: _BatchNorm
+    momentum: float | None
+    stock: bool
+
+
+Handler = Callable[[Site, Tensor, Tensor | None, Tensor | None, float], Tensor]
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BN layers of a model in either mode, each under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -30,7 +53,7 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
         ModelError: there is none.
         UsageError: they are on a route already.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    layers = batch_norm_layers(model)
     if not layers:
         raise ModelError(
             f"{type(model).__name__} has no batch-norm layer, and APART perturbs nothing else. It needs a model with "
@@ -42,7 +65,7 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
             f"none of the {len(layers)} batch-norm layers of {type(model).__name__} is in training mode, and layers in "
             "evaluation mode stay as they are. Call model.train() first."
         )
-    routed = [name for name, layer in training.items() if _is_routed(layer)]
+    routed = [name for name, layer in training.items() if isinstance(vars(layer).get("forward"), _Detour)]
     if routed:
         raise UsageError(
             f"layer {routed[0]!r} is inside a context of another APART already. Leave that one before the next begins."
@@ -52,80 +75,105 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def is_stock(layer: _BatchNorm) -> bool:
     """Whether a layer's forward is PyTorch's own."""
-    return type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+    own = vars(layer).get("forward")
+    function = type(layer).forward if own is None else getattr(own, "__func__", own)
+    return function in (_BatchNorm.forward, SyncBatchNorm.forward)
 
 
 class Route:
     """Leads the batch norm of some layers to a handler, while one is set.
 
+    Args:
+        layers: by name.
+        momenta: weight of a batch in their running statistics; None takes what the layers say now.
+
     Attributes:
         handler: where the layers' calls go; None leaves every layer as it is.
+        reached: whether a layer was called since the route was opened, in either mode.
     """
 
-    def __init__(self, layers: dict[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm], momenta: Mapping[str, float | None] | None = None) -> None:
         self.handler: Handler | None = None
-        self._forwards = [(layer, _forward(self, name, layer)) for name, layer in layers.items()]
-
-    def attach(self) -> None:
-        """Let the layers' calls pass through here."""
-        for layer, forward in self._forwards:
-            vars(layer)["forward"] = forward
+        self.reached = False
+        if momenta is None:
+            momenta = {name: layer.momentum for name, layer in layers.items()}
+        self._detours = [
+            _Detour(self, Site(name, layer, momenta[name], is_stock(layer))) for name, layer in layers.items()
+        ]
 
     @contextmanager
     def opened(self, handler: Handler) -> Iterator[None]:
         """Lead the layers' calls to `handler` while open, and leave the layers as they were."""
-        own = [(vars(layer), vars(layer).get("forward")) for layer, _ in self._forwards]
-        self.attach()
-        self.handler = handler
+        for detour in self._detours:
+            vars(detour.site.layer)["forward"] = detour
+        self.handler, self.reached = handler, False
         try:
             yield
         finally:
             self.handler = None
-            for attributes, forward in own:
-                if forward is None:
-                    del attributes["forward"]
-                else:
-                    attributes["forward"] = forward
+            for detour in self._detours:
+                detour.leave()
 
 
-def _is_routed(layer: _BatchNorm) -> bool:
-    return getattr(vars(layer).get("forward"), "__module__", None) == __name__
+class _Detour:
+    """What stands in for the `forward` of one layer. In a copy of the layer, its own forward stands again."""
 
+    def __init__(self, route: Route, site: Site) -> None:
+        self.route, self.site = route, site
+        self.own = vars(site.layer).get("forward")  # of the instance, if it has one
+        self.original = site.layer.forward
 
-def _forward(route: Route, name: str, layer: _BatchNorm) -> Callable[..., Any]:
-    """What replaces the `forward` of one layer."""
-    original, stock = layer.forward, is_stock(layer)
+    def leave(self) -> None:
+        """Put back what was there."""
+        attributes = vars(self.site.layer)
+        if self.own is None:
+            attributes.pop("forward", None)
+        else:
+            attributes["forward"] = self.own
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        handler = route.handler
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_own_forward, (self.site.layer,)) if self.own is None else (_itself, (self.own,))
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        route, site = self.route, self.site
+        handler, layer = route.handler, site.layer
         if handler is None:
-            return original(x, *args, **kwargs)
-        if stock:
-            _check_dimensions(name, layer, x)
-            return handler(name, x, layer.weight, layer.bias, layer.eps)
-        catch = _CatchBatchNorm(name, handler)
+            return self.original(x, *args, **kwargs)
+        route.reached = True
+        if not layer.training:
+            return self.original(x, *args, **kwargs)
+        if site.stock:
+            _check_dimensions(site, x)
+            return handler(site, x, layer.weight, layer.bias, layer.eps)
+        catch = _CatchBatchNorm(site, handler)
         try:
             with catch:
-                y = original(x, *args, **kwargs)
+                y = self.original(x, *args, **kwargs)
         except ApartError:
             raise
         except Exception as error:
             if catch.caught:
                 raise
-            raise _bypassed(name, layer) from error
+            raise _bypassed(site) from error
         if not catch.caught:
-            raise _bypassed(name, layer)
+            raise _bypassed(site)
         return y
 
+
+def _own_forward(layer: nn.Module) -> Any:
+    return MethodType(type(layer).forward, layer)
+
+
+def _itself(forward: Any) -> Any:
     return forward
 
 
 class _CatchBatchNorm(TorchFunctionMode):
     """Hands calls of `F.batch_norm` to the handler while one layer's own forward runs."""
 
-    def __init__(self, name: str, handler: Handler) -> None:
+    def __init__(self, site: Site, handler: Handler) -> None:
         super().__init__()
-        self.name, self.handler, self.caught = name, handler, False
+        self.site, self.handler, self.caught = site, handler, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -134,7 +182,7 @@ class _CatchBatchNorm(TorchFunctionMode):
         if func is not F.batch_norm:
             return func(*args, **kwargs)
         self.caught = True
-        return self.handler(self.name, *_used_arguments(*args, **kwargs))
+        return self.handler(self.site, *_used_arguments(*args, **kwargs))
 
 
 def _used_arguments(
@@ -151,18 +199,18 @@ def _used_arguments(
     return input, weight, bias, eps
 
 
-def _check_dimensions(name: str, layer: _BatchNorm, x: Tensor) -> None:
+def _check_dimensions(site: Site, x: Tensor) -> None:
     try:
-        layer._check_input_dim(x)
+        site.layer._check_input_dim(x)
     except ValueError as error:
         raise BatchError(
-            f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
+            f"layer {site.name!r} ({type(site.layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
         ) from error
 
 
-def _bypassed(name: str, layer: nn.Module) -> ModelError:
+def _bypassed(site: Site) -> ModelError:
     return ModelError(
-        f"layer {name!r} ({type(layer).__name__}) ran without calling torch.nn.functional.batch_norm, so its "
+        f"layer {site.name!r} ({type(site.layer).__name__}) ran without calling torch.nn.functional.batch_norm, so its "
         "statistics cannot be perturbed. Let its forward call F.batch_norm, or put the layer in evaluation mode "
-        "to leave it as it is. (SyncBatchNorm bypasses it while it synchronises.)"
+        "to leave it as it is."
     )

@@ -8,57 +8,31 @@
 Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apart_func.batch_norm import number_of_groups, over_layers
 from apart_func.errors import SettingError
-from apart_func.functional import FunctionalModel, LossFunction, functionalize, layer_specs
+from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_model, named_tensors
 from apart_func.intercept import training_layers
-from apart_func.passes import Precision, mixed_pass, statistics_like, zero_shifts
-from apart_func.perturbation import IterativeRule, Rule, check_epsilon, sign_perturbation
-from apart_func.pytrees import (
-    BatchStats,
+from apart_func.layer import over_layers
+from apart_func.layer.rows import Rows, number_of_groups
+from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
+from apart_func.rules import IterativeRule, Rule, sign_perturbation
+from apart_func.settings import Settings
+from apart_func.step import Step, chosen, found_perturbation, over_microbatches
+from apart_func.trees import (
     PerturbationTree,
-    StatTree,
+    StatGrads,
+    StatGradTree,
     StepOutput,
     Tensors,
+    all_finite,
     batch_size,
     constant,
-    merge_trees,
     vectors,
 )
-from apart_func.step import all_finite, check_microbatches, chosen, over_microbatches, scalar
-
-
-class OnePassStep(Protocol):
-    """One training step as a function; see `make_one_pass_step`."""
-
-    def __call__(
-        self,
-        params: Tensors,
-        buffers: Tensors,
-        batch: tuple[Any, Any],
-        perturbation: PerturbationTree,
-        *,
-        epsilon: float | Tensor | None = None,
-        loss_scale: float | Tensor | None = None,
-    ) -> StepOutput:
-        """Take one step.
-
-        Args:
-            params: trained tensors by name.
-            buffers: all other tensors by name.
-            batch: `(input, target)`, pytrees of M samples.
-            perturbation: δ of this step, `(C,)` each: `init_perturbation(model)`, then `out.perturbation`.
-            epsilon: overrides the radius of the next perturbation; a 0-d tensor that changes does not recompile.
-            loss_scale: factor on the loss during its backward, divided out of all gradients.
-
-        Returns:
-            Where `all_finite` is False, `buffers` and `perturbation` are those that came in.
-        """
 
 
 def make_one_pass_step(
@@ -70,8 +44,9 @@ def make_one_pass_step(
     clean_fraction: float = 0.5,
     microbatches: int = 1,
     rule: Rule = sign_perturbation,
+    rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
-) -> OnePassStep:
+) -> "OnePassStep":
     """Make a training step of APART that costs one pass: a pure function of parameters, buffers, batch and δ.
 
     Running statistics advance by those of the clean samples, all of their groups together: perturbed samples would
@@ -80,12 +55,13 @@ def make_one_pass_step(
     Args:
         model: a module with BN layers in training mode, or what `functionalize` made of it.
         loss_fn: `(output, target) -> scalar`. It is called twice, with the clean samples and with the others.
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
         groups: ghost groups G ≥ 2 of the batch; -1 is a group for every sample.
         clean_fraction: share r of the groups that are clean, rounded to whole groups: at least one, less than all.
         microbatches: k parts of the batch, one after another, each in G groups. All run under the same perturbation,
             and the next one comes from the mean of their statistic gradients.
         rule: makes the next perturbation from the clean statistics and their gradients.
+        rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
 
     Returns:
@@ -94,30 +70,93 @@ def make_one_pass_step(
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
     """
-    fmodel = model if isinstance(model, FunctionalModel) else functionalize(model)
-    check_epsilon(epsilon)
-    check_microbatches(microbatches)
+    settings = Settings(
+        epsilon=epsilon,
+        groups=groups,
+        clean_fraction=clean_fraction,
+        microbatches=microbatches,
+        rule=rule,
+        rows=rows,
+        autocast_dtype=autocast_dtype,
+    )
     if isinstance(rule, IterativeRule):
         raise rule.refusal()
     if groups != -1:
         clean_groups(clean_fraction, groups)
-    default_epsilon = epsilon
+    return OnePassStep(as_functional(model), loss_fn, settings)
 
-    def one_batch(
+
+class OnePassStep(Step):
+    """One training step of APART in one pass, as a function; `make_one_pass_step` makes it."""
+
+    def __call__(
+        self,
         params: Tensors,
         buffers: Tensors,
         batch: tuple[Any, Any],
         perturbation: PerturbationTree,
-        radius: Tensor,
-        precision: Precision,
+        *,
+        epsilon: float | Tensor | None = None,
+        loss_scale: float | Tensor | None = None,
     ) -> StepOutput:
-        parts = number_of_groups(groups, batch_size(batch))
-        clean = clean_groups(clean_fraction, parts)
+        """Take one step; nothing that goes in is changed.
+
+        Args:
+            params: trained tensors by name.
+            buffers: all other tensors by name.
+            batch: `(input, target)`, pytrees of M samples.
+            perturbation: δ of this step, `(C,)` each: `init_perturbation(model)`, then `out.perturbation`.
+            epsilon: overrides the radius of the next perturbation; a 0-d tensor that changes does not recompile.
+            loss_scale: factor on the loss during its backward, divided out of all gradients.
+
+        Returns:
+            Where `all_finite` is False, `buffers` and `perturbation` are those that came in. Layers that the forward
+            does not call keep their perturbation.
+
+        Raises:
+            ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
+        """
+        radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
+        check_perturbation(self.fmodel.layers, perturbation, 1)
+        before = constant(perturbation)
+        out = over_microbatches(
+            lambda moved, part: self._one_batch(params, moved, part, before, precision),
+            buffers,
+            batch,
+            self.settings.microbatches,
+        )
+        stat_grads = out.stat_grads
+        if self.settings.microbatches > 1:
+            stat_grads = {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
+        after = found_perturbation(
+            before, out.stats, stat_grads, lambda *found: self.settings.rule(*found, radius)
+        )
+        finite = out.all_finite & in_range & all_finite(vectors(after))
+        return out._replace(
+            buffers=chosen(finite, out.buffers, dict(buffers)),
+            perturbation=chosen(finite, after, before),
+            all_finite=finite,
+        )
+
+    def _one_batch(
+        self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree, precision: Precision
+    ) -> StepOutput:
+        settings = self.settings
+        groups = number_of_groups(settings.groups, batch_size(batch))
+        clean = clean_groups(settings.clean_fraction, groups)
         mixed = mixed_pass(
-            fmodel, loss_fn, params, buffers, batch, perturbation, groups=parts, clean=clean, precision=precision
+            self.fmodel,
+            self.loss_fn,
+            params,
+            buffers,
+            batch,
+            perturbation,
+            groups=groups,
+            clean=clean,
+            rows=settings.rows,
+            precision=precision,
         )
         stat_grads = clean_stat_grads(mixed.stat_grads, clean)
-        values = [mixed.loss, mixed.adversarial_loss, radius, *mixed.grads.values(), *vectors(stat_grads)]
         return StepOutput(
             grads=mixed.grads,
             buffers=mixed.buffers,
@@ -127,34 +166,8 @@ def make_one_pass_step(
             stats=mixed.stats,
             stat_grads=stat_grads,
             perturbation=perturbation,
-            all_finite=all_finite(values) & (radius >= 0),
+            all_finite=all_finite([mixed.loss, mixed.adversarial_loss, *mixed.grads.values(), *vectors(stat_grads)]),
         )
-
-    def one_pass_step(
-        params: Tensors,
-        buffers: Tensors,
-        batch: tuple[Any, Any],
-        perturbation: PerturbationTree,
-        *,
-        epsilon: float | Tensor | None = None,
-        loss_scale: float | Tensor | None = None,
-    ) -> StepOutput:
-        if epsilon is not None:
-            check_epsilon(epsilon)
-        like = statistics_like({**params, **buffers})
-        radius = scalar(default_epsilon if epsilon is None else epsilon, like.dtype, like.device)
-        precision = Precision(
-            autocast_dtype, None if loss_scale is None else scalar(loss_scale, torch.float32, like.device)
-        )
-        before = constant(perturbation)
-        out = over_microbatches(
-            lambda moved, part: one_batch(params, moved, part, before, radius, precision), buffers, batch, microbatches
-        )
-        stat_grads = out.stat_grads if microbatches == 1 else merge_trees([out.stat_grads], lambda one: one[0].mean(0))
-        after = constant(rule(out.stats, stat_grads, radius))
-        return out._replace(perturbation=chosen(out.all_finite, after, before))
-
-    return one_pass_step
 
 
 def init_perturbation(model: nn.Module) -> PerturbationTree:
@@ -163,8 +176,9 @@ def init_perturbation(model: nn.Module) -> PerturbationTree:
     Raises:
         ModelError: there is no such layer.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return zero_shifts(layer_specs(training_layers(model)), statistics_like(tensors))
+    check_model(model)
+    layers = {name: layer.num_features for name, layer in training_layers(model).items()}
+    return zero_shifts(layers, statistics_like(dict(named_tensors(model))))
 
 
 def clean_groups(clean_fraction: float, groups: int) -> int:
@@ -182,12 +196,17 @@ def clean_groups(clean_fraction: float, groups: int) -> int:
     return clean
 
 
-def clean_stat_grads(stat_grads: StatTree, clean: int) -> StatTree:
-    """∂L_p/∂δ, `(C,)`, from gradients of the whole batch's loss by the shifts of every group, `(G, C)`."""
+def clean_stat_grads(stat_grads: StatGradTree, clean: int) -> StatGradTree:
+    """∂L_p/∂δ, `(C,)`, from gradients of the whole batch's loss by the shifts of every group, `(G, C)`.
 
-    def of_layer(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+    Args:
+        stat_grads: of a `mixed_pass`.
+        clean: how many of the groups were clean, the first ones.
+    """
+
+    def of_layer(mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         share = clean / mean.shape[0]
-        return mean[:clean].sum(0) / share, var[:clean].sum(0) / share
+        return mean[:clean].sum(0) / share, scale[:clean].sum(0) / share
 
     sums = over_layers(of_layer, list(stat_grads.values()), [()] * len(stat_grads))
-    return {layer: BatchStats(*pair) for layer, pair in zip(stat_grads, sums, strict=True)}
+    return {layer: StatGrads(*pair) for layer, pair in zip(stat_grads, sums, strict=True)}

@@ -1,4 +1,4 @@
-"""The two passes of the method: functions from parameters, buffers and a batch to losses and gradients.
+"""The passes of the method: functions from parameters, buffers and a batch to losses and gradients.
 
     proxy_pass        plain training at δ = 0    →  ∇L_p, the statistics, and g = ∂L_p/∂δ
     adversarial_pass  statistics pushed by δ     →  ∇L_a
@@ -10,53 +10,45 @@ A pass gives every BN layer of the functional model something else to do, and di
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from apart_func.autodiff import (
-    Opened,
-    gradient_eager,
-    gradient_traced,
-    is_compiling,
-    is_mapped,
-    is_recomputing,
-    is_traced,
-)
-from apart_func.batch_norm import (
-    Call,
-    RunningStats,
-    Taps,
-    advance_running_stats,
-    check_input,
-    clean_batch_norm,
-    number_of_groups,
-    over_layers,
-    perturbed_batch_norm,
-    pooled,
-    statistic_gradients,
-)
+from apart_func._torch import is_compiling, is_mapped, is_recomputing, is_traced, specialize
+from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
 from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LayerSpec, LossFunction, call_module, scalar_loss
-from apart_func.pytrees import (
+from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
+from apart_func.intercept import Site
+from apart_func.layer import Taps, clean_batch_norm, over_layers, statistic_gradients
+from apart_func.layer.rows import (
+    Grouping,
+    Normed,
+    Rows,
+    check_input,
+    check_variance,
+    grouped_batch_norm,
+    number_of_groups,
+)
+from apart_func.running import Record, assign, pooled
+from apart_func.trees import (
     AdversarialOutput,
     BatchStats,
     MixedOutput,
     Perturbation,
     PerturbationTree,
     ProxyOutput,
-    StatTree,
+    StatGrads,
+    StatGradTree,
     Tensors,
     batch_size,
-    cut_groups,
     detached,
     input_and_target,
-    stack_trees,
-    tree_leaves,
+    map_tensors,
+    tensors_of,
 )
 
 
@@ -91,7 +83,8 @@ def proxy_pass(
         loss_fn: `(output, target) -> scalar`.
         params: trained tensors by name.
         buffers: all other tensors by name.
-        batch: `(input, target)`, pytrees. A tuple input is splatted into the model, a dict passed as keywords.
+        batch: `(input, target)`, pytrees. A tuple or list as input is splatted into the model, a mapping passed as
+            keywords.
         precision: mixed-precision settings.
 
     Returns:
@@ -100,30 +93,15 @@ def proxy_pass(
     Raises:
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
     """
-    tensors = _checked_state(fmodel, params, buffers)
-    batch = _laid_out(batch, tensors)
-    like = statistics_like(tensors)
-    record = _Record(fmodel.layers, like)
+    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    layer = _TracedProxyLayer(run) if is_traced() else _EagerProxyLayer(run)
 
-    @contextmanager
-    def run(trained: Tensors, shifts: PerturbationTree | None = None) -> Iterator[Opened]:
-        record.shifts = shifts
-        with fmodel.opened({**tensors, **trained}, record) as (module, copy):
-            loss, output = _forward(module, _checked(loss_fn), batch, precision)
-            moved = _moved(fmodel, tensors, buffers, copy.own_buffers(), record.calls)
-            results = (_outcome(loss), _outcome(output), moved, statistics(record.calls))
-            yield Opened(_scaled(loss, precision), results, record.taps())
+    def after(template: _Template) -> Any:
+        return template.buffers(buffers), layer.record.statistics()
 
-    if is_traced():
-        shifts = zero_shifts(fmodel.layers, like)
-        (grads, shift_grads), (loss, output, buffers, stats), _ = gradient_traced(run, params, shifts)
-        stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
-    else:
-        (grads,), (loss, output, buffers, stats), tap_grads = gradient_eager(run, params)
-        stat_grads = record.statistic_gradients(tap_grads)
-    if precision.loss_scale is not None:
-        grads, stat_grads = _unscaled(grads, precision.loss_scale), _unscaled_stats(stat_grads, precision.loss_scale)
-    return ProxyOutput(loss, output, grads, buffers, stats, stat_grads)
+    gradient, output, (moved, stats) = run.differentiated(layer, layer.inputs(params), after)
+    grads, stat_grads = gradient.grads[0], layer.statistic_gradients(gradient)
+    return ProxyOutput(gradient.loss, output, run.unscaled(grads), moved, stats, run.unscaled_stats(stat_grads))
 
 
 def adversarial_pass(
@@ -135,6 +113,7 @@ def adversarial_pass(
     perturbation: PerturbationTree,
     *,
     groups: int = 0,
+    rows: Rows | None = None,
     precision: Precision = FULL_PRECISION,
 ) -> AdversarialOutput:
     """Run a forward and backward with perturbed statistics, in ghost groups. No buffer moves.
@@ -149,6 +128,7 @@ def adversarial_pass(
             nothing is differentiated by it.
         groups: number of ghost groups; sample i is in group i mod `groups`. 0 and 1 make one group of the whole
             batch, -1 makes a group of every sample.
+        rows: how the rows of a layer belong to samples, where there are others than one a sample; `layer/rows.py`.
         precision: mixed-precision settings.
 
     Returns:
@@ -157,25 +137,13 @@ def adversarial_pass(
     Raises:
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    tensors = _checked_state(fmodel, params, buffers)
-    batch = _laid_out(batch, tensors)
-    groups = number_of_groups(groups, batch_size(batch))
-    check_perturbation(fmodel.layers, perturbation, groups)
-
-    def layer(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        check_input(name, x, fmodel.layers[name].channels, groups)
-        return perturbed_batch_norm(x, weight, bias, eps, perturbation[name], groups=groups)[0]
-
-    @contextmanager
-    def run(trained: Tensors) -> Iterator[Opened]:
-        with fmodel.opened({**tensors, **trained}, layer) as (module, _):
-            loss, output = _forward(module, _checked(loss_fn), batch, precision)
-            yield Opened(_scaled(loss, precision), (_outcome(loss), _outcome(output)))
-
-    (grads,), (loss, output), _ = (gradient_traced if is_traced() else gradient_eager)(run, params)
-    if precision.loss_scale is not None:
-        grads = _unscaled(grads, precision.loss_scale)
-    return AdversarialOutput(loss, output, grads)
+    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
+    check_perturbation(fmodel.layers, perturbation, grouping.groups)
+    layer = _ShiftedLayer(run, grouping)
+    layer.shifts = perturbation
+    gradient, output, _ = run.differentiated(layer, (params,))
+    return AdversarialOutput(gradient.loss, output, run.unscaled(gradient.grads[0]))
 
 
 def gradients_at(
@@ -187,7 +155,7 @@ def gradients_at(
     perturbation: PerturbationTree,
     *,
     precision: Precision = FULL_PRECISION,
-) -> StatTree:
+) -> StatGradTree:
     """Differentiate the proxy loss by the perturbation, at a perturbation. No buffer moves.
 
     Costs less than another proxy pass: parameters have no gradient here.
@@ -207,23 +175,11 @@ def gradients_at(
     Raises:
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    tensors = detached(_checked_state(fmodel, params, buffers))
-    batch = _laid_out(batch, tensors)
+    run = _Pass(fmodel, loss_fn, detached(params), buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
-
-    @contextmanager
-    def run(shifts: PerturbationTree) -> Iterator[Opened]:
-        def layer(name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-            check_input(name, x, fmodel.layers[name].channels)
-            return perturbed_batch_norm(x, weight, bias, eps, shifts[name])[0]
-
-        with fmodel.opened(tensors, layer) as (module, _):
-            loss, _ = _forward(module, _checked(loss_fn), batch, precision)
-            yield Opened(_scaled(loss, precision), ())
-
-    (grads,), _, _ = (gradient_traced if is_traced() else gradient_eager)(run, perturbation)
-    found = {layer: BatchStats(*grads[layer]) for layer in fmodel.layers}
-    return found if precision.loss_scale is None else _unscaled_stats(found, precision.loss_scale)
+    layer = _ShiftedLayer(run, Grouping(1, run.samples))
+    gradient, _, _ = run.differentiated(layer, ({}, perturbation))
+    return run.unscaled_stats({name: StatGrads(*gradient.grads[1][name]) for name in fmodel.layers})
 
 
 def mixed_pass(
@@ -236,6 +192,7 @@ def mixed_pass(
     *,
     groups: int,
     clean: int,
+    rows: Rows | None = None,
     precision: Precision = FULL_PRECISION,
 ) -> MixedOutput:
     """Run a forward and backward in which some ghost groups are clean, and the others have perturbed statistics.
@@ -253,6 +210,7 @@ def mixed_pass(
         perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean. A constant.
         groups: number of ghost groups G ≥ 2; sample i is in group i mod G.
         clean: how many of them are clean, the first ones; at least one, and less than all.
+        rows: how the rows of a layer belong to samples, where there are others than one a sample; `layer/rows.py`.
         precision: mixed-precision settings.
 
     Returns:
@@ -261,54 +219,246 @@ def mixed_pass(
     Raises:
         ApartError: the state, batch, output or perturbation does not fit, or a layer cannot be perturbed.
     """
-    tensors = _checked_state(fmodel, params, buffers)
-    batch = _laid_out(batch, tensors)
-    samples = batch_size(batch)
-    groups = number_of_groups(groups, samples)
+    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    groups = number_of_groups(groups, run.samples)
+    check_clean(clean, groups)
     check_perturbation(fmodel.layers, perturbation, 1)
-    like = statistics_like(tensors)
-    record = _Record(fmodel.layers, like, groups)
-    point = in_groups(perturbation, groups, clean, like)
-    share = clean / groups
+    layer = _MixedLayer(run, Grouping(groups, run.samples, rows), clean)
+    point = in_groups(perturbation, groups, clean, run.like)
+    losses: list[Tensor] = []
 
-    def loss_of_both(output: Any, target: Any) -> tuple[Tensor, Tensor]:
-        _check_output(output, samples)
-        parts = [
-            [cut_groups(tree, groups, *limits) for tree in (output, target)] for limits in ((0, clean), (clean, groups))
+    def loss_of_both(output: Any, target: Any) -> Tensor:
+        _check_output(output, run.samples)
+        losses[:] = [
+            scalar_loss(loss_fn(*(cut_groups(tree, groups, *limits) for tree in (output, target))))
+            for limits in ((0, clean), (clean, groups))
         ]
-        clean_loss, perturbed_loss = (_checked(loss_fn)(*part) for part in parts)
-        return clean_loss, perturbed_loss
+        return torch.lerp(losses[1], losses[0], clean / groups)
 
-    @contextmanager
-    def run(trained: Tensors, shifts: PerturbationTree) -> Iterator[Opened]:
-        record.shifts = shifts
-        with fmodel.opened({**tensors, **trained}, record) as (module, copy):
-            losses, output = _forward(module, loss_of_both, batch, precision)
-            calls = pooled_calls(record.calls, clean)
-            moved = _moved(fmodel, tensors, buffers, copy.own_buffers(), calls)
-            results = (*map(_outcome, losses), _outcome(output), moved, statistics(calls))
-            yield Opened(_scaled(torch.lerp(losses[1], losses[0], share), precision), results)
+    def after(template: _Template) -> Any:
+        return template.buffers(buffers), layer.record.statistics(), [_outcome(loss) for loss in losses]
 
-    gradient = gradient_traced if is_traced() else gradient_eager
-    (grads, shift_grads), (loss, second, output, moved, stats), _ = gradient(run, params, point)
-    stat_grads = {layer: BatchStats(*g) for layer, g in shift_grads.items()}
-    if precision.loss_scale is not None:
-        grads, stat_grads = _unscaled(grads, precision.loss_scale), _unscaled_stats(stat_grads, precision.loss_scale)
-    return MixedOutput(loss, second, output, grads, moved, stats, stat_grads)
+    run.loss_fn = loss_of_both
+    gradient, output, (moved, stats, (loss, second)) = run.differentiated(layer, (params, point), after)
+    grads, shift_grads = gradient.grads
+    stat_grads = {name: StatGrads(*shift_grads[name]) for name in fmodel.layers}
+    return MixedOutput(loss, second, output, run.unscaled(grads), moved, stats, run.unscaled_stats(stat_grads))
 
 
-def statistics_like(tensors: Tensors) -> Tensor:
+class _Pass:
+    """A forward and backward of a model over a batch, whatever its batch norm does.
+
+    Attributes:
+        layers: channels of the BN layers, by name.
+        samples: number of samples in the batch.
+        like: 0-d zero with the dtype and device of the model's statistics.
+        loss_fn: of output and target.
+    """
+
+    def __init__(
+        self,
+        fmodel: FunctionalModel,
+        loss_fn: LossFunction,
+        params: Tensors,
+        buffers: Tensors,
+        batch: Any,
+        precision: Precision,
+    ) -> None:
+        if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
+            raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
+        self._fmodel, self.layers, self.loss_fn = fmodel, fmodel.layers, loss_fn
+        self._tensors = fmodel.check_state(params, buffers)
+        specialize([*self._tensors.values(), *tensors_of(batch)])
+        self._inputs, self._target = input_and_target(_laid_out(batch, self._tensors))
+        self.samples = batch_size(batch)
+        self.like = statistics_like(self._tensors)
+        self._precision = precision
+
+    def differentiated(
+        self,
+        layer: _Layer,
+        inputs: tuple[Mapping[str, Any], ...],
+        after: Callable[[_Template], Any] = lambda template: None,
+    ) -> tuple[Gradient, Any, Any]:
+        """Run the pass.
+
+        Args:
+            layer: what batch norm does.
+            inputs: parameters to differentiate by, then shifts, if these are differentiated by as well.
+            after: what else to return, asked between forward and backward.
+
+        Returns:
+            The gradient of the scaled loss, with the loss itself; the model's output; and what `after` returned.
+        """
+
+        def compute(trained: Tensors, *more: Any) -> Any:
+            *shifts, finish = more
+            if shifts:
+                (layer.shifts,) = shifts
+
+            def body(template: _Template) -> Any:
+                with self._autocast():
+                    output = call_module(template.module, self._inputs)
+                    loss = scalar_loss(self.loss_fn(output, self._target))
+                scale = self._precision.loss_scale
+                results = (_outcome(loss), _outcome(output), after(template))
+                return finish(Opened(loss if scale is None else loss * scale, results, layer.taps()))
+
+            return self._fmodel.run({**self._tensors, **trained}, layer, body)
+
+        try:
+            gradient = differentiate(compute, *inputs)
+        except ForeignParametersError as error:
+            raise UsageError(error.message([self._name_of(parameter) for parameter in error.parameters])) from None
+        loss, output, results = gradient.aux
+        return gradient._replace(loss=loss), output, results
+
+    def unscaled(self, grads: Tensors) -> Tensors:
+        """Gradients without the loss scale."""
+        scale = self._precision.loss_scale
+        return grads if scale is None else {name: grad / scale for name, grad in grads.items()}
+
+    def unscaled_stats(self, stat_grads: StatGradTree) -> StatGradTree:
+        """Statistic gradients without the loss scale."""
+        scale = self._precision.loss_scale
+        if scale is None:
+            return stat_grads
+        return {name: StatGrads(mean / scale, spread / scale) for name, (mean, spread) in stat_grads.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.like.device.type, dtype=self._precision.autocast)
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        if name := self._fmodel.name_of(parameter):
+            return name
+        criterion = self.loss_fn.named_parameters() if isinstance(self.loss_fn, nn.Module) else ()
+        found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
+        return found[0] if found else f"one of shape {tuple(parameter.shape)}"
+
+
+class _Layer:
+    """What batch norm does in a pass."""
+
+    shifts: PerturbationTree
+
+    def __init__(self, run: _Pass) -> None:
+        self._run = run
+
+    def taps(self) -> list[Tensor]:
+        """What the loss is differentiated by besides the arguments of the pass."""
+        return []
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        raise NotImplementedError
+
+
+class _ShiftedLayer(_Layer):
+    """Batch norm with perturbed statistics, in ghost groups."""
+
+    def __init__(self, run: _Pass, grouping: Grouping) -> None:
+        super().__init__(run)
+        self._grouping = grouping
+
+    def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
+        """The layer, and the statistics of its groups."""
+        check_input(site.name, x, self._run.layers[site.name])
+        return grouped_batch_norm(site.name, x, weight, bias, eps, self.shifts[site.name], self._grouping)
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return self.normalized(site, x, weight, bias, eps).y
+
+
+class _MixedLayer(_ShiftedLayer):
+    """The same, with the statistics of the clean groups written down."""
+
+    def __init__(self, run: _Pass, grouping: Grouping, clean: int) -> None:
+        super().__init__(run, grouping)
+        self._clean = clean
+        self.record = Record(assign, run.like.dtype)
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
+        if not is_recomputing():
+            self.record.add(site, *pooled(detached_stats(stats), sizes, self._clean))
+        return y
+
+
+class _TracedProxyLayer(_ShiftedLayer):
+    """Batch norm at δ = 0, written down. A transform differentiates by arguments, so the zero shifts are one."""
+
+    def __init__(self, run: _Pass) -> None:
+        super().__init__(run, Grouping(1, run.samples))
+        self.record = Record(assign, run.like.dtype)
+
+    def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
+        """What the pass is differentiated by."""
+        return params, zero_shifts(self._run.layers, self._run.like)
+
+    def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
+        """By layer, from the gradient of the pass."""
+        return {name: StatGrads(*gradient.grads[1][name]) for name in self._run.layers}
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
+        self.record.add(site, stats, sizes)
+        return y
+
+
+class _EagerProxyLayer(_Layer):
+    """The same for an eager pass: it taps each call's scale and shift, whose gradients BN's backward has at hand."""
+
+    def __init__(self, run: _Pass) -> None:
+        super().__init__(run)
+        self.record = Record(assign, run.like.dtype)
+        self._calls: list[tuple[str, BatchStats, float, Taps]] = []
+
+    def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
+        """What the pass is differentiated by."""
+        return (params,)
+
+    def taps(self) -> list[Tensor]:
+        """The affine parameters of every call."""
+        return [tap for _, _, _, taps in self._calls for tap in taps]
+
+    def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
+        """Sum over the calls of each layer."""
+        found: StatGradTree = {}
+        if self._calls:
+            names, stats, eps, taps = zip(*self._calls, strict=True)
+            pairs = map(Taps, gradient.tap_grads[::2], gradient.tap_grads[1::2])
+            for name, (mean, scale) in zip(names, statistic_gradients(stats, eps, taps, list(pairs)), strict=True):
+                g = StatGrads(mean.to(self._run.like.dtype), scale.to(self._run.like.dtype))
+                found[name] = StatGrads(found[name].mean + g.mean, found[name].scale + g.scale) if name in found else g
+        zero = self._run.like
+        layers = self._run.layers.items()
+        return {
+            name: found.get(name) or StatGrads(zero.new_zeros(channels), zero.new_zeros(channels))
+            for name, channels in layers
+        }
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        check_input(site.name, x, self._run.layers[site.name])
+        check_variance(site.name, x, 1)
+        y, stats, taps = clean_batch_norm(x, weight, bias, eps)
+        if not is_recomputing():
+            self.record.add(site, stats, x.numel() // x.shape[1])
+            self._calls.append((site.name, stats, eps, taps))
+        return y
+
+
+def statistics_like(tensors: Mapping[str, Tensor]) -> Tensor:
     """A 0-d zero with the device and dtype of this model's statistics: float64 in a float64 model, float32 else."""
-    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    wide = any(tensor.dtype == torch.float64 for tensor in floating)
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=floating[0].device)
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors.values())
+    device = next(iter(tensors.values())).device
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
-def zero_shifts(layers: Mapping[str, LayerSpec], like: Tensor) -> PerturbationTree:
-    """The point at which the proxy loss is differentiated."""
+def zero_shifts(layers: Mapping[str, int], like: Tensor) -> PerturbationTree:
+    """No perturbation, `(C,)`, of layers with C channels."""
     return {
-        name: Perturbation(like.new_zeros(layer.channels), like.new_zeros(layer.channels))
-        for name, layer in layers.items()
+        name: Perturbation(like.new_zeros(channels), like.new_zeros(channels)) for name, channels in layers.items()
     }
 
 
@@ -316,123 +466,44 @@ def in_groups(perturbation: PerturbationTree, groups: int, clean: int, like: Ten
     """A perturbation of each ghost group, `(G, C)`: none of the first `clean` ones, the given one of the others."""
     amount = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
 
-    def of_layer(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-        return amount * mean, amount * var
+    def of_layer(mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return amount * mean, amount * scale
 
-    shifts = [(shift.mean.detach(), shift.var.detach()) for shift in perturbation.values()]
+    shifts = [(mean.detach(), scale.detach()) for mean, scale in perturbation.values()]
     spread = over_layers(of_layer, shifts, [()] * len(shifts))
-    return {layer: Perturbation(*pair) for layer, pair in zip(perturbation, spread, strict=True)}
+    return {name: Perturbation(*pair) for name, pair in zip(perturbation, spread, strict=True)}
 
 
-Calls = dict[str, list[Call]]
+def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:
+    """Samples of ghost groups `start` to `stop`; leaves without a dimension are passed whole."""
+
+    def of_groups(leaf: Tensor) -> Tensor:
+        grouped = rearrange(leaf, "(b g) ... -> b g ...", g=groups)[:, start:stop]
+        return rearrange(grouped, "b g ... -> (b g) ...")
+
+    return map_tensors(lambda leaf: of_groups(leaf) if leaf.dim() else leaf, tree)
 
 
-def pooled_calls(calls: Calls, clean: int) -> Calls:
-    """Recorded calls of ghost groups as those of the first `clean` groups, taken together."""
-    flat = [(layer, call) for layer, of_layer in calls.items() for call in of_layer]
-    found: Calls = {layer: [] for layer in calls}
-    for (layer, call), stats in zip(flat, pooled(_outcome([call.stats for _, call in flat]), clean), strict=True):
-        found[layer].append(call._replace(stats=stats, size=call.size * clean))
-    return found
-
-
-def statistics(calls: Calls) -> StatTree:
-    """Batch statistics of recorded calls, `(C,)`, or `(K, C)` for a layer called K times."""
-    trees = {layer: [call.stats for call in of_layer] for layer, of_layer in calls.items()}
-    return {layer: stats[0] if len(stats) == 1 else stack_trees(stats) for layer, stats in trees.items()}
-
-
-def advanced(layers: Mapping[str, LayerSpec], tensors: Tensors, calls: Calls) -> Tensors:
-    """The running statistics after every recorded call, in their order."""
-    tracked = {name: of_layer for name, of_layer in calls.items() if layers[name].tracked}
-    keys = {
-        name: [f"{name}.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")] for name in tracked
-    }
-    moved = {key: tensors[key] for of_layer in keys.values() for key in of_layer}
-    for turn in range(max(map(len, tracked.values()), default=0)):
-        of_turn = {name: of_layer[turn] for name, of_layer in tracked.items() if turn < len(of_layer)}
-        after = advance_running_stats(
-            [RunningStats(*(moved[key] for key in keys[name])) for name in of_turn],
-            [call.stats for call in of_turn.values()],
-            [call.size for call in of_turn.values()],
-            [layers[name].momentum for name in of_turn],
-        )
-        for name, running in zip(of_turn, after, strict=True):
-            moved.update(zip(keys[name], running, strict=True))
-    return moved
-
-
-class _Record:
-    """The layer of the proxy pass: batch norm at δ = 0 that is written down, to be differentiated by δ.
-
-    An eager pass taps each call's scale and shift, whose gradients BN's backward has at hand. A transform
-    differentiates by arguments, so there the pass takes the zero shifts as one. In ghost groups every layer has shifts.
-    """
-
-    def __init__(self, layers: Mapping[str, LayerSpec], like: Tensor, groups: int = 1) -> None:
-        self.layers, self.like, self.groups = layers, like, groups
-        self.shifts: PerturbationTree | None = None
-        self.calls: Calls = {}
-
-    def __call__(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        check_input(name, x, self.layers[name].channels, self.groups)
-        taps = None
-        if self.shifts is None:
-            y, stats, taps = clean_batch_norm(x, weight, bias, eps)
-        else:
-            y, stats = perturbed_batch_norm(x, weight, bias, eps, self.shifts[name], groups=self.groups)
-        if not is_recomputing():
-            size = x.numel() // (x.shape[1] * self.groups)
-            self.calls.setdefault(name, []).append(Call(self._cast(stats), size, eps, taps))
-        return y
-
-    def taps(self) -> list[Tensor]:
-        return [tap for calls in self.calls.values() for call in calls for tap in call.taps or ()]
-
-    def statistic_gradients(self, tap_grads: list[Tensor]) -> StatTree:
-        """Sum over the calls of each layer, from gradients in the order of `taps`."""
-        pairs = [Taps(*pair) for pair in zip(tap_grads[::2], tap_grads[1::2], strict=True)]
-        recorded = [(layer, call) for layer, calls in self.calls.items() for call in calls]
-        found: StatTree = {}
-        for (layer, _), g in zip(recorded, statistic_gradients([call for _, call in recorded], pairs), strict=True):
-            g = self._cast(g)
-            found[layer] = BatchStats(found[layer].mean + g.mean, found[layer].var + g.var) if layer in found else g
-        uncalled = {layer: spec for layer, spec in self.layers.items() if layer not in found}
-        zeros = {layer: BatchStats(*zero) for layer, zero in zero_shifts(uncalled, self.like).items()}
-        return {layer: found.get(layer) or zeros[layer] for layer in self.layers}
-
-    def _cast(self, stats: BatchStats) -> BatchStats:
-        return BatchStats(stats.mean.to(self.like.dtype), stats.var.to(self.like.dtype))
-
-
-def _moved(fmodel: FunctionalModel, tensors: Tensors, buffers: Tensors, own: Tensors, calls: Calls) -> Tensors:
-    """The buffers after a pass: what the model changed itself, and running statistics after the recorded calls."""
-    moved = {**buffers, **_outcome(own), **advanced(fmodel.layers, tensors, calls)}
-    return {name: moved[name] for name in buffers}
-
-
-def _forward(
-    module: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: tuple[Any, Any], precision: Precision
-) -> tuple[Any, Any]:
-    inputs, target = input_and_target(batch)
-    with _autocast(precision, batch):
-        output = call_module(module, inputs)
-        return loss_fn(output, target), output
-
-
-def _checked(loss_fn: LossFunction) -> LossFunction:
-    """A loss function, with a look at what it returns."""
-    return lambda output, target: scalar_loss(loss_fn(output, target))
+def detached_stats(stats: BatchStats) -> BatchStats:
+    """Statistics that nothing is differentiated through."""
+    return BatchStats(stats.mean.detach(), stats.var.detach())
 
 
 def _check_output(output: Any, samples: int) -> None:
     """Make sure that a model's output can be cut into ghost groups."""
-    lengths = [leaf.shape[0] for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.dim()]
+    leaves = tensors_of(output)
+    lengths = [leaf.shape[0] for leaf in leaves if leaf.dim()]
     if not lengths or any(length != samples for length in lengths):
         raise BatchError(
             f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
             "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
             "use make_apart_step."
+        )
+    if any(leaf.requires_grad for leaf in leaves if not leaf.dim()):
+        raise BatchError(
+            "the model's output holds a 0-d tensor that depends on parameters, such as a loss of all samples, and the "
+            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute "
+            "the loss in loss_fn, or use make_apart_step."
         )
 
 
@@ -442,65 +513,54 @@ def _laid_out(batch: Any, tensors: Tensors) -> Any:
     In one graph with its backward, Inductor keeps activations in the layout that they would have had without it, and
     copies them to and fro for every convolution. Under vmap, layouts are not ours to choose.
     """
-    if not is_compiling() or is_mapped([*tensors.values(), *tree_leaves(batch)]):
+    if not is_compiling() or is_mapped([*tensors.values(), *tensors_of(batch)]):
         return batch
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-    def laid_out(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.device.type != "cpu" or leaf.dim() not in formats:
+    def laid_out(leaf: Tensor) -> Tensor:
+        if leaf.device.type != "cpu" or leaf.dim() not in formats:
             return leaf
         return leaf.contiguous(memory_format=formats[leaf.dim()])
 
-    return tree_map(laid_out, batch)
+    return map_tensors(laid_out, batch)
 
 
 def _outcome(tree: Any) -> Any:
     """Results of an eager pass are cut from its graph; a transform still needs theirs."""
-    return tree if is_traced() else tree.detach() if isinstance(tree, Tensor) else detached(tree)
+    return tree if is_traced() else detached(tree)
 
 
-def _autocast(precision: Precision, batch: Any) -> AbstractContextManager[Any]:
-    if precision.autocast is None:
-        return nullcontext()
-    device = next(leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    return torch.autocast(device, dtype=precision.autocast)
+def check_clean(clean: Any, groups: int) -> None:
+    """Make sure that a mixed pass has groups of both kinds.
+
+    Raises:
+        SettingError: all groups would be of one kind.
+    """
+    if not isinstance(clean, int) or isinstance(clean, bool) or not 0 < clean < groups:
+        raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and less than all of them.")
 
 
-def _scaled(loss: Tensor, precision: Precision) -> Tensor:
-    return loss if precision.loss_scale is None else loss * precision.loss_scale
-
-
-def _unscaled(grads: Tensors, loss_scale: Tensor) -> Tensors:
-    return {name: grad / loss_scale for name, grad in grads.items()}
-
-
-def _unscaled_stats(stat_grads: StatTree, loss_scale: Tensor) -> StatTree:
-    return {layer: BatchStats(g.mean / loss_scale, g.var / loss_scale) for layer, g in stat_grads.items()}
-
-
-def check_perturbation(layers: Mapping[str, LayerSpec], perturbation: PerturbationTree, groups: int) -> None:
+def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int) -> None:
     """Make sure that every layer has a perturbation of its width.
 
     Raises:
         SettingError: naming the layers.
     """
-    missing = sorted(set(layers) - set(perturbation))
-    unexpected = sorted(set(perturbation) - set(layers))
-    if missing or unexpected:
+    if not isinstance(perturbation, Mapping):
+        raise SettingError(
+            f"the perturbation is a {type(perturbation).__name__}; expected one by layer, as of init_perturbation(model)."
+        )
+    if perturbation.keys() != layers.keys():
+        missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
         raise SettingError(
             f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
             "A rule returns one entry for every layer in stat_grads."
         )
-    for layer, spec in layers.items():
-        for shift in perturbation[layer]:
-            if tuple(shift.shape) not in ((spec.channels,), (groups, spec.channels)):
+    for name, channels in layers.items():
+        for shift in perturbation[name]:
+            shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+            if shape not in ((channels,), (groups, channels)):
                 raise SettingError(
-                    f"the perturbation of layer {layer!r} has shape {tuple(shift.shape)}; expected ({spec.channels},), "
-                    f"or ({groups}, {spec.channels}) for one in each group."
+                    f"the perturbation of layer {name!r} has shape {shape}; expected ({channels},), "
+                    f"or ({groups}, {channels}) for one in each group."
                 )
-
-
-def _checked_state(fmodel: FunctionalModel, params: Tensors, buffers: Tensors) -> Tensors:
-    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
-        raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
-    return fmodel.check_state(params, buffers)

@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func.errors import BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import LossFunction, call_module, copy_model, scalar_loss
-from apart_func.perturbation import perturbed_stats, sign_perturbation
-from apart_func.pytrees import BatchStats, PerturbationTree, StatTree, Tensors, batch_size, input_and_target
+from apart_func.rules import perturbed_stats, sign_perturbation
+from apart_func.trees import BatchStats, PerturbationTree, StatTree, Tensors, batch_size, input_and_target
 
 Batches = Iterable[tuple[Any, Any]]
 

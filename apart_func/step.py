@@ -2,40 +2,141 @@
 
     proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch)                        # ∇L_p, and g = ∂L_p/∂δ
     δ     = sign_perturbation(proxy.stats, proxy.stat_grads, epsilon)                  # ε · sign(g)
-    adver = adversarial_pass(fmodel, loss_fn, params, buffers, first N samples, δ)     # ∇L_a at δ
+    θ'    = climb(params, proxy.grads, rho)                                            # θ; with ρ > 0, APART-SAM
+    adver = adversarial_pass(fmodel, loss_fn, θ', buffers, first N samples, δ)         # ∇L_a at δ
     grads = r ∇L_p + (1 − r) ∇L_a                                                      # r = M / (M + N)
 
-`make_apart_step` puts the four lines into one function; everything it does can be done by hand with these parts.
+`make_apart_step` makes a function of these lines; everything it does can be done by hand with these parts.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from apart_func.autodiff import is_traced
-from apart_func.batch_norm import number_of_groups
-from apart_func.errors import BatchError, SettingError
-from apart_func.functional import FunctionalModel, LossFunction, functionalize
-from apart_func.passes import Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like
-from apart_func.perturbation import Rule, check_epsilon, perturbation_by, sign_perturbation
-from apart_func.pytrees import (
+from apart_func._torch import Constants, is_traced, lerp_all
+from apart_func.errors import BatchError
+from apart_func.functional import FunctionalModel, LossFunction, as_functional
+from apart_func.layer.formula import statistics_dtype
+from apart_func.layer.rows import Rows, number_of_groups
+from apart_func.passes import Precision, adversarial_pass, gradients_at, proxy_pass, statistics_like, zero_shifts
+from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit, sign_perturbation
+from apart_func.settings import Settings, scalar
+from apart_func.trees import (
+    PerturbationTree,
+    StatGradTree,
+    StatTree,
     StepOutput,
     Tensors,
+    all_finite,
     batch_size,
-    concatenate_trees,
+    concatenated,
     constant,
     cut_batch,
-    merge_trees,
-    stack_trees,
+    map_tensors,
+    stack_by_layer,
     vectors,
 )
 
+Tree = TypeVar("Tree")
 
-class ApartStep(Protocol):
-    """One training step as a function; see `make_apart_step`."""
+
+def make_apart_step(
+    model: nn.Module | FunctionalModel,
+    loss_fn: LossFunction,
+    *,
+    epsilon: float | Tensor = 0.1,
+    groups: int = 0,
+    ratio: float = 1.0,
+    rho: float = 0.0,
+    remainder: Literal["error", "drop"] = "error",
+    microbatches: int = 1,
+    rule: Rule = sign_perturbation,
+    rows: Rows | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> "ApartStep":
+    """Make the training step of APART, or of APART-SAM: a pure function of parameters, buffers and batch.
+
+    Args:
+        model: a module with BN layers in training mode, or what `functionalize` made of it.
+        loss_fn: `(output, target) -> scalar`, a mean over samples if r is to weigh both passes as the method says.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
+        groups: ghost groups G of the adversarial pass: 0 and 1 one group, -1 a group for every sample.
+        ratio: N = int(ratio · M) of the M samples go through the adversarial pass, the first ones.
+        rho: radius ρ ≥ 0 of the weight perturbation, in the norm over all of `params` together: the adversarial pass is
+            taken at θ + ρ ∇L_p/‖∇L_p‖ (APART-SAM).
+        remainder: what to do where G does not divide N: "error", or "drop" to lower N to a multiple of G.
+        microbatches: k parts of the batch, one after another; each runs both passes with its own N and δ.
+        rule: makes the perturbation from statistics and their gradients. `multi_step(k)` runs k − 1 passes more.
+        rows: how rows belong to samples in layers that see others than one a sample: "consecutive" (those of a sample
+            follow one another), "in_turn" (one of every sample, and again), or `(layer, input) -> sample of every row`.
+        autocast_dtype: dtype of an autocast region around each forward; None opens none.
+
+    Returns:
+        `apart_step(params, buffers, batch, *, epsilon=None, loss_scale=None) -> StepOutput`.
+
+    Raises:
+        ApartError: a setting is out of range, or the model has no batch norm to perturb.
+    """
+    settings = Settings(
+        epsilon=epsilon,
+        groups=groups,
+        ratio=ratio,
+        rho=rho,
+        remainder=remainder,
+        microbatches=microbatches,
+        rule=rule,
+        rows=rows,
+        autocast_dtype=autocast_dtype,
+    )
+    return ApartStep(as_functional(model), loss_fn, settings)
+
+
+def make_apart_sam_step(
+    model: nn.Module | FunctionalModel, loss_fn: LossFunction, *, rho: float = 0.05, **settings: Any
+) -> "ApartStep":
+    """`make_apart_step` with a weight perturbation by default: the step of APART-SAM."""
+    return make_apart_step(model, loss_fn, rho=rho, **settings)
+
+
+class Step:
+    """What the steps have in common: a functional model, a loss, and settings. A value: it can be copied and pickled.
+
+    Attributes:
+        fmodel: the model as a function.
+        loss_fn: `(output, target) -> scalar`.
+    """
+
+    def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
+        self.fmodel, self.loss_fn = fmodel, loss_fn
+        self._constants = Constants(settings=settings)
+
+    @property
+    def settings(self) -> Settings:
+        """What the step does."""
+        return self._constants.settings  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.fmodel!r}, {self.settings})"
+
+    def _call_settings(
+        self, params: Tensors, buffers: Tensors, epsilon: Any, loss_scale: Any
+    ) -> tuple[Tensor, Precision, Tensor]:
+        """Radius and precision of one call, and whether the radius is one where its value cannot be read."""
+        rule, dtype = self.settings.rule, self.settings.autocast_dtype
+        like = statistics_like(self.fmodel.check_state(params, buffers))
+        if epsilon is None:
+            epsilon = self.settings.epsilon
+        else:
+            check_epsilon(epsilon, rule)
+        radius = scalar(epsilon, "epsilon", like.dtype, like.device)
+        scale = None if loss_scale is None else scalar(loss_scale, "loss_scale", torch.float32, like.device)
+        return radius, Precision(dtype, scale), (radius >= 0) & (radius < radius_limit(rule))
+
+
+class ApartStep(Step):
+    """One training step of APART as a function of parameters, buffers and a batch; `make_apart_step` makes it."""
 
     def __call__(
         self,
@@ -46,7 +147,7 @@ class ApartStep(Protocol):
         epsilon: float | Tensor | None = None,
         loss_scale: float | Tensor | None = None,
     ) -> StepOutput:
-        """Take one step.
+        """Take one step; nothing that goes in is changed.
 
         Args:
             params: trained tensors by name.
@@ -54,96 +155,52 @@ class ApartStep(Protocol):
             batch: `(input, target)`, pytrees of M samples.
             epsilon: overrides the radius for this call; a 0-d tensor that changes does not recompile.
             loss_scale: factor on both losses during their backward, divided out of all gradients.
+
+        Returns:
+            Where `all_finite` is False, `buffers` are those that came in.
+
+        Raises:
+            ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
         """
+        radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
 
+        def one_batch(moved: Tensors, part: Any) -> StepOutput:
+            out = self._one_batch(params, moved, part, radius, precision)
+            return out._replace(all_finite=out.all_finite & in_range)
 
-def make_apart_step(
-    model: nn.Module | FunctionalModel,
-    loss_fn: LossFunction,
-    *,
-    epsilon: float | Tensor = 0.1,
-    groups: int = 0,
-    ratio: float = 1.0,
-    remainder: Literal["error", "drop"] = "error",
-    microbatches: int = 1,
-    rule: Rule = sign_perturbation,
-    autocast_dtype: torch.dtype | None = None,
-) -> ApartStep:
-    """Make the training step of APART: a pure function of parameters, buffers and batch.
+        return over_microbatches(one_batch, buffers, batch, self.settings.microbatches)
 
-    Args:
-        model: a module with BN layers in training mode, or what `functionalize` made of it.
-        loss_fn: `(output, target) -> scalar`, a mean over samples if r is to weigh both passes as the method says.
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic.
-        groups: ghost groups G of the adversarial pass: 0 and 1 one group, -1 a group for every sample.
-        ratio: N = int(ratio · M) of the M samples go through the adversarial pass, the first ones.
-        remainder: what to do where G does not divide N: "error", or "drop" to lower N to a multiple of G.
-        microbatches: k parts of the batch, one after another; each runs both passes with its own N and δ.
-        rule: makes the perturbation from statistics and their gradients. `multi_step(k)` runs k − 1 passes more.
-        autocast_dtype: dtype of an autocast region around each forward; None opens none.
-
-    Returns:
-        `apart_step(params, buffers, batch, *, epsilon=None, loss_scale=None) -> StepOutput`.
-
-    Raises:
-        ApartError: a setting is out of range, or the model has no batch norm to perturb.
-    """
-    return make_step_at(
-        _where_it_is, model, loss_fn, epsilon, groups, ratio, remainder, microbatches, rule, autocast_dtype
-    )
-
-
-Tree = TypeVar("Tree")
-
-# From the parameters and ∇L_p to the parameters at which the adversarial pass is taken.
-Point = Callable[[Tensors, Tensors], Tensors]
-
-
-def _where_it_is(params: Tensors, grads: Tensors) -> Tensors:
-    return params
-
-
-def make_step_at(
-    point: Point,
-    model: nn.Module | FunctionalModel,
-    loss_fn: LossFunction,
-    epsilon: float | Tensor,
-    groups: int,
-    ratio: float,
-    remainder: str,
-    microbatches: int,
-    rule: Rule,
-    autocast_dtype: torch.dtype | None,
-) -> ApartStep:
-    """`make_apart_step`, with the adversarial pass at a point of its own; both gradients still add up."""
-    fmodel = model if isinstance(model, FunctionalModel) else functionalize(model)
-    check_epsilon(epsilon)
-    number_of_groups(min(groups, 1), 1)
-    _check_settings(ratio, remainder)
-    check_microbatches(microbatches)
-    default_epsilon = epsilon
-
-    def one_batch(
-        params: Tensors, buffers: Tensors, batch: tuple[Any, Any], radius: Tensor, precision: Precision
+    def _one_batch(
+        self, params: Tensors, buffers: Tensors, batch: Any, radius: Tensor, precision: Precision
     ) -> StepOutput:
+        fmodel, loss_fn, settings = self.fmodel, self.loss_fn, self.settings
         samples = batch_size(batch)
-        chosen = _adversarial_samples(samples, ratio, groups, remainder)
+        chosen = _adversarial_samples(samples, settings)
         proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=precision)
-        further = partial(gradients_at, fmodel, loss_fn, params, buffers, batch, precision=precision)
-        perturbation = constant(perturbation_by(rule, proxy.stats, proxy.stat_grads, radius, further))
+        zero = zero_shifts(fmodel.layers, radius)
+
+        def further(perturbation: PerturbationTree) -> StatGradTree:
+            where = {**zero, **perturbation}
+            found = gradients_at(fmodel, loss_fn, params, buffers, batch, where, precision=precision)
+            return {layer: found[layer] for layer in perturbation}
+
+        perturbation = found_perturbation(
+            zero, proxy.stats, proxy.stat_grads, lambda *found: perturbation_by(settings.rule, *found, radius, further)
+        )
         adversarial = adversarial_pass(
             fmodel,
             loss_fn,
-            point(params, proxy.grads),
+            climb(params, proxy.grads, settings.rho) if settings.rho else params,
             proxy.buffers,
             cut_batch(batch, 0, chosen),
             perturbation,
-            groups=groups,
+            groups=settings.groups,
+            rows=settings.rows,
             precision=precision,
         )
         grads = _interpolate(proxy.grads, adversarial.grads, chosen / (samples + chosen))
         # A gradient of either pass that is not finite leaves its mark on their sum.
-        values = [proxy.loss, adversarial.loss, radius, *grads.values(), *vectors(proxy.stat_grads)]
+        values = [proxy.loss, adversarial.loss, *grads.values(), *vectors(proxy.stat_grads), *vectors(perturbation)]
         return StepOutput(
             grads=grads,
             buffers=proxy.buffers,
@@ -153,30 +210,19 @@ def make_step_at(
             stats=proxy.stats,
             stat_grads=proxy.stat_grads,
             perturbation=perturbation,
-            all_finite=all_finite(values) & (radius >= 0),
+            all_finite=all_finite(values),
         )
 
-    def apart_step(
-        params: Tensors,
-        buffers: Tensors,
-        batch: tuple[Any, Any],
-        *,
-        epsilon: float | Tensor | None = None,
-        loss_scale: float | Tensor | None = None,
-    ) -> StepOutput:
-        if epsilon is not None:
-            check_epsilon(epsilon)
-        radius = default_epsilon if epsilon is None else epsilon
-        like = statistics_like({**params, **buffers})
-        radius = scalar(radius, like.dtype, like.device)
-        precision = Precision(
-            autocast_dtype, None if loss_scale is None else scalar(loss_scale, torch.float32, like.device)
-        )
-        return over_microbatches(
-            lambda moved, part: one_batch(params, moved, part, radius, precision), buffers, batch, microbatches
-        )
 
-    return apart_step
+def found_perturbation(
+    before: PerturbationTree,
+    stats: StatTree,
+    stat_grads: StatGradTree,
+    rule: Callable[[StatTree, StatGradTree], PerturbationTree],
+) -> PerturbationTree:
+    """What a rule makes of the layers that were called; the others keep the perturbation that they had."""
+    called = {layer: stat_grads[layer] for layer in stat_grads if layer in stats}
+    return {**before, **constant(rule(stats, called))} if called else before
 
 
 def over_microbatches(
@@ -201,14 +247,26 @@ def over_microbatches(
         outputs.append(one_batch(moved, part))
         moved = outputs[-1].buffers
     out = outputs[0] if microbatches == 1 else _mean_output(outputs)
-    return out._replace(buffers=chosen(out.all_finite, out.buffers, buffers))
+    return out._replace(buffers=chosen(out.all_finite, out.buffers, dict(buffers)))
 
 
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A setting as a 0-d tensor."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+def climb(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> Tensors:
+    """θ + ρ g/‖g‖, SAM's ascent, with the norm over all tensors together; θ where the gradient is zero.
+
+    Args:
+        params: θ by name.
+        grads: g, likewise.
+        rho: radius ρ ≥ 0.
+    """
+    norm = global_norm(grads)
+    length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
+    return {name: param + length.to(param.real.dtype) * grads[name] for name, param in params.items()}
+
+
+def global_norm(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm of all tensors together, 0-d, in at least float32."""
+    squares = [tensor.to(statistics_dtype(tensor.dtype)).abs().square().sum() for tensor in tensors.values()]
+    return torch.sqrt(sum(squares, torch.zeros_like(squares[0])))
 
 
 def _interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
@@ -216,18 +274,7 @@ def _interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
     if is_traced():  # foreach kernels know no vmap, and compilers fuse without them
         return {name: torch.lerp(grad, end[name], weight) for name, grad in start.items()}
     ends = [end[name] for name in start]
-    return dict(zip(start, torch._foreach_lerp(list(start.values()), ends, weight), strict=True))
-
-
-def all_finite(tensors: list[Tensor]) -> Tensor:
-    """Whether no tensor holds an infinity or NaN, as a 0-d bool."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if is_traced():
-        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-    # A NaN is the least and the greatest of the values that it is among. One kernel for all tensors.
-    with torch.no_grad():
-        least, greatest = torch.aminmax(torch.cat([tensor.flatten() for tensor in tensors]))
-    return least.isfinite() & greatest.isfinite()
+    return dict(zip(start, lerp_all(list(start.values()), ends, weight), strict=True))
 
 
 def chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
@@ -235,10 +282,10 @@ def chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
     if condition.device.type == "cpu" and not is_traced():
         return new if condition else old
 
-    def of_leaf(pair: list[Tensor]) -> Tensor:
-        return pair[0] if pair[0] is pair[1] else torch.where(condition, pair[0], pair[1])
+    def of_leaf(one: Tensor, other: Tensor) -> Tensor:
+        return one if one is other else torch.where(condition, one, other)
 
-    tree: Tree = merge_trees([new, old], of_leaf)
+    tree: Tree = map_tensors(of_leaf, new, old)
     return tree
 
 
@@ -262,18 +309,19 @@ def _mean_output(outputs: list[StepOutput]) -> StepOutput:
         buffers=outputs[-1].buffers,
         loss=torch.stack([out.loss for out in outputs]).mean(),
         adversarial_loss=torch.stack([out.adversarial_loss for out in outputs]).mean(),
-        output=concatenate_trees([out.output for out in outputs]),
-        stats=stack_trees([out.stats for out in outputs]),
-        stat_grads=stack_trees([out.stat_grads for out in outputs]),
-        perturbation=stack_trees([out.perturbation for out in outputs]),
+        output=concatenated([out.output for out in outputs]),
+        stats=stack_by_layer([out.stats for out in outputs]),
+        stat_grads=stack_by_layer([out.stat_grads for out in outputs]),
+        perturbation=stack_by_layer([out.perturbation for out in outputs]),
         all_finite=torch.stack([out.all_finite for out in outputs]).all(),
     )
 
 
-def _adversarial_samples(samples: int, ratio: float, groups: int, remainder: str) -> int:
+def _adversarial_samples(samples: int, settings: Settings) -> int:
     """N: how many of the M samples go through the adversarial pass."""
+    ratio, groups = settings.ratio, settings.groups
     chosen = int(ratio * samples)
-    if remainder == "drop" and groups > 1:
+    if settings.remainder == "drop" and groups > 1:
         chosen -= chosen % groups
     if chosen < 1:
         raise BatchError(
@@ -282,20 +330,3 @@ def _adversarial_samples(samples: int, ratio: float, groups: int, remainder: str
         )
     number_of_groups(groups, chosen)
     return chosen
-
-
-def _check_settings(ratio: float, remainder: str) -> None:
-    if not 0 < ratio <= 1:
-        raise SettingError(f"ratio={ratio}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass.")
-    if remainder not in ("error", "drop"):
-        raise SettingError(f"remainder={remainder!r}; expected 'error' or 'drop'.")
-
-
-def check_microbatches(microbatches: int) -> None:
-    """Make sure that a number of micro-batches is one.
-
-    Raises:
-        SettingError: it is none.
-    """
-    if not isinstance(microbatches, int) or microbatches < 1:
-        raise SettingError(f"microbatches={microbatches}; expected a positive number of parts.")

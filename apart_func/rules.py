@@ -7,25 +7,26 @@ gradients at perturbations of its own; `perturbation_by` is the one place where 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from apart_func.autodiff import is_traced
+from apart_func._torch import is_traced
 from apart_func.errors import SettingError, StateError
-from apart_func.pytrees import BatchStats, Perturbation, PerturbationTree, StatTree
+from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatGrads, StatGradTree, StatTree
 
 
 class Rule(Protocol):
     """A function from statistics and their gradients to a perturbation of every layer in `stat_grads`."""
 
-    def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
         """See `sign_perturbation`."""
 
 
 # From a perturbation to the gradient of the proxy loss there, by one more pass over the batch.
-GradientsAt = Callable[[PerturbationTree], StatTree]
+GradientsAt = Callable[[PerturbationTree], StatGradTree]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class IterativeRule:
         name: what messages call it.
     """
 
-    search: Callable[[StatTree, StatTree, Tensor, GradientsAt], PerturbationTree]
+    search: Callable[[StatTree, StatGradTree, Tensor, GradientsAt], PerturbationTree]
     name: str
 
-    def __call__(self, stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+    def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
         """Refuse: whoever calls it as a rule of one gradient has no others to give."""
         raise self.refusal()
 
@@ -57,7 +58,7 @@ class IterativeRule:
 
 
 def perturbation_by(
-    rule: Rule, stats: StatTree, stat_grads: StatTree, epsilon: Tensor, gradients_at: GradientsAt
+    rule: Rule, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt
 ) -> PerturbationTree:
     """The perturbation that a rule of either kind makes."""
     if isinstance(rule, IterativeRule):
@@ -65,11 +66,24 @@ def perturbation_by(
     return rule(stats, stat_grads, epsilon)
 
 
-def check_epsilon(epsilon: float | Tensor) -> None:
+def check_rule(rule: Any) -> None:
+    """Make sure that a rule can be called.
+
+    Raises:
+        SettingError: it cannot.
+    """
+    if not callable(rule):
+        raise SettingError(
+            f"rule={rule!r}; expected a function (stats, stat_grads, epsilon) -> perturbation, such as "
+            "sign_perturbation."
+        )
+
+
+def check_epsilon(epsilon: Any, rule: Rule) -> None:
     """Make sure that a perturbation radius is one, where its value can be read.
 
     Raises:
-        SettingError: it is negative, not finite, or has a dimension.
+        SettingError: it is no number, negative, not finite, has a dimension, or is 1 or more under a sign rule.
     """
     if isinstance(epsilon, Tensor):
         if epsilon.dim():
@@ -77,14 +91,27 @@ def check_epsilon(epsilon: float | Tensor) -> None:
                 f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
                 "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
             )
-        if is_traced():
-            return  # all_finite reports a bad value, which cannot be read here
+        if is_traced() or epsilon.device.type != "cpu":
+            return  # all_finite reports a bad value, which cannot be read here, or only by waiting for the device
         epsilon = epsilon.item()
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+        raise SettingError(f"epsilon={epsilon!r}; expected a number, such as 0.1, or a 0-d tensor.")
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
+    if epsilon >= radius_limit(rule):
+        raise SettingError(
+            f"epsilon={epsilon}; a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1. "
+            "Use a radius below 1, such as 0.1."
+        )
 
 
-def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+def radius_limit(rule: Rule) -> float:
+    """The radius from which on a rule can make |δσ| ≥ 1; rules that are not the library's answer for themselves."""
+    bounded = rule in (sign_perturbation, random_sign_perturbation) or isinstance(rule, IterativeRule)
+    return 1.0 if bounded else math.inf
+
+
+def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Push every statistic to its radius, in the direction that raises the loss.
 
     The L∞ ascent step δ = ε · sign(∂L_p/∂δ), layer by layer.
@@ -97,10 +124,10 @@ def sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) ->
     Returns:
         A perturbation for every layer in `stat_grads`: |δ| ≤ ε, and 0 where the gradient is 0.
     """
-    return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.var.sign()) for layer, g in stat_grads.items()}
+    return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.scale.sign()) for layer, g in stat_grads.items()}
 
 
-def random_sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+def random_sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Push every statistic to its radius, in a direction drawn by lot: the control for whether the direction matters.
 
     Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
@@ -118,10 +145,10 @@ def random_sign_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Ten
     def signs(like: Tensor) -> Tensor:
         return 2 * torch.rand_like(like).round() - 1
 
-    return {layer: Perturbation(epsilon * signs(g.mean), epsilon * signs(g.var)) for layer, g in stat_grads.items()}
+    return {layer: Perturbation(epsilon * signs(g.mean), epsilon * signs(g.scale)) for layer, g in stat_grads.items()}
 
 
-def l2_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> PerturbationTree:
+def l2_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Move the statistics of every layer by ε along their gradient.
 
     The L2 ascent step δ = ε · g/‖g‖, with the norm over δμ and δσ of a layer together. The sign rule's step has norm
@@ -138,13 +165,13 @@ def l2_perturbation(stats: StatTree, stat_grads: StatTree, epsilon: Tensor) -> P
     return {layer: _of_length(epsilon, g) for layer, g in stat_grads.items()}
 
 
-def _of_length(epsilon: Tensor, g: BatchStats) -> Perturbation:
+def _of_length(epsilon: Tensor, g: StatGrads) -> Perturbation:
     # Squares of tiny or huge gradients leave the range of float32, so the largest entry is made one before.
-    largest = torch.maximum(g.mean.abs().max(), g.var.abs().max())
+    largest = torch.maximum(g.mean.abs().max(), g.scale.abs().max())
     divisor = torch.where(largest > 0, largest, torch.ones_like(largest))
-    mean, var = g.mean / divisor, g.var / divisor
-    norm = torch.sqrt(mean.square().sum() + var.square().sum()).clamp(min=1)  # below 1 only where all is zero
-    return Perturbation(epsilon * (mean / norm), epsilon * (var / norm))
+    mean, scale = g.mean / divisor, g.scale / divisor
+    norm = torch.sqrt(mean.square().sum() + scale.square().sum()).clamp(min=1)  # below 1 only where all is zero
+    return Perturbation(epsilon * (mean / norm), epsilon * (scale / norm))
 
 
 def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
@@ -164,25 +191,26 @@ def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
     Raises:
         SettingError: a setting is out of range.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise SettingError(f"steps={steps}; expected a positive number of gradients, such as 3.")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise SettingError(f"steps={steps!r}; expected a positive number of gradients, such as 3.")
     length = 2.5 / steps if step_size is None else step_size
-    if not (math.isfinite(length) and length > 0):
+    if not (isinstance(length, int | float) and math.isfinite(length) and length > 0):
         raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
-
-    def search(stats: StatTree, stat_grads: StatTree, epsilon: Tensor, gradients_at: GradientsAt) -> PerturbationTree:
-        where = {
-            layer: Perturbation(torch.zeros_like(g.mean), torch.zeros_like(g.var)) for layer, g in stat_grads.items()
-        }
-        where = _climbed(where, stat_grads, length)  # in radii
-        for _ in range(steps - 1):
-            where = _climbed(where, gradients_at(_times(epsilon, where)), length)
-        return _times(epsilon, where)
-
-    return IterativeRule(search, f"multi_step({steps})")
+    return IterativeRule(partial(_ascended, steps=steps, length=length), f"multi_step({steps})")
 
 
-def _climbed(where: PerturbationTree, grads: StatTree, length: float) -> PerturbationTree:
+def _ascended(
+    stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt, steps: int, length: float
+) -> PerturbationTree:
+    """The search of `multi_step`."""
+    where = {layer: Perturbation(torch.zeros_like(mean), torch.zeros_like(scale)) for layer, (mean, scale) in stat_grads.items()}
+    where = _climbed(where, stat_grads, length)  # in radii
+    for _ in range(steps - 1):
+        where = _climbed(where, gradients_at(_times(epsilon, where)), length)
+    return _times(epsilon, where)
+
+
+def _climbed(where: PerturbationTree, grads: StatGradTree, length: float) -> PerturbationTree:
     """One step uphill, and back into the unit ball."""
     return {
         layer: Perturbation(*((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True)))
@@ -191,7 +219,7 @@ def _climbed(where: PerturbationTree, grads: StatTree, length: float) -> Perturb
 
 
 def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
-    return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.var) for layer, shift in where.items()}
+    return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.scale) for layer, shift in where.items()}
 
 
 class PerturbedStats(NamedTuple):
@@ -241,13 +269,13 @@ def _perturbed(layer: str, stats: BatchStats, perturbation: PerturbationTree, ep
         raise StateError(
             f"layer {layer!r} has {stats.mean.shape[-1]} channels, and its perturbation {shift.mean.shape[-1]}."
         )
-    radius = _concrete_maximum(shift.var)
+    radius = _concrete_maximum(shift.scale)
     if radius is not None and radius >= 1:
         raise SettingError(
             f"layer {layer!r} has |δσ| up to {radius:g}, and s' = s/(1 + δσ) needs |δσ| < 1. Use a radius below 1."
         )
     std = torch.sqrt(stats.var + eps)
-    return PerturbedStats(stats.mean * (1 + shift.mean), std / (1 + shift.var))
+    return PerturbedStats(stats.mean * (1 + shift.mean), std / (1 + shift.scale))
 
 
 def _concrete_maximum(values: Tensor) -> Any:

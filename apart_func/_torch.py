@@ -1,0 +1,84 @@
+"""Every call into torch that torch does not promise to keep; `tests/test_torch_internals.py` fails loudly when one changes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor, nn
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo is tracing this call."""
+    if hasattr(torch, "compiler"):
+        return bool(torch.compiler.is_compiling())
+    return bool(torch._utils.is_compiling())  # torch 2.0
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a `torch.func` transform sees the tensors of this call."""
+    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_mapped(leaves: Iterable[Any]) -> bool:
+    """Whether the innermost transform around this call is a vmap over one of some tensors."""
+    return any(isinstance(leaf, Tensor) and torch._C._functorch.is_batchedtensor(leaf) for leaf in leaves)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor under the wrappers of `torch.func` transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_recomputing() -> bool:
+    """Whether this call is part of a backward, in which activation checkpointing runs layers once more."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_checkpointed() -> bool:
+    """Whether activation checkpointing will run what is called now once more."""
+    if is_compiling() or not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # torch 2.0
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def specialize(leaves: Iterable[Any]) -> None:
+    """Make a compiler take the sizes of some tensors as constants: a batch of another size is another graph.
+
+    With symbolic sizes, the moments and groups of a network lead Inductor into minutes of symbolic algebra.
+    """
+    if is_compiling() and hasattr(torch._dynamo, "mark_static"):
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                torch._dynamo.mark_static(leaf)
+
+
+class Constants(nn.Module):
+    """Values that a compiler takes as they are: what stands on a module; numbers elsewhere may become symbols."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        vars(self).update(values)
+
+
+def register_einops() -> None:
+    """Let Dynamo take `rearrange` and `repeat` as operations: it would trace their parser anew in every layer."""
+    if hasattr(torch, "compiler") and hasattr(torch.compiler, "allow_in_graph"):
+        for function in (einops.rearrange, einops.repeat):
+            torch.compiler.allow_in_graph(function)
+
+
+def as_itself(tensor: Tensor) -> Tensor:
+    """The same values as a tensor that is no view, of memory that nobody else holds.
+
+    Autograd must not see a view where an in-place activation follows: it would copy gradients.
+    """
+    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+
+
+def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Tensor]:
+    """(1 − weight) · start + weight · end for every pair, in one call. Not under a transform or compiler."""
+    return list(torch._foreach_lerp(starts, ends, weight))

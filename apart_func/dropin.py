@@ -1,0 +1,409 @@
+"""APART for a loop built on `loss.backward()`: a context around each pass.
+
+    apart = APART(model, epsilon=0.1, groups=16)
+    with apart.to_proxy():                                       # plain training, and ∂L_p/∂δ on the way
+        (r * criterion(model(x), y)).backward()
+    with apart.to_adver():                                       # δ = ε · sign(∂L_p/∂δ), statistics pushed by δ
+        ((1 - r) * criterion(model(x[:N]), y[:N])).backward()
+
+or both in one, of which half the ghost groups are clean, and half at the δ that the step before found:
+
+    with apart.one_pass():
+        criterion(model(x), y).backward()
+
+Inside a context the model's BN layers hand their input to the layer of `layer/`, by the interception of `intercept.py`:
+both are those of the functional step. Outside, the model is as the user made it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from apart_func._torch import is_checkpointed, is_recomputing
+from apart_func.distributed import data_parallel_group, mean_over_ranks
+from apart_func.errors import StateError, UsageError
+from apart_func.functional import check_model, named_tensors, unwrapped_names
+from apart_func.intercept import Handler, Route, Site, batch_norm_layers, is_stock, training_layers
+from apart_func.layer.rows import Grouping, Normed, Rows, check_input, grouped_batch_norm
+from apart_func.one_pass import clean_groups, clean_stat_grads
+from apart_func.passes import check_perturbation, detached_stats, in_groups, statistics_like, zero_shifts
+from apart_func.rules import IterativeRule, Rule, check_epsilon, sign_perturbation
+from apart_func.running import Record, overwrite, pooled
+from apart_func.settings import Settings, scalar
+from apart_func.step import found_perturbation
+from apart_func.trees import (
+    Perturbation,
+    PerturbationTree,
+    StatGrads,
+    StatGradTree,
+    StatTree,
+    all_finite,
+    tensors_of,
+    vectors,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Layers = dict[str, _BatchNorm]
+
+
+class APART:
+    """The drop-in form of the method: `to_proxy()` and `to_adver()` around the two passes of a training step.
+
+    `backward()` may be called inside a context or after it; with activation checkpointing (`use_reentrant=False`)
+    inside. Where gradients are accumulated over micro-batches, each of them goes through both contexts in turn.
+    Running statistics move at each call of a layer, as in plain training.
+
+    Args:
+        model: any module with BN layers. They are found when a context is entered: those in training mode then. A
+            compiled model is one graph for each pass; compile it with `dynamic=False` if the adversarial pass gets
+            fewer samples.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
+        groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of
+            the whole batch, -1 makes a group of every sample.
+        rule: makes the perturbation from statistics and their gradients. It gets the gradients of the loss that
+            `backward()` was called on, with whatever weight and scale it had; `sign_perturbation` does not care.
+        rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
+        process_group: ranks to average the statistic gradients over. None takes those of the
+            `DistributedDataParallel` that `model` is or holds, so pass the wrapped model, not the one inside it.
+
+    Attributes:
+        epsilon: the radius; see `set_epsilon`.
+        groups: the ghost groups.
+        stats: batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`, by layer.
+        stat_grads: their gradients, averaged over ranks; there once the perturbation is made from them.
+        perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
+
+    Raises:
+        ApartError: a setting is out of range; entering a context also where the model has no BN layer in training mode,
+            or where the order of contexts and `backward()` is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        epsilon: float | Tensor = 0.1,
+        groups: int = 0,
+        *,
+        rule: Rule = sign_perturbation,
+        rows: Rows | None = None,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        check_model(model)
+        Settings(epsilon=epsilon, groups=groups, rule=rule, rows=rows)
+        if isinstance(rule, IterativeRule):
+            raise rule.refusal()
+        self.model, self.epsilon, self.groups, self.rule = model, epsilon, groups, rule
+        self.rows, self.process_group = rows, process_group
+        self.stats: StatTree = {}
+        self.stat_grads: StatGradTree = {}
+        self.perturbation: PerturbationTree = {}
+        self._proxy: _Proxy | None = None
+        self._mixed: _Mixed | None = None
+        self._inside: str | None = None
+
+    def __repr__(self) -> str:
+        settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
+        return f"APART({type(self.model).__name__}, {settings})"
+
+    def set_epsilon(self, epsilon: float | Tensor) -> None:
+        """Change the perturbation radius, from the next adversarial pass on.
+
+        Args:
+            epsilon: a number or 0-d tensor ≥ 0; below 1 for a rule of signs.
+
+        Raises:
+            SettingError: it is out of range.
+        """
+        check_epsilon(epsilon, self.rule)
+        self.epsilon = epsilon
+
+    @contextmanager
+    def to_proxy(self) -> Iterator[None]:
+        """Make the passes inside proxy passes: plain training, which also yields the statistic gradients."""
+        layers = self._enter("to_proxy()")
+        shifts = _leaves(zero_shifts(_channels(layers), self._like()))
+        self._proxy, self._mixed, self.stats, self.stat_grads, self.perturbation = None, None, {}, {}, {}
+        handler = _RecordedLayers(shifts, _Samples(1, None), self._like())
+        with self._opened("to_proxy()", layers, handler):
+            yield
+        self._proxy = _Proxy(layers, shifts)
+        self.stats = handler.record.statistics()
+
+    @contextmanager
+    def to_adver(self) -> Iterator[None]:
+        """Make the passes inside adversarial passes: the statistics are perturbed, in ghost groups.
+
+        No buffer of the model moves.
+        """
+        layers = self._enter("to_adver()")
+        self.stat_grads = self._reduced(_stat_grads(self._proxy, layers))
+        self.perturbation = self._perturbation(zero_shifts(_channels(layers), self._like()))
+        check_perturbation(_channels(layers), self.perturbation, max(self.groups, 1))
+        stock = {layer for layer in layers.values() if is_stock(layer)}
+        buffers = [(module, key) for module in self.model.modules() if module not in stock for key in module._buffers]
+        handler = _ShiftedLayers(self.perturbation, _Samples(self.groups, self.rows))
+        with self._opened("to_adver()", layers, handler), _lent(buffers):
+            yield
+        self._proxy = None
+
+    @contextmanager
+    def one_pass(self, clean_fraction: float = 0.5) -> Iterator[None]:
+        """Make the passes inside clean for some ghost groups, and adversarial for the others.
+
+        The perturbation is the one that the context before has found, by its clean groups; none in the first one. It is
+        kept where their gradients are not finite (as after an overflow of float16) or there are none. Running
+        statistics move by the clean samples.
+
+        Args:
+            clean_fraction: share of the groups that are clean, rounded to whole groups: at least one, less than all.
+        """
+        Settings(clean_fraction=clean_fraction)
+        clean = clean_groups(clean_fraction, self.groups)
+        layers = self._enter("one_pass()")
+        self._find_perturbation()
+        shifts = zero_shifts(_channels(layers), self._like()) | {
+            layer: shift for layer, shift in self.perturbation.items() if layer in layers
+        }
+        check_perturbation(_channels(layers), shifts, 1)
+        self.perturbation, self._proxy, self._mixed = shifts, None, None
+        leaves = _leaves(in_groups(shifts, self.groups, clean, self._like()))
+        handler = _RecordedLayers(leaves, _Samples(self.groups, self.rows), self._like(), clean)
+        with self._opened("one_pass()", layers, handler):
+            yield
+        self._mixed = _Mixed(leaves, clean)
+        self.stats = handler.record.statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next `one_pass()` depends on, for a checkpoint: its perturbation."""
+        self._find_perturbation()
+        return {"perturbation": {layer: tuple(shift) for layer, shift in self.perturbation.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` returned, of this model or of one in other wrappers.
+
+        Raises:
+            StateError: it is no such state, does not fit the model, or is not finite; nothing is then changed.
+        """
+        self.perturbation = self._checked_state(state)
+        self._mixed = None
+
+    def _checked_state(self, state: Any) -> PerturbationTree:
+        perturbation = state.get("perturbation") if isinstance(state, Mapping) else None
+        if not isinstance(perturbation, Mapping):
+            raise StateError("the state holds no perturbation by layer; expected what apart.state_dict() returned.")
+        layers = batch_norm_layers(self.model)
+        saved, names = unwrapped_names(perturbation), unwrapped_names({name: name for name in layers})
+        unknown = sorted(set(saved) - set(names))
+        if unknown:
+            raise StateError(f"the state has perturbations of {unknown}, and no BN layer has that name: {sorted(names)}.")
+        found: PerturbationTree = {}
+        for name, pair in saved.items():
+            channels = layers[names[name]].num_features
+            good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            if not good or any(part.shape != (channels,) for part in pair):
+                shapes = [tuple(part.shape) for part in pair] if good else type(pair).__name__
+                raise StateError(f"the perturbation of layer {name!r} is {shapes}; expected two tensors of ({channels},).")
+            if not all_finite(pair):
+                raise StateError(f"the perturbation of layer {name!r} is not finite. Go on from an earlier checkpoint.")
+            found[names[name]] = Perturbation(*(part.detach().to(self._like()) for part in pair))
+        return found
+
+    def _find_perturbation(self) -> None:
+        """Make the perturbation from the gradients that backward() left in the shifts of a `one_pass()`."""
+        mixed, self._mixed = self._mixed, None
+        if mixed is None or _have_no_gradient(mixed.shifts):
+            return
+        stat_grads = self._reduced(clean_stat_grads(_gradients(mixed.shifts), mixed.clean))
+        if not all_finite(vectors(stat_grads)):
+            return
+        self.stat_grads = stat_grads
+        found = self._perturbation(self.perturbation)
+        if all_finite(vectors(found)):
+            self.perturbation = found
+
+    def _reduced(self, stat_grads: StatGradTree) -> StatGradTree:
+        """Statistic gradients of all ranks."""
+        group = self.process_group or data_parallel_group(self.model)
+        return stat_grads if group is None else mean_over_ranks(stat_grads, group)
+
+    def _like(self) -> Tensor:
+        return statistics_like(dict(named_tensors(self.model)))
+
+    def _enter(self, context: str) -> Layers:
+        """Find the layers for a context, after a look at what surrounds it."""
+        if self._inside:
+            raise UsageError(f"{context} was entered inside {self._inside}. Leave one context before the next begins.")
+        if torch.is_inference_mode_enabled():
+            raise UsageError(f"{context} was entered in inference_mode, where no gradient exists. Leave that mode.")
+        # What autocast has cast in the pass before may have moved since, as by SAM's ascent.
+        torch.clear_autocast_cache()
+        return training_layers(self.model)
+
+    @contextmanager
+    def _opened(self, context: str, layers: Layers, handler: "_ShiftedLayers") -> Iterator[None]:
+        """Lead the layers to a handler while open."""
+        watch = _CheckpointWatch(handler)
+        hook = self.model.register_forward_pre_hook(handler.samples.count, with_kwargs=True)
+        self._inside = context
+        try:
+            with Route(layers).opened(watch):
+                yield
+        finally:
+            self._inside = None
+            hook.remove()
+        if watch.waiting:
+            raise UsageError(
+                f"{context} was left before backward(), and out here that would run the checkpointed layers "
+                f"{sorted(watch.waiting)} again as plain batch norm. Call backward() inside the context."
+            )
+
+    def _perturbation(self, before: PerturbationTree) -> PerturbationTree:
+        radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
+        return found_perturbation(before, self.stats, self.stat_grads, lambda *found: self.rule(*found, radius))
+
+
+class _Proxy(NamedTuple):
+    """What a proxy pass leaves for the adversarial pass: its layers, and the leaves that backward() gives gradients."""
+
+    layers: Layers
+    shifts: PerturbationTree
+
+
+class _Mixed(NamedTuple):
+    """What a `one_pass()` leaves for the next: the leaves that backward() gives gradients, and its clean groups."""
+
+    shifts: PerturbationTree
+    clean: int
+
+
+class _Samples:
+    """How many samples the model was called with, by which its layers know how rows form ghost groups."""
+
+    def __init__(self, groups: int, rows: Rows | None) -> None:
+        self._groups, self._rows = groups, rows
+        self._samples: int | None = None
+
+    def count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Look at the input of the model, as a hook before its forward."""
+        lengths = {leaf.shape[0] for leaf in tensors_of((args, kwargs)) if leaf.dim()}
+        self._samples = lengths.pop() if len(lengths) == 1 else None
+
+    def grouping(self, rows: int) -> Grouping:
+        """The groups of a layer that sees some rows. Where the model was not called, the first layer sees samples."""
+        if self._samples is None:
+            self._samples = rows
+        groups = self._samples if self._groups == -1 else max(self._groups, 1)
+        return Grouping(groups, self._samples, self._rows)
+
+
+class _ShiftedLayers:
+    """Batch norm with perturbed statistics, in ghost groups."""
+
+    def __init__(self, shifts: PerturbationTree, samples: _Samples) -> None:
+        self.shifts, self.samples = shifts, samples
+
+    def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
+        """The layer, and the statistics of its groups."""
+        shift = self.shifts[site.name]
+        check_input(site.name, x, shift.mean.shape[-1])
+        return grouped_batch_norm(site.name, x, weight, bias, eps, shift, self.samples.grouping(x.shape[0]))
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return self.normalized(site, x, weight, bias, eps).y
+
+
+class _RecordedLayers(_ShiftedLayers):
+    """The same, differentiated by δ, and written down."""
+
+    def __init__(self, shifts: PerturbationTree, samples: _Samples, like: Tensor, clean: int | None = None) -> None:
+        super().__init__(shifts, samples)
+        self.record = Record(overwrite, like.dtype)
+        self._clean = clean
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, stats, sizes = self.normalized(site, x, weight, bias, eps)
+        if not is_recomputing():
+            # Detached: else a compiled backward would also differentiate the statistics, by nothing.
+            stats = detached_stats(stats)
+            self.record.add(site, *((stats, sizes) if self._clean is None else pooled(stats, sizes, self._clean)))
+        return y
+
+
+class _CheckpointWatch:
+    """Passes calls on, and notes the checkpointed layers that have not been run again yet."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.waiting: set[str] = set()
+
+    def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        if is_recomputing():  # which ends in the middle of the last layer, once all is there that its segment saved
+            self.waiting.discard(site.name)
+            return self.handler(site, x, weight, bias, eps)
+        y = self.handler(site, x, weight, bias, eps)
+        if is_checkpointed() and y.requires_grad:
+            self.waiting.add(site.name)
+        return y
+
+
+def _channels(layers: Layers) -> dict[str, int]:
+    return {name: layer.num_features for name, layer in layers.items()}
+
+
+def _leaves(shifts: PerturbationTree) -> PerturbationTree:
+    """Shifts that backward() gives gradients."""
+    for shift in vectors(shifts):
+        shift.requires_grad_()
+    return shifts
+
+
+def _stat_grads(proxy: _Proxy | None, layers: Layers) -> StatGradTree:
+    """The gradients that backward() left in the shifts of the proxy pass; zero for layers that it did not reach."""
+    if proxy is None:
+        raise UsageError(
+            "to_adver() was entered with no proxy pass since the last adversarial one, and its perturbation comes from "
+            "there. Run the model, and backward(), under `with apart.to_proxy():` first."
+        )
+    if layers != proxy.layers:
+        changed = sorted(name for name in {*layers, *proxy.layers} if layers.get(name) is not proxy.layers.get(name))
+        raise UsageError(
+            f"the BN layers in training mode are not those of the proxy pass: {changed} came, went, or were replaced. "
+            "Leave the model's structure and modes alone between to_proxy() and to_adver()."
+        )
+    if _have_no_gradient(proxy.shifts):
+        raise UsageError(
+            "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. Call "
+            "backward() on the loss that was computed under to_proxy(), in the context or after it."
+        )
+    return _gradients(proxy.shifts)
+
+
+def _have_no_gradient(shifts: PerturbationTree) -> bool:
+    return all(part.grad is None for part in vectors(shifts))
+
+
+def _gradients(shifts: PerturbationTree) -> StatGradTree:
+    return {
+        layer: StatGrads(*(torch.zeros_like(part) if part.grad is None else part.grad.detach() for part in shift))
+        for layer, shift in shifts.items()
+    }
+
+
+@contextmanager
+def _lent(buffers: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let modules work on copies of their buffers while open, and put the originals back."""
+    originals = [(module._buffers, key, module._buffers[key]) for module, key in buffers]
+    copies = {id(tensor): tensor.clone() for _, _, tensor in originals if tensor is not None}
+    for register, key, tensor in originals:
+        register[key] = copies.get(id(tensor))
+    try:
+        yield
+    finally:
+        for register, key, tensor in originals:
+            register[key] = tensor

@@ -1,0 +1,104 @@
+"""What a pass records of batch norm, and how running statistics move: at each call, as in a plain forward.
+
+Statistics of ghost groups are taken together for it: running statistics are those of samples, not of groups.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apart_func.intercept import Site
+from apart_func.trees import BatchStats, StatTree, stacked
+
+# How a buffer of a layer gets its new value: (layer, key, value).
+Store = Callable[[Any, str, Tensor], None]
+
+
+def assign(layer: Any, key: str, value: Tensor) -> None:
+    """Put a new tensor in a layer that is nobody else's."""
+    layer._buffers[key] = value  # setattr would register it anew
+
+
+@torch.no_grad()
+def overwrite(layer: Any, key: str, value: Tensor) -> None:
+    """Change the buffer of the user's layer in place, as PyTorch does."""
+    getattr(layer, key).copy_(value)
+
+
+class Record:
+    """The statistics of every call of a pass, by layer.
+
+    Args:
+        store: how running statistics get their new value.
+        dtype: of the recorded statistics.
+    """
+
+    def __init__(self, store: Store, dtype: torch.dtype) -> None:
+        self._store, self._dtype = store, dtype
+        self._calls: dict[str, list[BatchStats]] = {}
+
+    def add(self, site: Site, stats: BatchStats, sizes: Any) -> BatchStats:
+        """Write down a call, and move the running statistics of its layer.
+
+        Args:
+            site: the layer.
+            stats: its batch statistics, `(C,)`.
+            sizes: values a channel that they are of.
+        """
+        stats = BatchStats(stats.mean.detach(), stats.var.detach())
+        advance(site, stats, sizes, self._store)
+        stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))
+        self._calls.setdefault(site.name, []).append(stats)
+        return stats
+
+    def statistics(self) -> StatTree:
+        """Batch statistics of the recorded calls, `(C,)`, or `(K, C)` for a layer called K times."""
+        return {layer: stats[0] if len(stats) == 1 else stacked(stats) for layer, stats in self._calls.items()}
+
+
+def pooled(stats: BatchStats, sizes: Any, clean: int) -> tuple[BatchStats, Any]:
+    """Statistics `(C,)` of the samples of the first ghost groups together, and how many values they are of.
+
+    The mean is the mean of their means, and the variance the mean of their variances plus the variance of their means.
+
+    Args:
+        stats: those of each group, `(G, C)`.
+        sizes: values a channel in a group, or `(G, 1)` where groups differ.
+        clean: how many of the groups to take together.
+    """
+    mean, var = stats.mean[:clean], stats.var[:clean]
+    if isinstance(sizes, Tensor):
+        size = sizes[:clean].sum()
+        share = sizes[:clean] / size
+        center = (share * mean).sum(0)
+        return BatchStats(center, (share * (var + (mean - center).square())).sum(0)), size
+    between, center = torch.var_mean(mean, 0, unbiased=False)
+    return BatchStats(center, between.add_(var.mean(0))), sizes * clean
+
+
+def advance(site: Site, stats: BatchStats, size: Any, store: Store) -> None:
+    """Move a layer's running statistics by one batch, as plain batch norm does.
+
+    Args:
+        site: the layer. One with a forward of its own counts the batch itself.
+        stats: batch statistics, `(C,)`.
+        size: values a channel in the batch; the running variance takes the unbiased estimate.
+        store: how the layer gets the new values.
+    """
+    layer = site.layer
+    if not layer.track_running_stats or layer.running_mean is None:
+        return
+    count = layer.num_batches_tracked
+    if site.stock and count is not None:
+        count = count + 1
+        store(layer, "num_batches_tracked", count)
+    weight: Any = site.momentum
+    if weight is None:  # all batches weigh alike; without a counter none does, as in PyTorch
+        weight = 0.0 if count is None else torch.reciprocal(count.to(stats.mean.dtype))
+    mean, var = layer.running_mean, layer.running_var
+    unbiased = stats.var * (size / (size - 1))
+    # computed in the dtype of the batch's statistics, and kept in that of the running ones
+    store(layer, "running_mean", torch.lerp(mean.to(stats.mean.dtype), stats.mean, weight).to(mean.dtype))
+    store(layer, "running_var", torch.lerp(var.to(unbiased.dtype), unbiased, weight).to(var.dtype))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -282,10 +282,11 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     rows = content["rows"]
     labels = [[step_name(row), row["model"], str(row["samples"])] for row in rows]
     heads = ["step", "network", "batch"]
-    cold = ["cold (IQR)", *(f"/ {base} (IQR)" for base in BASELINES), "warm (IQR)"]
+    measured = [base for base in BASELINES if any(base in row["relative_to"] for row in rows)]
+    cold = ["cold (IQR)", *(f"/ {base} (IQR)" for base in measured), "warm (IQR)"]
     counts = ["frames", "graphs", "nodes", "kernels"]
-    bases = (PLAIN, *BASELINES)
-    times = [cold_cells(row) + [str(row[count]) for count in counts] for row in rows]
+    bases = (PLAIN, *measured)
+    times = [cold_cells(row, measured) + [str(row[count]) for count in counts] for row in rows]
     parts = [[format_seconds(row["phases"][phase]) for phase in PHASES] for row in rows]
     tables = {
         "compiling a step": ([*cold, *counts], times),
@@ -298,9 +299,9 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     ]
 
 
-def cold_cells(row: Row) -> list[str]:
+def cold_cells(row: Row, baselines: Iterable[str]) -> list[str]:
     """The cells with times of compiling."""
-    ratios = [format_ratio(row["relative_to"].get(base)) for base in BASELINES]
+    ratios = [format_ratio(row["relative_to"].get(base)) for base in baselines]
     return [format_seconds(row["cold_seconds"]), *ratios, "".join(map(format_seconds, row["warm_seconds"]))]
 
 

@@ -29,7 +29,7 @@ from common import (
 from torch import Tensor
 
 from apart_func import Perturbation
-from apart_func.batch_norm import clean_batch_norm, perturbed_batch_norm
+from apart_func.layer import clean_batch_norm, perturbed_batch_norm
 
 EPS = 1e-5
 RADIUS = 0.1

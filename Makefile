@@ -41,12 +41,12 @@ bench: .venv/ready
 	$(RUN) benchmarks/render.py
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of
-# packages only PyTorch from 2.8 on, einops, pytest and hypothesis: without .venv, those of $(PYTHON) are taken.
+# packages only PyTorch from 2.8 on, einops and pytest: without .venv, those of $(PYTHON) are taken.
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: GPU_RUN := $(if $(wildcard .venv/ready),$(RUN),$(PYTHON))
 gpu:
-	timeout 120 $(GPU_RUN) -m pytest -q tests/test_cuda.py || true
-	$(GPU_RUN) benchmarks/gpu.py --minutes 7
+	timeout 120 $(GPU_RUN) -m pytest -q tests/test_cuda.py; tests=$$?; \
+		$(GPU_RUN) benchmarks/gpu.py --minutes 7 && exit $$tests
 
 clean:
 	rm -rf .venv

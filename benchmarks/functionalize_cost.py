@@ -6,8 +6,8 @@
 It is called once for a model, before its first step, and looks at every module. Every network with batch norm in less
 than `--most-layers` layers is made, on the meta device, since `functionalize` copies no weight (`--weights` makes them
 all the same), and then made functional `--rounds` times. Times are the processor's: it is Python and nothing else, and
-other programs on the machine do not count. The longest of these may contain a collection of Python's
-garbage, as the one of a program may. Networks that are refused are listed with the error.
+other programs on the machine do not count. The longest of these times may contain a collection of Python's garbage, as
+the one of a program may. Networks that are refused are listed with the error.
 """
 
 from __future__ import annotations

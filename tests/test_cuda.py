@@ -21,7 +21,6 @@ from apart_func import Perturbation, make_apart_step, split_state
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-
 # Of all gradients together, ‖error‖ / ‖gradient‖: a dozen roundings, of which the largest counts.
 TOLERANCE = {None: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 PRECISIONS = (None, torch.float16, torch.bfloat16)

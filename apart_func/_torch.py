@@ -71,12 +71,12 @@ def register_einops() -> None:
             torch.compiler.allow_in_graph(function)
 
 
-def as_itself(tensor: Tensor) -> Tensor:
-    """The same values as a tensor that is no view, of memory that nobody else holds.
+def as_shaped(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The same memory in another shape, as a tensor that is no view, where nobody else holds it.
 
     Autograd must not see a view where an in-place activation follows: it would copy gradients.
     """
-    return torch.ops.aten._unsafe_view.default(tensor, tensor.shape)
+    return torch.ops.aten._unsafe_view.default(tensor, shape)
 
 
 def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Tensor]:

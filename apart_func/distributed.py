@@ -23,7 +23,9 @@ def mean_over_ranks(stat_grads: StatGradTree, group: "dist.ProcessGroup | None" 
     flat = torch.cat([leaf.flatten() for leaf in leaves])
     dist.all_reduce(flat, group=group)
     parts = torch.split(flat / dist.get_world_size(group), [leaf.numel() for leaf in leaves])
-    means: StatGradTree = tree_unflatten([part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)], structure)
+    means: StatGradTree = tree_unflatten(
+        [part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)], structure
+    )
     return means
 
 

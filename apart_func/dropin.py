@@ -28,14 +28,16 @@ from apart_func.distributed import data_parallel_group, mean_over_ranks
 from apart_func.errors import StateError, UsageError
 from apart_func.functional import check_model, named_tensors, unwrapped_names
 from apart_func.intercept import Handler, Route, Site, batch_norm_layers, is_stock, training_layers
+from apart_func.layer.affine import Parameters, affine
 from apart_func.layer.rows import Grouping, Normed, Rows, check_input, grouped_batch_norm
 from apart_func.one_pass import clean_groups, clean_stat_grads
-from apart_func.passes import check_perturbation, detached_stats, in_groups, statistics_like, zero_shifts
+from apart_func.passes import check_perturbation, in_groups, statistics_like, zero_shifts
 from apart_func.rules import IterativeRule, Rule, check_epsilon, sign_perturbation
 from apart_func.running import Record, overwrite, pooled
 from apart_func.settings import Settings, scalar
 from apart_func.step import found_perturbation
 from apart_func.trees import (
+    BatchStats,
     Perturbation,
     PerturbationTree,
     StatGrads,
@@ -201,14 +203,18 @@ class APART:
         saved, names = unwrapped_names(perturbation), unwrapped_names({name: name for name in layers})
         unknown = sorted(set(saved) - set(names))
         if unknown:
-            raise StateError(f"the state has perturbations of {unknown}, and no BN layer has that name: {sorted(names)}.")
+            raise StateError(
+                f"the state has perturbations of {unknown}, and no BN layer has that name: {sorted(names)}."
+            )
         found: PerturbationTree = {}
         for name, pair in saved.items():
             channels = layers[names[name]].num_features
             good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if not good or any(part.shape != (channels,) for part in pair):
                 shapes = [tuple(part.shape) for part in pair] if good else type(pair).__name__
-                raise StateError(f"the perturbation of layer {name!r} is {shapes}; expected two tensors of ({channels},).")
+                raise StateError(
+                    f"the perturbation of layer {name!r} is {shapes}; expected two tensors of ({channels},)."
+                )
             if not all_finite(pair):
                 raise StateError(f"the perturbation of layer {name!r} is not finite. Go on from an earlier checkpoint.")
             found[names[name]] = Perturbation(*(part.detach().to(self._like()) for part in pair))
@@ -312,7 +318,10 @@ class _ShiftedLayers:
         """The layer, and the statistics of its groups."""
         shift = self.shifts[site.name]
         check_input(site.name, x, shift.mean.shape[-1])
-        return grouped_batch_norm(site.name, x, weight, bias, eps, shift, self.samples.grouping(x.shape[0]))
+        grouping = self.samples.grouping(x.shape[0])
+        return grouped_batch_norm(
+            site.name, x, affine(x, Parameters(weight, bias), shift, grouping.groups), eps, grouping
+        )
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return self.normalized(site, x, weight, bias, eps).y
@@ -330,8 +339,15 @@ class _RecordedLayers(_ShiftedLayers):
         y, stats, sizes = self.normalized(site, x, weight, bias, eps)
         if not is_recomputing():
             # Detached: else a compiled backward would also differentiate the statistics, by nothing.
-            stats = detached_stats(stats)
-            self.record.add(site, *((stats, sizes) if self._clean is None else pooled(stats, sizes, self._clean)))
+            stats = BatchStats(stats.mean.detach(), stats.var.detach())
+            self.record.add(
+                site,
+                *(
+                    (stats, sizes)
+                    if self._clean is None
+                    else pooled(stats, sizes, self.samples.grouping(x.shape[0]).groups, self._clean)
+                ),
+            )
         return y
 
 

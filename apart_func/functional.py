@@ -8,9 +8,8 @@ is run once more during the backward finds its tensors. The caller's model is ne
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from apart_func._torch import Constants, is_compiling, is_traced, register_einops
 from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
+from apart_func.layer.affine import Parameters
 from apart_func.trees import Tensors
 
 
@@ -258,6 +258,7 @@ class _Template:
             for place, name in aliases.items()
             if place == name and place.rpartition(".")[2] in registers[place.rpartition(".")[0]]
         }
+        self._layers = layers
         self._modes = [(layer, layer.training) for layer in layers.values()]
 
     def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
@@ -281,9 +282,15 @@ class _Template:
             )
         return result
 
+    def affine_parameters(self) -> dict[str, Parameters]:
+        """γ and β of the layers that are perturbed, by name; to be asked while the call runs."""
+        return {name: Parameters(layer.weight, layer.bias) for name, layer in self._layers.items()}
+
     def buffers(self, before: Mapping[str, Tensor]) -> Tensors:
         """The buffers as the forward has left them, keyed as those before; to be asked while the call runs."""
         after = {name: register[key] for name, (register, key) in self._buffers.items()}
+        if not is_traced():
+            after = {name: value.detach() if value.requires_grad else value for name, value in after.items()}
         return {name: after.get(name, tensor) for name, tensor in before.items()}
 
 
@@ -405,7 +412,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return made
 
 
-@lru_cache(maxsize=None)
+@cache
 def _copies_plainly(kind: type) -> bool:
     """Whether a copy of a module is a copy of its attributes."""
     special = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__slots__")

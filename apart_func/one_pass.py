@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from apart_func.errors import SettingError
 from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_model, named_tensors
 from apart_func.intercept import training_layers
-from apart_func.layer import over_layers
+from apart_func.layer.affine import over_layers
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
 from apart_func.rules import IterativeRule, Rule, sign_perturbation
@@ -128,9 +128,7 @@ class OnePassStep(Step):
         stat_grads = out.stat_grads
         if self.settings.microbatches > 1:
             stat_grads = {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
-        after = found_perturbation(
-            before, out.stats, stat_grads, lambda *found: self.settings.rule(*found, radius)
-        )
+        after = found_perturbation(before, out.stats, stat_grads, lambda *found: self.settings.rule(*found, radius))
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return out._replace(
             buffers=chosen(finite, out.buffers, dict(buffers)),

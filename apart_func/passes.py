@@ -23,7 +23,20 @@ from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differ
 from apart_func.errors import BatchError, SettingError, UsageError
 from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
 from apart_func.intercept import Site
-from apart_func.layer import Taps, clean_batch_norm, over_layers, statistic_gradients
+from apart_func.layer import clean_batch_norm
+from apart_func.layer.affine import (
+    Affine,
+    Parameters,
+    Tapped,
+    affine,
+    affine_of_layers,
+    flat_shifts,
+    flat_vectors,
+    over_layers,
+    statistic_gradients,
+    tap,
+)
+from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import (
     Grouping,
     Normed,
@@ -36,7 +49,6 @@ from apart_func.layer.rows import (
 from apart_func.running import Record, assign, pooled
 from apart_func.trees import (
     AdversarialOutput,
-    BatchStats,
     MixedOutput,
     Perturbation,
     PerturbationTree,
@@ -140,8 +152,7 @@ def adversarial_pass(
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
-    layer = _ShiftedLayer(run, grouping)
-    layer.shifts = perturbation
+    layer = _ShiftedLayer(run, grouping, run.point(perturbation, grouping.groups))
     gradient, output, _ = run.differentiated(layer, (params,))
     return AdversarialOutput(gradient.loss, output, run.unscaled(gradient.grads[0]))
 
@@ -177,9 +188,9 @@ def gradients_at(
     """
     run = _Pass(fmodel, loss_fn, detached(params), buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
-    layer = _ShiftedLayer(run, Grouping(1, run.samples))
-    gradient, _, _ = run.differentiated(layer, ({}, perturbation))
-    return run.unscaled_stats({name: StatGrads(*gradient.grads[1][name]) for name in fmodel.layers})
+    point = run.point(perturbation, 1)
+    gradient, _, _ = run.differentiated(_ShiftedLayer(run, Grouping(1, run.samples), point), ({}, point))
+    return run.unscaled_stats(run.shift_grads(gradient.grads[1], 1))
 
 
 def mixed_pass(
@@ -223,8 +234,8 @@ def mixed_pass(
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
     check_perturbation(fmodel.layers, perturbation, 1)
-    layer = _MixedLayer(run, Grouping(groups, run.samples, rows), clean)
-    point = in_groups(perturbation, groups, clean, run.like)
+    point = run.point(perturbation, groups, clean)
+    layer = _MixedLayer(run, Grouping(groups, run.samples, rows), point, clean)
     losses: list[Tensor] = []
 
     def loss_of_both(output: Any, target: Any) -> Tensor:
@@ -241,8 +252,8 @@ def mixed_pass(
     run.loss_fn = loss_of_both
     gradient, output, (moved, stats, (loss, second)) = run.differentiated(layer, (params, point), after)
     grads, shift_grads = gradient.grads
-    stat_grads = {name: StatGrads(*shift_grads[name]) for name in fmodel.layers}
-    return MixedOutput(loss, second, output, run.unscaled(grads), moved, stats, run.unscaled_stats(stat_grads))
+    stat_grads = run.unscaled_stats(run.shift_grads(shift_grads, groups))
+    return MixedOutput(loss, second, output, run.unscaled(grads), moved, stats, stat_grads)
 
 
 class _Pass:
@@ -297,6 +308,7 @@ class _Pass:
                 (layer.shifts,) = shifts
 
             def body(template: _Template) -> Any:
+                layer.prepare(template)
                 with self._autocast():
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
@@ -312,6 +324,17 @@ class _Pass:
             raise UsageError(error.message([self._name_of(parameter) for parameter in error.parameters])) from None
         loss, output, results = gradient.aux
         return gradient._replace(loss=loss), output, results
+
+    def point(self, perturbation: PerturbationTree, groups: int, clean: int = 0) -> Shifts:
+        """Where a pass is taken: a perturbation of all ghost groups but the first `clean` ones."""
+        if not is_traced() and all(mean.dim() == scale.dim() == 1 for mean, scale in perturbation.values()):
+            return {ALL: flat_shifts(perturbation, self.layers, groups, clean, self.like.dtype)}
+        return in_groups(perturbation, groups, clean, self.like) if clean else perturbation
+
+    def shift_grads(self, grads: Mapping[str, Any], groups: int) -> StatGradTree:
+        """Gradients by the shifts of such a point, `(C,)` in one group, `(G, C)` else."""
+        by_layer = grads[ALL].by_layer(self.layers, groups) if ALL in grads else grads
+        return {name: StatGrads(*by_layer[name]) for name in self.layers}
 
     def unscaled(self, grads: Tensors) -> Tensors:
         """Gradients without the loss scale."""
@@ -338,50 +361,78 @@ class _Pass:
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
 
 
+# A perturbation by layer; or, in an eager pass, of all layers together under this name.
+ALL = "all layers"
+Shifts = Mapping[str, Any]
+
+
 class _Layer:
     """What batch norm does in a pass."""
 
-    shifts: PerturbationTree
+    shifts: Shifts
 
     def __init__(self, run: _Pass) -> None:
         self._run = run
+
+    def prepare(self, template: _Template) -> None:
+        """Compute what concerns all layers, once the model has its tensors."""
 
     def taps(self) -> list[Tensor]:
         """What the loss is differentiated by besides the arguments of the pass."""
         return []
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """See `intercept.Handler`."""
         raise NotImplementedError
 
 
 class _ShiftedLayer(_Layer):
     """Batch norm with perturbed statistics, in ghost groups."""
 
-    def __init__(self, run: _Pass, grouping: Grouping) -> None:
+    def __init__(self, run: _Pass, grouping: Grouping, shifts: Shifts) -> None:
         super().__init__(run)
-        self._grouping = grouping
+        self._grouping, self.shifts = grouping, shifts
+        self._parameters: dict[str, Parameters] = {}
+        self._prepared: dict[str, Affine] = {}
+
+    def prepare(self, template: _Template) -> None:
+        """Compute the vectors of all layers at once."""
+        if ALL in self.shifts:
+            channels, groups, together = self._run.layers, self._grouping.groups, self.shifts[ALL]
+            self._parameters = template.affine_parameters()
+            self._prepared = affine_of_layers(self._parameters, channels, together, groups)
+            self.shifts = together.by_layer(channels, groups)
 
     def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
         """The layer, and the statistics of its groups."""
-        check_input(site.name, x, self._run.layers[site.name])
-        return grouped_batch_norm(site.name, x, weight, bias, eps, self.shifts[site.name], self._grouping)
+        name = site.name
+        check_input(name, x, self._run.layers[name])
+        vectors = self._prepared.get(name)
+        if vectors is None or not _fits(vectors.gamma, self._parameters[name], weight, bias, x):
+            vectors = affine(x, Parameters(weight, bias), self.shifts[name], self._grouping.groups)
+        return grouped_batch_norm(name, x, vectors, eps, self._grouping)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         return self.normalized(site, x, weight, bias, eps).y
 
 
+def _fits(vector: Tensor, own: Parameters, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> bool:
+    """Whether a layer computes with its own γ and β, in the dtype of a vector that was prepared of them."""
+    return weight is own.weight and bias is own.bias and vector.dtype == statistics_dtype(x.dtype)
+
+
 class _MixedLayer(_ShiftedLayer):
     """The same, with the statistics of the clean groups written down."""
 
-    def __init__(self, run: _Pass, grouping: Grouping, clean: int) -> None:
-        super().__init__(run, grouping)
+    def __init__(self, run: _Pass, grouping: Grouping, shifts: Shifts, clean: int) -> None:
+        super().__init__(run, grouping, shifts)
         self._clean = clean
         self.record = Record(assign, run.like.dtype)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, stats, sizes = self.normalized(site, x, weight, bias, eps)
         if not is_recomputing():
-            self.record.add(site, *pooled(detached_stats(stats), sizes, self._clean))
+            self.record.add(site, *pooled(stats, sizes, self._grouping.groups, self._clean))
         return y
 
 
@@ -389,16 +440,16 @@ class _TracedProxyLayer(_ShiftedLayer):
     """Batch norm at δ = 0, written down. A transform differentiates by arguments, so the zero shifts are one."""
 
     def __init__(self, run: _Pass) -> None:
-        super().__init__(run, Grouping(1, run.samples))
+        super().__init__(run, Grouping(1, run.samples), zero_shifts(run.layers, run.like))
         self.record = Record(assign, run.like.dtype)
 
     def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
         """What the pass is differentiated by."""
-        return params, zero_shifts(self._run.layers, self._run.like)
+        return params, self.shifts
 
     def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
         """By layer, from the gradient of the pass."""
-        return {name: StatGrads(*gradient.grads[1][name]) for name in self._run.layers}
+        return self._run.shift_grads(gradient.grads[1], 1)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, stats, sizes = self.normalized(site, x, weight, bias, eps)
@@ -407,44 +458,65 @@ class _TracedProxyLayer(_ShiftedLayer):
 
 
 class _EagerProxyLayer(_Layer):
-    """The same for an eager pass: it taps each call's scale and shift, whose gradients BN's backward has at hand."""
+    """The same for an eager pass: the loss is differentiated by γ and β of each call, as BN's backward does anyway.
+
+    γ and β of all layers stand in two vectors for that; a second call of a layer has a pair of its own.
+    """
 
     def __init__(self, run: _Pass) -> None:
         super().__init__(run)
         self.record = Record(assign, run.like.dtype)
-        self._calls: list[tuple[str, BatchStats, float, Taps]] = []
+        self._parameters: dict[str, Parameters] = {}
+        self._vectors: tuple[Tensor, ...] = ()
+        self._prepared: dict[str, tuple[Tensor, Tensor]] = {}
+        self._calls: list[tuple[Tapped, tuple[Tensor, Tensor] | None]] = []
+
+    def prepare(self, template: _Template) -> None:
+        """Put γ and β of all layers together."""
+        self._parameters = template.affine_parameters()
+        self._vectors, self._prepared = flat_vectors(self._parameters, self._run.layers)
 
     def inputs(self, params: Tensors) -> tuple[Mapping[str, Any], ...]:
         """What the pass is differentiated by."""
         return (params,)
 
     def taps(self) -> list[Tensor]:
-        """The affine parameters of every call."""
-        return [tap for _, _, _, taps in self._calls for tap in taps]
+        """γ and β of all layers, then those of calls that have their own."""
+        return [*self._vectors, *(tap for _, own in self._calls if own is not None for tap in own)]
 
     def statistic_gradients(self, gradient: Gradient) -> StatGradTree:
         """Sum over the calls of each layer."""
-        found: StatGradTree = {}
-        if self._calls:
-            names, stats, eps, taps = zip(*self._calls, strict=True)
-            pairs = map(Taps, gradient.tap_grads[::2], gradient.tap_grads[1::2])
-            for name, (mean, scale) in zip(names, statistic_gradients(stats, eps, taps, list(pairs)), strict=True):
-                g = StatGrads(mean.to(self._run.like.dtype), scale.to(self._run.like.dtype))
-                found[name] = StatGrads(found[name].mean + g.mean, found[name].scale + g.scale) if name in found else g
+        grads, lengths = gradient.tap_grads, list(self._run.layers.values())
+        of_all = {}
+        if self._vectors:
+            of_all = dict(zip(self._run.layers, zip(grads[0].split(lengths), grads[1].split(lengths), strict=False), strict=True))
+        rest = iter(grads[len(self._vectors) :])
+        pairs = [of_all[call.name] if own is None else (next(rest), next(rest)) for call, own in self._calls]
         zero = self._run.like
-        layers = self._run.layers.items()
+        found: StatGradTree = {}
+        if pairs:
+            for (call, _), g in zip(
+                self._calls, statistic_gradients([c for c, _ in self._calls], *zip(*pairs, strict=False)), strict=True
+            ):
+                g = StatGrads(g.mean.to(zero.dtype), g.scale.to(zero.dtype))
+                before = found.get(call.name)
+                found[call.name] = g if before is None else StatGrads(before.mean + g.mean, before.scale + g.scale)
         return {
             name: found.get(name) or StatGrads(zero.new_zeros(channels), zero.new_zeros(channels))
-            for name, channels in layers
+            for name, channels in self._run.layers.items()
         }
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        check_input(site.name, x, self._run.layers[site.name])
-        check_variance(site.name, x, 1)
-        y, stats, taps = clean_batch_norm(x, weight, bias, eps)
+        name, own = site.name, None
+        check_input(name, x, self._run.layers[name])
+        check_variance(name, x, 1)
+        pair = self._prepared.pop(name, None)
+        if pair is None or not _fits(pair[0], self._parameters[name], weight, bias, x):
+            pair = own = tap(x, weight, 1.0), tap(x, bias, 0.0)
+        y, stats = clean_batch_norm(x, *pair, eps)
         if not is_recomputing():
             self.record.add(site, stats, x.numel() // x.shape[1])
-            self._calls.append((site.name, stats, eps, taps))
+            self._calls.append((Tapped(name, stats, eps, pair[0]), own))
         return y
 
 
@@ -457,9 +529,7 @@ def statistics_like(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def zero_shifts(layers: Mapping[str, int], like: Tensor) -> PerturbationTree:
     """No perturbation, `(C,)`, of layers with C channels."""
-    return {
-        name: Perturbation(like.new_zeros(channels), like.new_zeros(channels)) for name, channels in layers.items()
-    }
+    return {name: Perturbation(like.new_zeros(channels), like.new_zeros(channels)) for name, channels in layers.items()}
 
 
 def in_groups(perturbation: PerturbationTree, groups: int, clean: int, like: Tensor) -> PerturbationTree:
@@ -482,11 +552,6 @@ def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:
         return rearrange(grouped, "b g ... -> (b g) ...")
 
     return map_tensors(lambda leaf: of_groups(leaf) if leaf.dim() else leaf, tree)
-
-
-def detached_stats(stats: BatchStats) -> BatchStats:
-    """Statistics that nothing is differentiated through."""
-    return BatchStats(stats.mean.detach(), stats.var.detach())
 
 
 def _check_output(output: Any, samples: int) -> None:

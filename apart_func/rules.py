@@ -203,7 +203,10 @@ def _ascended(
     stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt, steps: int, length: float
 ) -> PerturbationTree:
     """The search of `multi_step`."""
-    where = {layer: Perturbation(torch.zeros_like(mean), torch.zeros_like(scale)) for layer, (mean, scale) in stat_grads.items()}
+    where = {
+        layer: Perturbation(torch.zeros_like(mean), torch.zeros_like(scale))
+        for layer, (mean, scale) in stat_grads.items()
+    }
     where = _climbed(where, stat_grads, length)  # in radii
     for _ in range(steps - 1):
         where = _climbed(where, gradients_at(_times(epsilon, where)), length)

@@ -39,7 +39,7 @@ class Record:
         self._store, self._dtype = store, dtype
         self._calls: dict[str, list[BatchStats]] = {}
 
-    def add(self, site: Site, stats: BatchStats, sizes: Any) -> BatchStats:
+    def add(self, site: Site, stats: BatchStats, sizes: Any) -> None:
         """Write down a call, and move the running statistics of its layer.
 
         Args:
@@ -47,28 +47,28 @@ class Record:
             stats: its batch statistics, `(C,)`.
             sizes: values a channel that they are of.
         """
-        stats = BatchStats(stats.mean.detach(), stats.var.detach())
         advance(site, stats, sizes, self._store)
-        stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))
+        if stats.mean.dtype != self._dtype:
+            stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))
         self._calls.setdefault(site.name, []).append(stats)
-        return stats
 
     def statistics(self) -> StatTree:
         """Batch statistics of the recorded calls, `(C,)`, or `(K, C)` for a layer called K times."""
         return {layer: stats[0] if len(stats) == 1 else stacked(stats) for layer, stats in self._calls.items()}
 
 
-def pooled(stats: BatchStats, sizes: Any, clean: int) -> tuple[BatchStats, Any]:
+def pooled(stats: BatchStats, sizes: Any, groups: int, clean: int) -> tuple[BatchStats, Any]:
     """Statistics `(C,)` of the samples of the first ghost groups together, and how many values they are of.
 
     The mean is the mean of their means, and the variance the mean of their variances plus the variance of their means.
 
     Args:
-        stats: those of each group, `(G, C)`.
+        stats: those of each group, `(G·C,)`.
         sizes: values a channel in a group, or `(G, 1)` where groups differ.
+        groups: number of groups G.
         clean: how many of the groups to take together.
     """
-    mean, var = stats.mean[:clean], stats.var[:clean]
+    mean, var = (part.view(groups, -1)[:clean] for part in stats)
     if isinstance(sizes, Tensor):
         size = sizes[:clean].sum()
         share = sizes[:clean] / size

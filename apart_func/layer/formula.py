@@ -1,6 +1,6 @@
 """The layer in arithmetic that every transform, compiler and device knows.
 
-    y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β                        μ, s² = σ² + eps: of every channel of every ghost group
+    y = γ' x̂ + β − ω sg(μ/s)       x̂ = (x − μ)/s, s² = σ² + eps: by the statistics of every channel of every ghost group
 
 It is the definition in operators of PyTorch, so vmap, every order of derivative, and Inductor work on it.
 """
@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from apart_func._torch import as_itself
+from apart_func._torch import as_shaped
 
 # Sample i is in ghost group i mod G: the group is what varies fastest along the batch.
 GROUP = "(b g) c ... -> b g c ..."
@@ -30,20 +30,31 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def arithmetic_layer(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
+    gamma: Tensor,
+    omega: Tensor | None,
+    beta: Tensor,
     eps: float,
     groups: int,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by perturbed statistics; arguments and results as in `kernels.KernelLayer`.
+    """Normalise by perturbed statistics.
 
     The groups stand in a dimension of their own, which is a view in every memory layout. `drift` is zero and has the
     mean's derivative: a backward through `grouped - mean` would have to sum over the activations once more.
+
+    Args:
+        x: activations `(N, C, ...)`; row i is in group i mod `groups`.
+        gamma: γ' of every group, `(G·C,)`, in the dtype of the statistics.
+        omega: ω, likewise; None is 0.
+        beta: β, likewise.
+        eps: BN's constant, added to the variance.
+        groups: number of ghost groups G.
+        reduce: averages a moment over ranks; None keeps that of this one.
+
+    Returns:
+        y, of `x`'s shape and dtype, and mean and biased variance `(G·C,)` of every group.
     """
-    grouped = rearrange(x, GROUP, g=groups).to(weight.dtype)
+    grouped = rearrange(x, GROUP, g=groups).to(gamma.dtype)
     dims = (0, *range(3, grouped.dim()))
     mean = grouped.mean(dims, keepdim=True)
     if reduce is not None:
@@ -55,26 +66,24 @@ def arithmetic_layer(
         square = reduce(square)
     var = square - drift.square()
     invstd = torch.rsqrt(var + eps)
-    gamma = _column(weight if scale is None else weight * (1 + scale), x)
-    slope = gamma * invstd
-    intercept = _column(bias, x) - drift * slope
-    if shift is not None:
-        intercept = intercept - gamma * _column(shift, x) * (mean * invstd).detach()
+    slope = gamma.view_as(invstd) * invstd
+    intercept = beta.view_as(invstd) - drift * slope
+    if omega is not None:
+        intercept = intercept - omega.view_as(invstd) * (mean * invstd).detach()
     y = (centred * slope + intercept).to(x.dtype)
-    return as_itself(rearrange(y, UNGROUP)), mean.flatten(), var.flatten()
+    return as_shaped(rearrange(y, UNGROUP), x.shape), mean.flatten(), var.flatten()
 
 
 def indexed_layer(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, eps: float, groups: Tensor, sizes: Tensor
+    x: Tensor, gamma: Tensor, omega: Tensor, beta: Tensor, eps: float, groups: Tensor, sizes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer for groups of any rows, which need not be alike in number.
 
     Args:
         x: activations `(R, C, ...)`.
-        weight: γ `(C,)`.
-        bias: β `(C,)`.
-        shift: δμ, `(C,)` or `(G, C)`.
-        scale: δσ, likewise.
+        gamma: γ' of every group, `(G, C)`.
+        omega: ω, likewise.
+        beta: β, likewise.
         eps: BN's constant.
         groups: the group of every row, `(R,)`.
         sizes: values a channel in each group, `(G, 1)`.
@@ -82,26 +91,20 @@ def indexed_layer(
     Returns:
         y, and mean and biased variance `(G, C)` of every group.
     """
-    rows = x.to(weight.dtype)
-    positions = range(2, x.dim())
+    rows = x.to(gamma.dtype)
+    positions = list(range(2, x.dim()))
 
     def mean_of(values: Tensor) -> Tensor:
-        of_rows = values.sum(list(positions)) if len(positions) else values
-        return torch.zeros(len(sizes), x.shape[1], dtype=rows.dtype, device=x.device).index_add(0, groups, of_rows) / sizes
+        of_rows = values.sum(positions) if positions else values
+        return torch.zeros_like(gamma).index_add(0, groups, of_rows) / sizes
 
     def to_rows(of_groups: Tensor) -> Tensor:
-        return _column(of_groups.expand(len(sizes), -1)[groups], x)
+        return of_groups[groups].reshape(*x.shape[:2], *[1] * len(positions))
 
     mean = mean_of(rows)
     centred = rows - to_rows(mean)
     var = mean_of(centred.square())
     invstd = torch.rsqrt(var + eps)
-    gamma = weight * (1 + scale)
-    intercept = bias - gamma * shift * (mean * invstd).detach()
+    intercept = beta - omega * (mean * invstd).detach()
     y = (centred * to_rows(gamma * invstd) + to_rows(intercept)).to(x.dtype)
     return y, mean, var
-
-
-def _column(vector: Tensor, x: Tensor) -> Tensor:
-    """Vectors of channels as what is broadcast over the positions of every channel."""
-    return vector.reshape(*vector.shape, *[1] * (x.dim() - 2))

@@ -2,7 +2,7 @@
 
     normalize       statistics of every channel of every ghost group, and an affine map by them
     differentiate   the derivative of training-mode batch norm
-    KernelLayer     both as one operation of autograd, with what a perturbation does to vectors
+    KernelLayer     both as one operation of autograd
 
 PyTorch's own kernels do the work. Two things they do badly on a CPU, and both are arithmetic on views here: moments of
 contiguous float32 activations, which they sum one by one, and groups of channels_last ones, which would be copied. In
@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from apart_func.layer.formula import statistics_dtype
-from apart_func.layer.native import fold, for_each_group, is_strided, moments, native_layer, unfold
+from apart_func.layer.native import fold, is_strided, moments, native_layer, unfold
 
 # From this many activations on, summing them faster is worth the few operators more: benchmarks/layer_cost.py --sizes
 MANY = 2**16
@@ -54,107 +54,60 @@ class Derivative(NamedTuple):
 
 
 class KernelLayer(torch.autograd.Function):
-    """y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β, its statistics, and its derivatives of every order."""
+    """The layer of many activations; arguments and results as in `formula.arithmetic_layer`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        shift: Tensor | None,
-        scale: Tensor | None,
-        eps: float,
-        groups: int,
+        ctx: Any, x: Tensor, gamma: Tensor, omega: Tensor | None, beta: Tensor, eps: float, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise.
-
-        Args:
-            ctx: of autograd.
-            x: activations `(N, C, ...)`; row i is in group i mod `groups`.
-            weight: γ `(C,)`, in the dtype of the statistics; likewise all vectors.
-            bias: β `(C,)`.
-            shift: δμ, `(C,)` or `(G, C)`; None is 0.
-            scale: δσ, likewise.
-            eps: BN's constant.
-            groups: G.
-
-        Returns:
-            y, and mean and biased variance `(G·C,)` of every group.
-        """
-        move = None if shift is None else for_each_group(1 + shift, groups)
-        gamma = for_each_group(weight if scale is None else torch.addcmul(weight, weight, scale), groups)
-        y, mean, var = normalize(x, gamma, for_each_group(bias, groups), move, eps, groups)
+        """Normalise."""
+        y, mean, var = normalize(x, gamma, omega, beta, eps, groups)
         ctx.eps, ctx.groups = eps, groups
-        ctx.save_for_backward(x, weight, bias, shift, scale, gamma, mean, var)
+        ctx.save_for_backward(x, gamma, omega, beta, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # no zeros for these two
         return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiate; where the derivative is to be differentiated again, that of the formula."""
+        """Differentiate; where the derivative is to be differentiated again, that of PyTorch's own batch norm."""
         if grad is None:
-            return (None,) * 7
-        x, weight, bias, shift, scale, gamma, mean, var = ctx.saved_tensors
+            return (None,) * 6
+        x, gamma, omega, beta, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad, x, weight, bias, shift, scale)
-        eps, groups = ctx.eps, ctx.groups
-        for_x, for_weight, for_bias, for_shift, for_scale = ctx.needs_input_grad[:5]
-        invstd = (var + eps).rsqrt_()
-        grad_x, g_gamma, g_beta = differentiate(grad, x, gamma, mean, invstd, groups, for_x)
-        g_gamma, g_beta = g_gamma.view(groups, -1), g_beta.view(groups, -1)
-        g_shift = None
-        if shift is not None:  # y = γ' (x̂ − δμ · offset) + β with γ' = γ (1 + δσ) and offset = sg(μ/s)
-            g_offset = invstd.mul_(mean).view(groups, -1) * g_beta
-            g_gamma = torch.addcmul(g_gamma, g_offset, shift, value=-1)
-            g_shift = _summed((gamma.view(groups, -1) * g_offset).neg_(), shift) if for_shift else None
-        g_weight = None
-        if for_weight:
-            g_weight = _summed(g_gamma if scale is None else torch.addcmul(g_gamma, g_gamma, scale), weight)
-        return (
-            grad_x,
-            g_weight,
-            _summed(g_beta, weight) if for_bias else None,
-            g_shift,
-            _summed(g_gamma * weight, scale) if for_scale else None,
-            None,
-            None,
-        )
+            inputs = (x, gamma, omega, beta)
+            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            y, _, _ = native_layer(*inputs, ctx.eps, ctx.groups)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None)
+        invstd = (var + ctx.eps).rsqrt_()
+        grad_x, g_gamma, g_beta = differentiate(grad, x, gamma, mean, invstd, ctx.groups, ctx.needs_input_grad[0])
+        g_omega = None if omega is None else (mean * invstd).mul_(g_beta).neg_()
+        return grad_x, g_gamma, g_omega, g_beta, None, None
 
 
-def _differentiable_backward(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradient as a graph of its own: autograd's, of PyTorch's own batch norm."""
-    inputs = (x, weight, bias, shift, scale)
-    y, _, _ = native_layer(*inputs, ctx.eps, ctx.groups)
-    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:5]), None, None)
-
-
-def normalize(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor | None, eps: float, groups: int) -> Normalized:
-    """Compute y = γ (x − move · μ) / s + β, with the statistics of each ghost group.
+def normalize(x: Tensor, gamma: Tensor, omega: Tensor | None, beta: Tensor, eps: float, groups: int) -> Normalized:
+    """Compute y = γ' (x − μ) / s + β − ω μ / s, with the statistics of each ghost group.
 
     Args:
         x: activations `(N, C, ...)`; row i is in group i mod `groups`.
-        gamma: scale `(G·C,)`, contiguous, in the dtype of the statistics.
-        beta: shift, likewise.
-        move: factor on the mean, likewise; None is 1.
+        gamma: γ' `(G·C,)`, contiguous, in the dtype of the statistics.
+        omega: ω, likewise; None is 0.
+        beta: β, likewise.
         eps: BN's constant, added to the variance.
         groups: number of ghost groups G, a divisor of N.
     """
     if is_strided(x, groups) and x.dtype == statistics_dtype(x.dtype):
-        return _normalize_rows(x, gamma, beta, move, eps, groups)
+        return _normalize_rows(x, gamma, omega, beta, eps, groups)
     y = torch.empty_like(x)
     folded, out = fold(x, groups), fold(y, groups)
     mean, var = fast_moments(folded, scratch=out)
-    center = mean if move is None else mean * move
-    # In evaluation mode BN computes any affine map of x: give it the perturbed centre and scale.
+    if omega is not None:
+        beta = torch.addcmul(beta, omega, torch.rsqrt(var + eps).mul_(mean), value=-1)
+    # In evaluation mode BN computes any affine map of x.
     unused = gamma.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
-        folded, gamma, beta, center, var, False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused
+        folded, gamma, beta, mean, var, False, 0.0, eps, out=out, save_mean=unused, save_invstd=unused
     )
     if out.data_ptr() != y.data_ptr():  # the groups were copied
         y.copy_(unfold(out, groups, x))
@@ -210,15 +163,13 @@ def fast_moments(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
 def outruns_batch_norm(x: Tensor) -> bool:
     """Whether `normalize` is faster than PyTorch's own, which sums such activations one by one."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.dim() > 2
-        and x.numel() >= MANY
-        and x.is_contiguous()
+        x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() > 2 and x.numel() >= MANY and x.is_contiguous()
     )
 
 
-def _normalize_rows(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor | None, eps: float, groups: int) -> Normalized:
+def _normalize_rows(
+    x: Tensor, gamma: Tensor, omega: Tensor | None, beta: Tensor, eps: float, groups: int
+) -> Normalized:
     """`normalize` for groups of channels_last activations: arithmetic on a view, with y as scratch."""
     y = torch.empty_like(x)
     rows, out = (rearrange(part, ROWS, g=groups) for part in (x, y))
@@ -226,9 +177,11 @@ def _normalize_rows(x: Tensor, gamma: Tensor, beta: Tensor, move: Tensor | None,
     mean = _sum_rows(rows).div_(size)
     torch.sub(rows, mean.unsqueeze(1), out=out)
     var = _sum_rows(out.square_()).div_(size)
-    slope = torch.rsqrt(var + eps).mul_(gamma.view(shape))
-    center = mean if move is None else mean * move.view(shape)
-    intercept = torch.addcmul(beta.view(shape), center, slope, value=-1)
+    invstd = torch.rsqrt(var + eps)
+    slope = gamma.view(shape) * invstd
+    intercept = torch.addcmul(beta.view(shape), mean, slope, value=-1)
+    if omega is not None:
+        intercept.addcmul_(omega.view(shape), invstd.mul_(mean), value=-1)
     torch.addcmul(intercept.unsqueeze(1), rows, slope.unsqueeze(1), out=out)
     return Normalized(y, mean.view(-1), var.view(-1))
 
@@ -253,10 +206,3 @@ def _differentiate_rows(
 def _sum_rows(rows: Tensor) -> Tensor:
     """Σ over samples and positions, `(G, C)`: first over samples, where the memory of a sample is one vector."""
     return rows.sum(0).sum(1)
-
-
-def _summed(grad: Tensor, like: Tensor | None) -> Tensor | None:
-    """The gradient of a `(C,)` or `(G, C)` vector from `(G, C)`, that of its use in every group."""
-    if like is None:
-        return None
-    return grad.view(like.shape) if grad.numel() == like.numel() else grad.sum(0)

@@ -1,6 +1,6 @@
 """The layer as PyTorch's own batch norm, whose γ and β a perturbation moves. Eager only.
 
-    y = γ' x̂ + β'     with γ' = γ (1 + δσ) and β' = β − γ' δμ · sg(μ/s), for every channel of every ghost group
+    y = γ' x̂ + β'     with β' = β − ω sg(μ/s), for every channel of every ghost group
 
 So autograd knows all its derivatives, and at δ = 0 it is plain batch norm to the last bit. Ghost groups become channels,
 which is a view of contiguous memory. The statistics are computed twice: first for μ/s.
@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from apart_func._torch import as_itself
+from apart_func._torch import as_shaped
 from apart_func.layer.formula import FOLD, UNFOLD, statistics_dtype
 
 # Where batch_norm_update_stats and native_batch_norm exist as kernels.
@@ -18,25 +18,17 @@ KERNEL_DEVICES = ("cpu", "cuda")
 
 
 def native_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    eps: float,
-    groups: int,
+    x: Tensor, gamma: Tensor, omega: Tensor | None, beta: Tensor, eps: float, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by perturbed statistics; arguments and results as in `kernels.KernelLayer`."""
+    """Normalise by perturbed statistics; arguments and results as in `formula.arithmetic_layer`."""
     folded = fold(x, groups)
     mean, var = moments(folded.detach())
-    gamma = weight if scale is None else torch.addcmul(weight, weight, scale)
-    beta = bias
-    if shift is not None:
-        offset = (mean * torch.rsqrt(var + eps)).view(groups, -1) if groups > 1 else mean * torch.rsqrt(var + eps)
-        beta = torch.addcmul(bias, gamma * shift, offset, value=-1)
-    gamma, beta = for_each_group(gamma, groups), for_each_group(beta, groups)
+    if omega is not None:
+        beta = torch.addcmul(beta, omega, torch.rsqrt(var + eps).mul_(mean), value=-1)
     y = torch.batch_norm(folded, gamma, beta, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    return (y if groups == 1 else as_itself(unfold(y, groups, x))), mean, var
+    if groups > 1:  # the order in memory is that of the samples again: `(b g) c` and `b (g c)` are one
+        y = as_shaped(unfold(y, groups, x) if is_strided(x, groups) else y, x.shape)
+    return y, mean, var
 
 
 def fold(x: Tensor, groups: int) -> Tensor:
@@ -72,10 +64,3 @@ def is_strided(x: Tensor, groups: int) -> bool:
     A GPU does: it copies faster than it starts many kernels.
     """
     return groups > 1 and x.device.type == "cpu" and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def for_each_group(vector: Tensor, groups: int) -> Tensor:
-    """`(C,)` or `(G, C)` as `(G·C,)`, contiguous in memory: the kernels do not look at strides."""
-    if groups > 1 and vector.dim() == 1:
-        vector = vector.expand(groups, -1)
-    return vector.contiguous().view(-1)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from apart_func._torch import is_traced
 from apart_func.errors import BatchError, SettingError
-from apart_func.layer import perturbed_batch_norm, vectors_of
+from apart_func.layer import perturbed_batch_norm
+from apart_func.layer.affine import Affine
 from apart_func.layer.formula import Reduce, indexed_layer
-from apart_func.trees import BatchStats, Perturbation
+from apart_func.trees import BatchStats
 
 Rows = Literal["consecutive", "in_turn"] | Callable[[str, Tensor], Tensor]
 
@@ -43,7 +44,7 @@ class Normed(NamedTuple):
 
     Attributes:
         y: of the activations' shape and dtype.
-        stats: `(C,)` for one group, `(G, C)` else.
+        stats: of every channel of every group, `(G·C,)`.
         sizes: values a channel in a group, or `(G, 1)` where groups differ.
     """
 
@@ -55,10 +56,8 @@ class Normed(NamedTuple):
 def grouped_batch_norm(
     name: str,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    vectors: Affine,
     eps: float,
-    perturbation: Perturbation,
     grouping: Grouping,
     reduce: Reduce | None = None,
 ) -> Normed:
@@ -67,15 +66,25 @@ def grouped_batch_norm(
     Raises:
         BatchError: the rows cannot be grouped by sample, or a group has no variance; the layer is named.
     """
-    groups, samples, rows = grouping
+    groups, samples, _rows = grouping
+    count, size = x.shape[0], x.numel() // x.shape[1]
+    if size <= groups or (count != samples and groups > 1) or count % groups:  # seldom: an error, or a setting of rows
+        return _other_rows(name, x, vectors, eps, grouping, reduce)
+    y, stats = perturbed_batch_norm(x, vectors, eps, groups, reduce)
+    return Normed(y, stats, size // groups)
+
+
+def _other_rows(name: str, x: Tensor, vectors: Affine, eps: float, grouping: Grouping, reduce: Reduce | None) -> Normed:
+    """Groups of rows of which a sample has others than one."""
+    groups = grouping.groups
     per_sample = rows_per_sample(name, x, grouping)
     if per_sample is None:
-        return _indexed(name, x, weight, bias, eps, perturbation, grouping)
-    consecutive = per_sample > 1 and rows == "consecutive"
+        return _indexed(name, x, vectors, eps, grouping)
     check_variance(name, x, groups)
+    consecutive = per_sample > 1 and grouping.rows == "consecutive"
     if consecutive:
         x = rearrange(x, "(n p) c ... -> (p n) c ...", p=per_sample)
-    y, stats = perturbed_batch_norm(x, weight, bias, eps, perturbation, groups=groups, reduce=reduce)
+    y, stats = perturbed_batch_norm(x, vectors, eps, groups, reduce)
     if consecutive:
         y = rearrange(y, "(p n) c ... -> (n p) c ...", p=per_sample)
     return Normed(y, stats, x.numel() // (x.shape[1] * groups))
@@ -168,15 +177,7 @@ def number_of_groups(groups: int, samples: int) -> int:
     return max(groups, 1)
 
 
-def _indexed(
-    name: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    perturbation: Perturbation,
-    grouping: Grouping,
-) -> Normed:
+def _indexed(name: str, x: Tensor, vectors: Affine, eps: float, grouping: Grouping) -> Normed:
     """Groups of rows that a function assigns to samples; they need not be alike in number."""
     groups, samples, rows = grouping
     of_rows = rows(name, x) if callable(rows) else None
@@ -187,8 +188,7 @@ def _indexed(
             f"{tuple(x.shape[:1])}."
         )
     group = of_rows.to(x.device) % groups
-    vectors = vectors_of(x, weight, bias, perturbation)
-    counts = torch.zeros(groups, dtype=vectors[0].dtype, device=x.device)
+    counts = torch.zeros(groups, dtype=vectors.gamma.dtype, device=x.device)
     sizes = counts.index_add(0, group, torch.ones_like(group, dtype=counts.dtype)) * (x[0, 0].numel())
     if not is_traced():
         if bool((of_rows < 0).any()) or (samples is not None and bool((of_rows >= samples).any())):
@@ -198,5 +198,5 @@ def _indexed(
                 f"layer {name!r} sees {int(sizes.min())} values a channel in one of {groups} groups, so it has no "
                 "variance. Use fewer groups or a larger batch."
             )
-    y, mean, var = indexed_layer(x, *vectors, eps, group, sizes.unsqueeze(1))
-    return Normed(y, BatchStats(mean, var), sizes.unsqueeze(1))
+    y, mean, var = indexed_layer(x, *(part.view(groups, -1) for part in vectors), eps, group, sizes.unsqueeze(1))
+    return Normed(y, BatchStats(mean.view(-1), var.view(-1)), sizes.unsqueeze(1))

@@ -1,0 +1,249 @@
+"""What a perturbation does to a layer's γ and β, as vectors of all channels of all ghost groups.
+
+    y = γ' x̂ + β'     with  γ' = γ (1 + δσ),  β' = β − ω · sg(μ/s)  and  ω = γ' δμ
+
+Every form of the layer takes (γ', ω, β). Autograd differentiates them by γ, β and δ: in one layer by `affine`, or for
+all layers of a pass in a few operations by `affine_of_layers`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apart_func._torch import is_traced
+from apart_func.layer.formula import statistics_dtype
+from apart_func.trees import BatchStats, Perturbation, StatGrads
+
+
+class Affine(NamedTuple):
+    """The vectors that a layer is computed with, `(G·C,)` each, contiguous, in the dtype of its statistics.
+
+    Attributes:
+        gamma: γ' = γ (1 + δσ).
+        omega: ω = γ' δμ.
+        beta: β.
+    """
+
+    gamma: Tensor
+    omega: Tensor
+    beta: Tensor
+
+
+class Parameters(NamedTuple):
+    """The affine parameters of a layer, `(C,)`; None is γ = 1, β = 0."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def affine(x: Tensor, parameters: Parameters, perturbation: Perturbation, groups: int) -> Affine:
+    """The vectors of one layer.
+
+    Args:
+        x: its activations `(N, C, ...)`, whose dtype and device they get.
+        parameters: γ and β.
+        perturbation: δ, `(C,)` for all groups or `(G, C)` for each.
+        groups: number of ghost groups G.
+    """
+    dtype = statistics_dtype(x.dtype)
+    weight, bias = parameters
+    weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
+    bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
+    shift, scale = (part.to(dtype) for part in perturbation)
+    gamma = torch.addcmul(weight, weight, scale)
+    return Affine(*(_of_groups(vector, groups) for vector in (gamma, gamma * shift, bias)))
+
+
+def _of_groups(vector: Tensor, groups: int) -> Tensor:
+    """`(C,)` or `(G, C)` as `(G·C,)`, contiguous in memory: the kernels do not look at strides."""
+    if groups > 1 and vector.dim() == 1:
+        vector = vector.expand(groups, -1)
+    return vector.reshape(-1)
+
+
+class FlatShifts(NamedTuple):
+    """The perturbation of all layers in every ghost group, as two vectors: what an eager pass is differentiated by.
+
+    Attributes:
+        mean: δμ, layer by layer, `(G·C,)` of each.
+        scale: δσ, likewise.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def by_layer(self, channels: Mapping[str, int], groups: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same by layer: `(C,)` in one group, `(G, C)` else."""
+        lengths = [groups * size for size in channels.values()]
+        pairs = zip(self.mean.split(lengths), self.scale.split(lengths), strict=True)
+        if groups == 1:
+            return dict(zip(channels, pairs, strict=True))
+        return {
+            name: (mean.view(groups, -1), scale.view(groups, -1))
+            for name, (mean, scale) in zip(channels, pairs, strict=True)
+        }
+
+
+def flat_shifts(
+    perturbation: Mapping[str, Perturbation], channels: Mapping[str, int], groups: int, clean: int, dtype: torch.dtype
+) -> FlatShifts:
+    """A perturbation `(C,)` of every layer in every ghost group but the first `clean` ones, where it is zero."""
+    shifts = [perturbation[name] for name in channels]
+    sizes, device = tuple(channels.values()), shifts[0].mean.device
+    together = [torch.cat(column).detach().to(dtype) for column in zip(*shifts, strict=True)]
+    if groups > 1:
+        together = [vector.index_select(0, _places(sizes, groups, device)) for vector in together]
+    if clean:
+        together = [vector.mul_(_perturbed(sizes, groups, clean, device, dtype)) for vector in together]
+    return FlatShifts(*together)
+
+
+def affine_of_layers(
+    parameters: Mapping[str, Parameters], channels: Mapping[str, int], shifts: FlatShifts, groups: int
+) -> dict[str, Affine]:
+    """The vectors of all layers at once, eagerly: where layers are small, starting operators is what they cost.
+
+    Args:
+        parameters: γ and β by layer.
+        channels: C by layer.
+        shifts: their perturbation.
+        groups: number of ghost groups G.
+
+    Returns:
+        By layer; none where dtypes or devices differ, or a γ or β is missing.
+    """
+    weights, biases = zip(*(parameters[name] for name in channels), strict=True)
+    if not _are_alike((*weights, *biases)):
+        return {}
+    weight, bias = _joined(weights, biases, groups)
+    gamma = torch.addcmul(weight, weight, shifts.scale)
+    lengths = [groups * size for size in channels.values()]
+    split = (vector.split(lengths) for vector in (gamma, gamma * shifts.mean, bias))
+    return dict(zip(channels, map(Affine, *split), strict=True))
+
+
+def flat_vectors(
+    parameters: Mapping[str, Parameters], channels: Mapping[str, int]
+) -> tuple[tuple[Tensor, ...], dict[str, tuple[Tensor, Tensor]]]:
+    """γ and β of all layers in two vectors that a loss can be differentiated by, and each layer's part of them.
+
+    Returns:
+        Nothing where dtypes or devices differ, or a γ or β is missing.
+    """
+    weights, biases = zip(*(parameters[name] for name in channels), strict=True)
+    if not _are_alike((*weights, *biases)):
+        return (), {}
+    vectors = tuple(
+        vector if vector.requires_grad else vector.requires_grad_() for vector in _joined(weights, biases, 1)
+    )
+    lengths = list(channels.values())
+    return vectors, dict(zip(channels, zip(*(vector.split(lengths) for vector in vectors), strict=True), strict=True))
+
+
+def _are_alike(column: Sequence[Tensor | None]) -> bool:
+    first = column[0]
+    return first is not None and all(
+        tensor is not None and tensor.dtype == first.dtype and tensor.device == first.device for tensor in column
+    )
+
+
+def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """γ and β of all layers one after the other, each as often as there are groups, in the dtype of statistics."""
+    channels = tuple(weight.shape[0] for weight in weights)
+    joined = [torch.cat(column) for column in (weights, biases)]  # type: ignore[arg-type]
+    if groups > 1:
+        joined = [vector.index_select(0, _places(channels, groups, vector.device)) for vector in joined]
+    dtype = statistics_dtype(joined[0].dtype)
+    return joined if joined[0].dtype == dtype else [vector.to(dtype) for vector in joined]
+
+
+@lru_cache(maxsize=64)
+def _places(channels: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
+    """Where in the vectors of all layers the channels of all layers in all groups are."""
+    parts = torch.arange(sum(channels), device=device).split(list(channels))
+    return torch.cat([part for part in parts for _ in range(groups)])
+
+
+@lru_cache(maxsize=64)
+def _perturbed(channels: tuple[int, ...], groups: int, clean: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """1 for the channels of all layers in all groups that are not clean, else 0."""
+    groups_of = (torch.arange(groups, device=device) >= clean).to(dtype)
+    return torch.cat([groups_of.repeat_interleave(size) for size in channels])
+
+
+class Tapped(NamedTuple):
+    """One call of a layer at δ = 0, of which the loss is differentiated by γ and β.
+
+    Attributes:
+        name: of the layer.
+        stats: batch statistics, `(C,)`.
+        eps: BN's constant.
+        weight: γ of this call, `(C,)`.
+    """
+
+    name: str
+    stats: BatchStats
+    eps: float
+    weight: Tensor
+
+
+def tap(x: Tensor, vector: Tensor | None, default: float) -> Tensor:
+    """γ or β of one call alone, which the loss can be differentiated by, in the dtype of the layer's statistics."""
+    dtype = statistics_dtype(x.dtype)
+    if vector is None:
+        return torch.full((x.shape[1],), default, dtype=dtype, device=x.device, requires_grad=True)
+    if vector.requires_grad:
+        return vector.to(dtype).view_as(vector)
+    return vector.to(dtype).detach().requires_grad_()
+
+
+def statistic_gradients(
+    calls: Sequence[Tapped], by_weight: Sequence[Tensor], by_bias: Sequence[Tensor]
+) -> list[StatGrads]:
+    """Gradients by the relative shifts at zero, which BN's backward yields on the way. Eager only.
+
+    From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
+
+    Args:
+        calls: of layers.
+        by_weight: gradient of the loss by γ of each, `(C,)`.
+        by_bias: by β.
+    """
+
+    def by_shift_and_scale(
+        mean: Tensor, var: Tensor, weight: Tensor, g_weight: Tensor, g_bias: Tensor, eps: Any
+    ) -> tuple[Tensor, ...]:
+        return torch.mul(weight, g_bias).mul_(mean).mul_(torch.rsqrt(var + eps)).neg_(), weight * g_weight
+
+    vectors = [
+        (*call.stats, call.weight.detach(), g_weight, g_bias)
+        for call, g_weight, g_bias in zip(calls, by_weight, by_bias, strict=True)
+    ]
+    return [StatGrads(*pair) for pair in over_layers(by_shift_and_scale, vectors, [(call.eps,) for call in calls])]
+
+
+def over_layers(
+    function: Callable[..., tuple[Tensor, ...]],
+    vectors: Sequence[tuple[Tensor, ...]],
+    numbers: Sequence[tuple[float, ...]],
+) -> list[tuple[Tensor, ...]]:
+    """Apply arithmetic to the vectors of all layers at once, eagerly: a kernel for all, and not one for each.
+
+    Args:
+        function: of as many vectors and numbers as a layer has; every channel by itself.
+        vectors: for every layer, tensors of one shape, with channels last.
+        numbers: for every layer, what else the function takes.
+
+    Returns:
+        What the function returns, for every layer.
+    """
+    columns = list(zip(*vectors, strict=True))
+    alike = all(len({(v.device, v.dtype) for v in column}) == 1 for column in columns) and len(set(numbers)) == 1
+    if is_traced() or not alike or len(vectors) == 1:
+        return [function(*of_layer, *values) for of_layer, values in zip(vectors, numbers, strict=True)]
+    lengths = [of_layer[0].shape[-1] for of_layer in vectors]
+    results = function(*(torch.cat(column, dim=-1) for column in columns), *numbers[0])
+    return list(zip(*(torch.split(result, lengths, dim=-1) for result in results), strict=True))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from apart_func import Perturbation
 from apart_func.layer import clean_batch_norm, perturbed_batch_norm
+from apart_func.layer.affine import Parameters, affine
 
 EPS = 1e-5
 RADIUS = 0.1
@@ -115,13 +116,14 @@ def plain(layer: Layer) -> object:
 
 def clean(layer: Layer) -> object:
     """The layer of the proxy pass."""
-    y, _, taps = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
-    return torch.autograd.grad(y, (layer.x, *taps), layer.upstream)
+    y, _ = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
+    return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 
 def perturbed(layer: Layer, groups: int) -> object:
     """The layer of the adversarial pass."""
-    y, _ = perturbed_batch_norm(layer.x, layer.weight, layer.bias, EPS, layer.shift, groups=groups)
+    vectors = affine(layer.x, Parameters(layer.weight, layer.bias), layer.shift, groups)
+    y, _ = perturbed_batch_norm(layer.x, vectors, EPS, groups)
     return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 

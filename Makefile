@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 # One thread a process: the tests and the demo run small models, which two threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu clean
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
@@ -26,15 +26,27 @@ format: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# About ten minutes on two cores; without --quick the scripts measure all models, ratios and groups. What is timed keeps
-# the memory that it frees: mapping it anew takes a virtual machine as long as the arithmetic, now and then. How long a
-# step takes to compile is left out, since it takes as long again: python benchmarks/compile.py --quick
+# A quarter of an hour on two cores; without --quick the scripts measure all models, ratios and groups. Where a script
+# does not choose what becomes of freed memory, it is kept: mapping it anew takes a virtual machine as long as the
+# arithmetic, now and then. How long a step takes to compile is left out, since it takes as long again:
+# python benchmarks/compile.py --quick
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 bench: export OMP_PROC_BIND := true
 bench: .venv/ready
-	for script in step_cost layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
-	$(RUN) benchmarks/memory.py --quick
+	$(RUN) benchmarks/step_cost.py --quick
+	$(RUN) benchmarks/step_cost.py --models cifar_resnet timm/resnet18 --methods plain APART 'APART drop-in' 'one pass' \
+		--ratios 1 --groups 16 --allocators kept glibc --threads 2 --seconds 0.1 --name two-threads
+	for script in layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
+	for script in memory functionalize_cost; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	$(RUN) benchmarks/render.py
+
+# On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of
+# packages only PyTorch from 2.8 on, einops and pytest: without .venv, those of $(PYTHON) are taken.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu: GPU_RUN := $(if $(wildcard .venv/ready),$(RUN),$(PYTHON))
+gpu:
+	timeout 120 $(GPU_RUN) -m pytest -q tests/test_cuda.py; tests=$$?; \
+		$(GPU_RUN) benchmarks/gpu.py --minutes 7 && exit $$tests
 
 clean:
 	rm -rf .venv

@@ -1,24 +1,32 @@
 """Where the time of a step goes, and how far it is from the floor.
 
     python benchmarks/breakdown.py --quick
+    python benchmarks/breakdown.py --parts profile --models timm/lcnet_035 digits --methods 'one pass'
     python benchmarks/breakdown.py --parts layer --shapes 128x64x32x32
 
     eager      a model of nothing but overhead: what each part of the functional step adds to two plain steps
+    profile    eager steps by kinds of work, by operators and by functions of Python, against the plain steps in them
     compiled   the compiled step by kinds of kernels, against twice the compiled plain step
     layer      the layer alone, in traffic over the activations, against the fastest copy of them
 
 The parts of the eager step are differences of times taken in the same rounds, and add up to the step. Operators are
-those that `torch.profiler` saw, medians over interleaved calls; under it each takes longer, so their shares say more
-than their times. No layer can do with fewer than 8 passes over the activations: forward x for the statistics, then x
+those that `torch.profiler` saw, functions those that `cProfile` saw, medians over interleaved calls; what takes longer
+than in the plain steps stands first. Under a profiler each takes longer, so that calls and shares say more than times.
+What is not arithmetic is the time in views, allocation, autograd's nodes, and outside of operators, which is Python and
+autograd's engine. No layer can do with fewer than 8 passes over the activations: forward x for the statistics, then x
 and y; backward x and the gradient for two sums, then x and both gradients. What memory needs for them is the time of 4
 copies. Passes are counted from arguments and results of operators; one that needs sums before it writes reads twice.
 """
 
 from __future__ import annotations
 
+import cProfile
+import itertools
+import pstats
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
@@ -26,19 +34,21 @@ import layer_cost
 import torch
 import torch.nn.functional as F
 from common import (
+    CLOCKS,
     Row,
     Sheet,
     TimedRounds,
-    format_ratio,
-    format_seconds,
     interleaved,
+    medians_of,
     relative_to,
     run_script,
     spread,
+    time_cells,
+    time_columns,
     timing_row,
     turns,
 )
-from networks import make_case
+from networks import NETWORKS, expanded, make_case
 from steps import METHODS, ONE_GRAPH, RADIUS, Step, Variant
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,7 +63,23 @@ EAGER = "overhead"
 ACTIVATIONS = (8, 8, 8, 8)  # of all BN layers of that model
 STEP, FLOOR = "the step", "two plain steps"
 
-KINDS = {  # of kernels, by what their names contain; the first that fits
+FLOORS = {"one pass": "a plain step", "one pass drop-in": "a plain step"}  # of other methods: two of them
+
+NODE, VIEW, OTHER = "autograd's nodes", "views and allocation", "other arithmetic"
+# Kinds of operators in eager steps: those whose names contain a word, and those that only look at memory or take some.
+OPERATORS = {
+    "convolutions": ("convolution", "conv2d"),
+    "batch norm": ("batch_norm",),
+    "matrix products": ("addmm", "::mm", "linear"),
+    NODE: ("Backward",),
+}
+VIEWS = re.compile(
+    "(aten::)?(_?(reshape|view|unsafe_view|reshape_alias|as_strided|detach|alias|expand|select|slice|narrow|permute|"
+    "transpose|t|movedim|squeeze|unsqueeze|flatten|unflatten|split|chunk|unbind|empty|empty_like|empty_strided|"
+    "new_empty|resize|set))_?"
+)
+
+KINDS = {  # of kernels in compiled steps, by what their names contain; the first that fits
     "fused kernels": ("fused",),
     "convolutions": ("convolution", "conv2d"),
     "matrix products": ("addmm", "::mm", "linear"),
@@ -73,7 +99,9 @@ class Settings(TimedRounds):
     """What is looked at, and for how long.
 
     Attributes:
-        parts: eager, compiled, layer.
+        parts: eager, profile, compiled, layer.
+        models: the networks of the profiled steps; see networks.py.
+        methods: the profiled steps; see steps.py.
         compiled_model: the network of the compiled step; see networks.py.
         groups: ghost groups in the adversarial pass, at most half its samples.
         shapes: of the layer's activations, (N, C, ...), as in 128x64x16x16.
@@ -82,7 +110,9 @@ class Settings(TimedRounds):
         shown: operators or kernels in a table.
     """
 
-    parts: tuple[Literal["eager", "compiled", "layer"], ...] = ("eager", "compiled", "layer")
+    parts: tuple[Literal["eager", "profile", "compiled", "layer"], ...] = ("eager", "profile", "compiled", "layer")
+    models: tuple[str, ...] = ("overhead", "digits", "timm/lcnet_035")
+    methods: tuple[str, ...] = ("APART", "one pass")
     compiled_model: str = "cifar_resnet"
     groups: int = 16
     shapes: tuple[str, ...] = ("128x16x32x32", "128x64x8x8")
@@ -92,11 +122,11 @@ class Settings(TimedRounds):
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
-QUICK = Settings(parts=("eager", "layer"), rounds=7, seconds=0.05, threads=1)
+QUICK = Settings(parts=("eager", "profile", "layer"), rounds=7, seconds=0.05, threads=1)
 
 
 class Operator(NamedTuple):
-    """What a profile says of an operator, a call of the profiled function.
+    """What a profile says of an operator or a function, a call of what is profiled.
 
     Attributes:
         calls: how often it ran.
@@ -107,18 +137,20 @@ class Operator(NamedTuple):
     seconds: float
 
 
+NONE = Operator(0, 0)
 Profile = dict[str, Operator]
 
 
-def profiles(steps: Mapping[str, Step], settings: Settings) -> dict[str, Profile]:
+def profiles(steps: Mapping[str, Step], settings: Settings, look: Callable[[Step, str], Profile]) -> dict[str, Profile]:
     """Profile some functions in turn.
 
     Args:
         steps: functions by name. Each is called once before.
         settings: rounds, threads and device.
+        look: `operators` or `frames`.
 
     Returns:
-        For each its operators, and the time outside of them: medians over the rounds.
+        For each what was found: medians over the rounds.
     """
     torch.set_num_threads(settings.threads)
     found: dict[str, list[Profile]] = {name: [] for name in steps}
@@ -126,14 +158,14 @@ def profiles(steps: Mapping[str, Step], settings: Settings) -> dict[str, Profile
         if turn < len(steps):
             steps[name]()
         else:
-            found[name].append(operators(steps[name], settings.device))
+            found[name].append(look(steps[name], settings.device))
     return {name: middle(rounds) for name, rounds in found.items()}
 
 
 def middle(rounds: Sequence[Profile]) -> Profile:
     """The median of every operator."""
     names = dict.fromkeys(name for profiled in rounds for name in profiled)
-    columns = {name: [profiled.get(name, Operator(0, 0)) for profiled in rounds] for name in names}
+    columns = {name: [profiled.get(name, NONE) for profiled in rounds] for name in names}
     return {name: Operator(*map(median, zip(*column, strict=True))) for name, column in columns.items()}
 
 
@@ -152,26 +184,52 @@ def operators(step: Step, device: str) -> Profile:
     return found | {OUTSIDE: Operator(0, wall - sum(operator.seconds for operator in found.values()))}
 
 
-def kinds(profiled: Profile) -> Profile:
+def frames(step: Step, device: str) -> Profile:
+    """The functions of one call, in Python and of it, by file and name."""
+    with cProfile.Profile() as profiled:
+        step()
+    found: dict[tuple[str, int, str], tuple[int, int, float, float, object]] = pstats.Stats(profiled).stats  # type: ignore[attr-defined]
+    return joined(
+        (f"{_place(file)}{function}", Operator(calls, own))
+        for (file, _, function), (_, calls, own, *_) in found.items()
+    )
+
+
+def _place(file: str) -> str:
+    """The last folder and the name of a file; nothing for what is built in."""
+    return "" if file == "~" else "/".join(Path(file).parts[-2:]) + ":"
+
+
+def kinds(profiled: Profile, kind_of: Callable[[str], str]) -> Profile:
     """The operators of each kind together."""
-
-    def kind_of(name: str) -> str:
-        return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), ELSE)
-
     return joined((kind_of(name), operator) for name, operator in profiled.items())
+
+
+def kind_by_words(name: str, kinds: Mapping[str, Sequence[str]], others: str) -> str:
+    """The first kind of which the name contains a word."""
+    return next((kind for kind, words in kinds.items() if any(word in name for word in words)), others)
+
+
+def kind_of_operator(name: str) -> str:
+    """The kind of an operator in an eager step."""
+    if name == OUTSIDE:
+        return OUTSIDE
+    if VIEWS.fullmatch(name):
+        return VIEW
+    return kind_by_words(name, OPERATORS, OTHER) if "::" in name else NODE
 
 
 def joined(operators: Iterable[tuple[str, Operator]]) -> Profile:
     """The sum for every name."""
     sums: Profile = {}
     for name, (calls, seconds) in operators:
-        before = sums.get(name, Operator(0, 0))
+        before = sums.get(name, NONE)
         sums[name] = Operator(before.calls + calls, before.seconds + seconds)
     return sums
 
 
 def comparison(title: str, profiles: Mapping[str, Profile], shown: int) -> list[Row]:
-    """Profiles side by side: their sum, and what takes longest in the last of them.
+    """Profiles side by side: their sum, and what takes longest in the last one; of two, what takes longer than before.
 
     Args:
         title: of the table.
@@ -182,13 +240,16 @@ def comparison(title: str, profiles: Mapping[str, Profile], shown: int) -> list[
         The rows.
     """
     *_, last = profiles.values()
-    longest = sorted(last, key=lambda name: last[name].seconds, reverse=True)[:shown]
+    first = next(iter(profiles.values())) if len(profiles) == 2 else {}
+    names = dict.fromkeys([*last, *first])
+    excess = {name: last.get(name, NONE).seconds - first.get(name, NONE).seconds for name in names}
+    longest = sorted(names, key=lambda name: excess[name], reverse=True)[:shown]
     sums = {
         head: Operator(*(sum(values) for values in zip(*profiled.values(), strict=True)))
         for head, profiled in profiles.items()
     }
     found = {"all": sums} | {
-        name: {head: profiled.get(name, Operator(0, 0)) for head, profiled in profiles.items()} for name in longest
+        name: {head: profiled.get(name, NONE) for head, profiled in profiles.items()} for name in longest
     }
 
     def cells(of: Mapping[str, Operator]) -> Row:
@@ -209,7 +270,7 @@ def eager(settings: Settings) -> list[Row]:
         settings: rounds, groups and device.
 
     Returns:
-        A row for every part, and the operators.
+        A row for every part.
     """
     case = make_case(EAGER, settings.device)
     fmodel, (params, buffers) = functionalize(case.model), split_state(case.model)
@@ -233,19 +294,19 @@ def eager(settings: Settings) -> list[Row]:
         "perturbed": lambda: layer_cost.perturbed(layer, groups),
     }
     times = interleaved("eager", steps, settings)
-    rounds = [{name: times[name][number].median for name in steps} for number in range(settings.rounds)]
-    parts = [parts_of(seconds, layers) for seconds in rounds]
-    values = {part: [each[part] for each in parts] for part in parts[0]}
-    profiled = profiles({FLOOR: twice(plain), "APART": apart}, settings)
-    return [
-        {
-            "table": f"parts of an eager step on {EAGER}, groups {groups}",
-            "part": part,
-            "seconds": asdict(spread(values[part])),
-            "relative_to": relative_to(values, part, [STEP, FLOOR]),
-        }
-        for part in values
-    ] + comparison(f"operators of an eager step on {EAGER}, groups {groups}", profiled, settings.shown)
+    rows: dict[str, Row] = {}
+    for clock in CLOCKS:
+        medians = {name: medians_of(times[name], clock) for name in steps}
+        parts = [
+            parts_of(dict(zip(medians, seconds, strict=True)), layers)
+            for seconds in zip(*medians.values(), strict=True)
+        ]
+        values = {part: [each[part] for each in parts] for part in parts[0]}
+        for part in values:
+            row = rows.setdefault(part, {"table": f"parts of an eager step on {EAGER}, groups {groups}", "part": part})
+            ratios = relative_to(values, part, [STEP, FLOOR])
+            row[clock] = {"seconds": asdict(spread(values[part])), "relative_to": ratios}
+    return list(rows.values())
 
 
 def parts_of(seconds: Mapping[str, float], layers: int) -> dict[str, float]:
@@ -271,6 +332,32 @@ def parts_of(seconds: Mapping[str, float], layers: int) -> dict[str, float]:
     }
 
 
+def profiled(settings: Settings) -> Iterator[Row]:
+    """What eager steps do that the plain steps in them do not.
+
+    Args:
+        settings: models, methods, rounds, groups and device.
+
+    Yields:
+        For every step its kinds of work, operators, and functions of Python.
+    """
+    for model, method in itertools.product(expanded(settings.models), settings.methods):
+        case = make_case(model, settings.device)
+        variant = Variant(groups=min(settings.groups, NETWORKS[model].samples // 2))
+        plain = METHODS["plain"].make(case, variant, ONE_GRAPH)
+        floor = FLOORS.get(method, FLOOR)
+        steps = {
+            floor: twice(plain) if floor == FLOOR else plain,
+            method: METHODS[method].make(case, variant, ONE_GRAPH),
+        }
+        title = f"{method} on {model}, batch of {len(case.batch[1])}, groups {variant.groups}"
+        found = profiles(steps, settings, operators)
+        by_kind = {name: kinds(each, kind_of_operator) for name, each in found.items()}
+        yield from comparison(f"kinds of work in {title}", by_kind, len(OPERATORS) + 3)
+        yield from comparison(f"operators of {title}", found, settings.shown)
+        yield from comparison(f"functions of {title}", profiles(steps, settings, frames), settings.shown)
+
+
 def compiled(settings: Settings) -> list[Row]:
     """The kernels of compiled steps.
 
@@ -287,9 +374,9 @@ def compiled(settings: Settings) -> list[Row]:
     steps = {f"2 × {name}": twice(METHODS[name].make(case, variant, ONE_GRAPH)) for name in baselines}
     steps[APART] = METHODS[APART].make(case, variant, ONE_GRAPH)
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
-        found = profiles(steps, settings)
+        found = profiles(steps, settings, operators)
     title = f"compiled steps on {settings.compiled_model}, batch of {len(case.batch[1])}, groups {variant.groups}"
-    by_kind = {name: kinds(profiled) for name, profiled in found.items()}
+    by_kind = {name: kinds(each, lambda name: kind_by_words(name, KINDS, ELSE)) for name, each in found.items()}
     return comparison(f"kinds of kernels in {title}", by_kind, len(KINDS) + 1) + comparison(
         f"kernels in {title}", {APART: found[APART]}, settings.shown
     )
@@ -364,22 +451,28 @@ def layer(settings: Settings) -> list[Row]:
         if layout == "channels_last" and shape == settings.shapes[0]:
             profiled[dtype] = functions[f"perturbed, groups {settings.groups}"]
     title = f"operators of the layer, channels_last, groups {settings.groups}, {settings.shapes[0]}"
-    for dtype, found in profiles(profiled, settings).items():
+    for dtype, found in profiles(profiled, settings, operators).items():
         rows += comparison(f"{title}, {dtype}", {dtype: found}, settings.shown)
     return rows
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Look into all parts.
 
     Args:
         settings: which.
 
-    Returns:
+    Yields:
         The rows of their tables.
     """
-    parts = {"eager": eager, "compiled": compiled, "layer": layer}
-    return [row for part in settings.parts for row in parts[part](settings)]
+    parts: dict[str, Callable[[Settings], Iterable[Row]]] = {
+        "eager": eager,
+        "profile": profiled,
+        "compiled": compiled,
+        "layer": layer,
+    }
+    for part in settings.parts:
+        yield from parts[part](settings)
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -400,21 +493,21 @@ def sheet(title: str, rows: Sequence[Row]) -> Sheet:
     if "part" in rows[0]:
         return Sheet(
             title,
-            ["part", "time (IQR)", "/ step (IQR)", f"/ {FLOOR} (IQR)"],
-            [[row["part"], *times_of(row, STEP, FLOOR)] for row in rows],
+            ["part", *time_columns([STEP, FLOOR])],
+            [[row["part"], *time_cells(row, [STEP, FLOOR])] for row in rows],
         )
     if "layer" in rows[0]:
         return Sheet(
             title,
-            ["layer", "activations", "passes", "time (IQR)", f"/ {COPIES} (IQR)", "/ F.batch_norm (IQR)"],
+            ["layer", "activations", "passes", *time_columns([COPIES, layer_cost.PLAIN])],
             [
-                [row["layer"], kind_of(row), f"{row['passes']:.1f}", *times_of(row, COPIES, layer_cost.PLAIN)]
+                [row["layer"], kind_of(row), f"{row['passes']:.1f}", *time_cells(row, [COPIES, layer_cost.PLAIN])]
                 for row in rows
             ],
         )
     columns = list(rows[0]["operators"])
     heads = [head for column in columns for head in (f"{column}: calls", "time", "share")]
-    return Sheet(title, ["operator", *heads], [operator_line(row, columns) for row in rows])
+    return Sheet(title, ["what", *heads], [operator_line(row, columns) for row in rows])
 
 
 def kind_of(row: Row) -> str:
@@ -422,14 +515,9 @@ def kind_of(row: Row) -> str:
     return f"{row['shape'].replace('x', '×')}, {row['layout']}, {row['dtype']}"
 
 
-def times_of(row: Row, *baselines: str) -> list[str]:
-    """The cells of a time and its ratios."""
-    return [format_seconds(row["seconds"]), *(format_ratio(row["relative_to"].get(base)) for base in baselines)]
-
-
 def operator_line(row: Row, columns: Iterable[str]) -> list[str]:
     """The cells of an operator."""
-    cells = [f"`{row['name']}`" if "_" in row["name"] or "::" in row["name"] else row["name"]]
+    cells = [f"`{row['name']}`" if re.search("[_:<]", row["name"]) else row["name"]]
     for column in columns:
         found = row["operators"][column]
         calls = f"{found['calls']:g}" if found["calls"] else ""

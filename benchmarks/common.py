@@ -1,15 +1,20 @@
 """How the benchmarks measure, and how they record it.
 
-    times = interleaved("resnet18", steps, settings)                    # {name: one Measurement a round}
+    times = interleaved("resnet18", steps, settings)                    # {name: one Times a round}
     rows = [timing_row(times, name, baselines=("plain",)) for name in times]
     run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)   # results/step_cost-cpu.json, and a table
 
-Times are taken by `torch.utils.benchmark.Timer`, which waits for the device by itself. All rows are measured once in
-every round, so that whatever else happens on the machine happens to all of them; ratios are formed within rounds.
+Times are taken by `torch.utils.benchmark.Timer`, which waits for the device by itself, on two clocks: that on the wall,
+and the processor's, in which other programs on the machine do not count. All rows are measured once in every round, so
+that whatever else happens on the machine happens to all of them; ratios are formed within rounds. What is measured is
+written after every row: a run that is stopped keeps what it has.
+
+Nothing is needed but PyTorch, as long as no command line is read: a machine with a GPU may have nothing else.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shlex
@@ -20,24 +25,29 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import torch
-import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch.utils.benchmark import Measurement, Timer, timer
+from torch.utils.benchmark import Timer, timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from compare_report import write_json
 from environment import environment
 
 import apart_func
 
 RESULTS = Path(__file__).parent / "results"
+CLOCKS = ("wall", "processor")
+
+# What glibc does with memory that is freed, as variables for a process. Mapped anew, a large activation costs a virtual
+# machine as long as the arithmetic on it, now and then; and by default glibc starts to keep blocks once it has seen
+# some, so that peaks depend on the order.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "glibc": {},
+    "kept": {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)},
+    "returned": {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)},
+}
 
 Result = TypeVar("Result")
 Row = dict[str, Any]
@@ -68,19 +78,21 @@ class TimedRounds(Rounds):
 
     Attributes:
         seconds: least time each row gets in a round.
-        clock: "cpu" is the processor's time, in which other programs do not count; for one thread.
     """
 
     seconds: float = 0.3
-    clock: Literal["wall", "cpu"] = "wall"
 
-    def __post_init__(self) -> None:
-        """Refuse what would be measured wrongly."""
-        if self.clock == "cpu" and (self.threads > 1 or self.device != "cpu"):
-            raise ValueError(
-                f"clock='cpu' adds up the time of all threads and knows no GPU; threads={self.threads} and "
-                f"device={self.device!r} were given. Use threads=1 and device='cpu', or clock='wall'."
-            )
+
+class Times(NamedTuple):
+    """Seconds a call, one value for every block of calls.
+
+    Attributes:
+        wall: by the clock on the wall.
+        processor: by the processor's, of all threads together.
+    """
+
+    wall: list[float]
+    processor: list[float]
 
 
 Settings = TypeVar("Settings", bound=Rounds)
@@ -132,6 +144,8 @@ def command_line(full: Settings, quick: Settings, description: str | None) -> Se
     Returns:
         Settings: the defaults, with what the command line changes.
     """
+    import tyro
+
     arguments = sys.argv[1:]
     defaults = quick if "--quick" in arguments else full
     return tyro.cli(
@@ -146,7 +160,7 @@ def turns(label: str, names: Iterable[str], rounds: int) -> Iterator[str]:
     """Call up every name once a round, each round in another order, and show how far it is.
 
     Args:
-        label: stands beside the bar.
+        label: stands beside the count.
         names: what takes turns.
         rounds: how many.
 
@@ -154,20 +168,12 @@ def turns(label: str, names: Iterable[str], rounds: int) -> Iterator[str]:
         The names, one by one.
     """
     names, orders = list(names), random.Random(0)
-    columns = (TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.description}"))
-    with Progress(BarColumn(bar_width=None), TaskProgressColumn(), *columns, expand=True) as progress:
-        task = progress.add_task(label, total=rounds * len(names))
-        for _ in range(rounds):
-            for name in orders.sample(names, k=len(names)):
-                progress.update(task, description=f"{label}: {name}")
-                yield name
-                progress.advance(task)
-        progress.update(task, description=label)
+    for number in range(1, rounds + 1):
+        print(f"{label}: round {number} of {rounds}", file=sys.stderr, flush=True)
+        yield from orders.sample(names, k=len(names))
 
 
-def interleaved(
-    label: str, steps: Mapping[str, Callable[[], object]], settings: TimedRounds
-) -> dict[str, list[Measurement]]:
+def interleaved(label: str, steps: Mapping[str, Callable[[], object]], settings: TimedRounds) -> dict[str, list[Times]]:
     """Time some functions against each other.
 
     Args:
@@ -177,24 +183,35 @@ def interleaved(
             is not counted.
 
     Returns:
-        The measurements by name, one a round.
+        The times by name, one `Times` a round.
     """
     torch.set_num_threads(settings.threads)  # Inductor writes the number into the code that it generates
-    clock = timer if settings.clock == "wall" else time.process_time
-    timers = {
-        name: Timer("step()", timer=clock, globals={"step": steps[name]}, num_threads=settings.threads)
-        for name in steps
-    }
-    times: dict[str, list[Measurement]] = {name: [] for name in steps}
+    times: dict[str, list[Times]] = {name: [] for name in steps}
     for turn, name in enumerate(turns(label, steps, settings.rounds + 1)):
         if turn < len(steps):
             steps[name]()
         else:
-            times[name].append(timers[name].blocked_autorange(min_run_time=settings.seconds))
+            times[name].append(timed(steps[name], settings))
     return times
 
 
-def timing_row(times: Mapping[str, Sequence[Measurement]], name: str, baselines: Iterable[str]) -> Row:
+def timed(step: Callable[[], object], settings: TimedRounds) -> Times:
+    """Time a function for one round, on both clocks."""
+    readings: list[float] = []
+
+    def both_clocks() -> float:
+        readings.append(time.process_time())
+        return timer()
+
+    clock = Timer("step()", timer=both_clocks, globals={"step": step}, num_threads=settings.threads)
+    measured = clock.blocked_autorange(min_run_time=settings.seconds)
+    # The timer is read before and after every block; the first blocks only find out how many calls make one.
+    last = readings[-2 * len(measured.times) :]
+    blocks = zip(last[::2], last[1::2], strict=True)
+    return Times(measured.times, [(end - start) / measured.number_per_run for start, end in blocks])
+
+
+def timing_row(times: Mapping[str, Sequence[Times]], name: str, baselines: Iterable[str]) -> Row:
     """What was measured of one function.
 
     Args:
@@ -203,11 +220,31 @@ def timing_row(times: Mapping[str, Sequence[Measurement]], name: str, baselines:
         baselines: functions to divide by. Ratios are those of both medians of a round, and spread over the rounds.
 
     Returns:
-        Times in seconds, over all calls, and ratios, over the rounds, as a row for `record`.
+        For each clock the times in seconds, over all blocks, and the ratios, over the rounds: a part of a row.
     """
-    calls = [time for measurement in times[name] for time in measurement.times]
-    medians = {function: [measurement.median for measurement in rounds] for function, rounds in times.items()}
-    return {"seconds": asdict(spread(calls)), "relative_to": relative_to(medians, name, baselines)}
+    row: Row = {}
+    for clock in CLOCKS:
+        blocks = [block for each in times[name] for block in getattr(each, clock)]
+        medians = {function: medians_of(rounds, clock) for function, rounds in times.items()}
+        row[clock] = {"seconds": asdict(spread(blocks)), "relative_to": relative_to(medians, name, baselines)}
+    return row
+
+
+def medians_of(rounds: Iterable[Times], clock: str) -> list[float]:
+    """The median block of every round, in seconds a call."""
+    return [spread(getattr(each, clock)).median for each in rounds]
+
+
+def time_columns(baselines: Iterable[str]) -> list[str]:
+    """Heads for `time_cells`."""
+    ratios = [f"/ {base}{', processor' * (clock == 'processor')}" for base in baselines for clock in CLOCKS]
+    return ["time (IQR)", "processor time (IQR)", *(f"{ratio} (IQR)" for ratio in ratios)]
+
+
+def time_cells(row: Row, baselines: Iterable[str]) -> list[str]:
+    """Times and ratios on both clocks, as the cells of a table."""
+    times = [format_seconds(row[clock]["seconds"]) for clock in CLOCKS]
+    return times + [format_ratio(row[clock]["relative_to"].get(base)) for base in baselines for clock in CLOCKS]
 
 
 def relative_to(values: Mapping[Any, Sequence[float]], name: Any, baselines: Iterable[Any]) -> dict[Any, Any]:
@@ -228,19 +265,24 @@ def relative_to(values: Mapping[Any, Sequence[float]], name: Any, baselines: Ite
     }
 
 
-def in_child(function: Callable[..., Result], *arguments: Any, **variables: str) -> Result:
+def in_child(function: Callable[..., Result], *arguments: Any, allocator: str = "glibc", **variables: str) -> Result:
     """Call a function in a new process.
 
     Args:
         function: one of a module, since it travels to the process by name.
         *arguments: for the function.
+        allocator: one of `ALLOCATORS`.
         **variables: environment variables for the process.
 
     Returns:
         What the function returned.
     """
-    with patch.dict(os.environ, variables), ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    with patch.dict(os.environ):
+        for name in ALLOCATORS["kept"]:
+            os.environ.pop(name, None)
+        os.environ.update(ALLOCATORS[allocator] | variables)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
 
 
 def run_script(
@@ -248,11 +290,10 @@ def run_script(
     doc: str | None,
     full: Settings,
     quick: Settings,
-    measure: Callable[[Settings], list[Row]],
+    measure: Callable[[Settings], Iterable[Row]],
     sheets: Callable[[Mapping[str, Any]], list[Sheet]],
-    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> None:
-    """Read the command line, measure, write JSON (and a drawing beside it), and print the tables.
+    """Read the command line, measure, write JSON, and print the tables.
 
     Args:
         file: of the script.
@@ -261,30 +302,51 @@ def run_script(
         quick: the settings that `--quick` puts in their place.
         measure: the script's.
         sheets: the script's.
-        draw: the script's, if it has one.
     """
-    settings = command_line(full, quick, doc)
-    path, content = record(Path(file).stem, settings, measure(settings))
-    if draw:
-        draw(content, path.with_suffix(".png"))
-    print_sheets(content, sheets(content))
+    run(Path(file).stem, command_line(full, quick, doc), measure, sheets)
 
 
-def record(benchmark: str, settings: Rounds, rows: Sequence[Row]) -> tuple[Path, dict[str, Any]]:
+def run(
+    benchmark: str,
+    settings: Settings,
+    measure: Callable[[Settings], Iterable[Row]],
+    sheets: Callable[[Mapping[str, Any]], list[Sheet]],
+) -> None:
+    """Measure, write JSON after every row, and print the tables.
+
+    Args:
+        benchmark: name of the script.
+        settings: its settings.
+        measure: the script's.
+        sheets: the script's.
+    """
+    rows: list[Row] = []
+    for row in measure(settings):
+        rows.append(row)
+        record(benchmark, settings, rows, complete=False)
+    content = record(benchmark, settings, rows)
+    print(where(content["environment"]))
+    for sheet in sheets(content):
+        print(f"\n{markdown(sheet)}", end="", flush=True)
+
+
+def record(benchmark: str, settings: Rounds, rows: Sequence[Row], complete: bool = True) -> dict[str, Any]:
     """Write what was measured as JSON, with where and how.
 
     Args:
         benchmark: name of the script.
         settings: its settings.
         rows: what it measured.
+        complete: whether that is all.
 
     Returns:
-        The file, and what is in it.
+        What is in the file.
     """
     device = settings.device
     content = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *_shown_arguments()]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_shown_arguments()]),
+        "complete": complete,
         "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
         "environment": {
             **environment(),
@@ -297,29 +359,27 @@ def record(benchmark: str, settings: Rounds, rows: Sequence[Row]) -> tuple[Path,
         },
         "rows": list(rows),
     }
+    settings.out.mkdir(parents=True, exist_ok=True)
     parts = [benchmark, device.partition(":")[0], settings.name]
     path = settings.out / f"{'-'.join(filter(None, parts))}.json"
-    write_json(path, content)
-    return path, content
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return content
 
 
-def print_sheets(content: Mapping[str, Any], sheets: Iterable[Sheet]) -> None:
-    """Print tables, under a line that says where their numbers were taken.
+def markdown(sheet: Sheet) -> str:
+    """A table in Markdown, its columns aligned for the eye as well, the first to the left."""
+    cells = [[*sheet.columns], *map(list, sheet.lines)]
+    widths = [max(3, *(len(line[number]) for line in cells)) for number in range(len(sheet.columns))]
 
-    Args:
-        content: what `record` returned.
-        sheets: the tables.
-    """
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(where(content["environment"]), highlight=False)
-    for sheet in sheets:
-        table = Table(title=sheet.title, title_justify="left")
-        for number, column in enumerate(sheet.columns):
-            table.add_column(column, justify="right" if number else "left")
-        for line in sheet.lines:
-            table.add_row(*line)
-        console.print(table)
+    def aligned(line: Sequence[str]) -> str:
+        first, *others = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join([f"**{sheet.title}**", "", *map(aligned, [cells[0], rule, *cells[1:]])]) + "\n"
 
 
 def where(machine: Mapping[str, Any]) -> str:

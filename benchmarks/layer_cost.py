@@ -20,16 +20,17 @@ from common import (
     Row,
     Sheet,
     TimedRounds,
-    format_ratio,
-    format_seconds,
     interleaved,
     run_script,
+    time_cells,
+    time_columns,
     timing_row,
 )
 from torch import Tensor
 
 from apart_func import Perturbation
-from apart_func.batch_norm import clean_batch_norm, perturbed_batch_norm
+from apart_func.layer import clean_batch_norm, perturbed_batch_norm
+from apart_func.layer.affine import Parameters, affine
 
 EPS = 1e-5
 RADIUS = 0.1
@@ -115,13 +116,14 @@ def plain(layer: Layer) -> object:
 
 def clean(layer: Layer) -> object:
     """The layer of the proxy pass."""
-    y, _, taps = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
-    return torch.autograd.grad(y, (layer.x, *taps), layer.upstream)
+    y, _ = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
+    return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 
 def perturbed(layer: Layer, groups: int) -> object:
     """The layer of the adversarial pass."""
-    y, _ = perturbed_batch_norm(layer.x, layer.weight, layer.bias, EPS, layer.shift, groups=groups)
+    vectors = affine(layer.x, Parameters(layer.weight, layer.bias), layer.shift, groups)
+    y, _ = perturbed_batch_norm(layer.x, vectors, EPS, groups)
     return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 
@@ -140,23 +142,21 @@ def inputs(shapes: Sequence[str], layouts: Sequence[str], dtypes: Sequence[str])
             yield shape, layout, dtype
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Time all layers on one input against each other, then on the next.
 
     Args:
         settings: what to measure.
 
-    Returns:
+    Yields:
         A row for every layer and input.
     """
-    rows: list[Row] = []
     for shape, layout, dtype in inputs(settings.shapes, settings.layouts, settings.dtypes):
         size = tuple(map(int, shape.split("x")))
         functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
         times = interleaved(f"{shape} {layout} {dtype}", functions, settings)
         labels = {"shape": shape, "layout": layout, "dtype": dtype}
-        rows += [{**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions]
-    return rows
+        yield from ({**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions)
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -174,12 +174,11 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
             row["shape"].replace("x", "×"),
             row["layout"],
             row["dtype"],
-            format_seconds(row["seconds"]),
-            format_ratio(row["relative_to"].get(PLAIN)),
+            *time_cells(row, [PLAIN]),
         ]
         for row in content["rows"]
     ]
-    columns = ["layer", "activations", "layout", "dtype", "time (IQR)", f"/ {PLAIN} (IQR)"]
+    columns = ["layer", "activations", "layout", "dtype", *time_columns([PLAIN])]
     return [Sheet("one layer, forward and backward", columns, lines)]
 
 

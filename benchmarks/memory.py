@@ -4,15 +4,18 @@
     python benchmarks/memory.py --models wrn_40_2 --methods plain APART --device cuda
 
 Every row is measured in a process of its own. On a CPU it is the growth of the largest resident set (VmHWM), since
-model and batch were made, on CUDA that of the largest allocation.
+model and batch were made, on CUDA that of the largest allocation. Memory that is freed is returned at once, so that the
+peak is that of what is in use, or handled by glibc's defaults: then some of it stays, and the peak is what a training
+run takes from the machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import (
@@ -26,14 +29,12 @@ from common import (
     spread,
     turns,
 )
-from networks import make_case
+from networks import expanded, make_case
 from steps import METHODS, Choice, choices, make_step, setting_cells
 
 STEPS = 3
 PLAIN = "plain"
 PROCESS = Path("/proc/self")
-# Left to itself, the allocator starts to keep large blocks once it has seen some, and the peak depends on the order.
-FIXED_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,16 @@ class Settings(Rounds):
         methods: which steps; see steps.py. On a CPU no compiled ones: the compiler's memory would count.
         ratios: shares of the batch in the adversarial pass.
         groups: ghost groups in it, at most half its samples.
-        samples: batch size; None takes each network's own.
+        samples: batch sizes; none takes each network's own.
+        allocators: what becomes of memory that is freed.
     """
 
     models: tuple[str, ...] = ("cifar_resnet", "wrn_40_2", "resnet18")
     methods: tuple[str, ...] = tuple(name for name, method in METHODS.items() if not method.compiled)
     ratios: tuple[float, ...] = (1.0, 0.5)
     groups: tuple[int, ...] = (0, 16)
-    samples: int | None = None
+    samples: tuple[int, ...] = ()
+    allocators: tuple[Literal["returned", "glibc"], ...] = ("returned", "glibc")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -118,27 +121,27 @@ def resident(field: str) -> int:
     raise OSError(f"{PROCESS}/status has no {field}: peak memory on a CPU is measured on Linux only")
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Measure every step in processes of its own.
 
     Args:
         settings: what to measure.
 
-    Returns:
+    Yields:
         A row for each.
     """
-    rows: list[Row] = []
-    for model in settings.models:
-        made = choices(model, settings.samples, settings.methods, settings.ratios, settings.groups)
+    for model, samples, allocator in itertools.product(
+        expanded(settings.models), settings.samples or (None,), settings.allocators
+    ):
+        made = choices(model, samples, settings.methods, settings.ratios, settings.groups)
         chosen = {choice.name: choice for choice in made}
         peaks: dict[str, list[float]] = {name: [] for name in chosen}
-        for name in turns(model, chosen, settings.rounds):
-            peaks[name].append(in_child(growth, chosen[name], settings.device, settings.threads, **FIXED_ALLOCATOR))
-        rows += [
-            choice.labels() | {"bytes": asdict(spread(peaks[name])), "relative_to": relative_to(peaks, name, [PLAIN])}
-            for name, choice in chosen.items()
-        ]
-    return rows
+        for name in turns(f"{model}, memory {allocator}", chosen, settings.rounds):
+            bytes_ = in_child(growth, chosen[name], settings.device, settings.threads, allocator=allocator)
+            peaks[name].append(bytes_)
+        for name, choice in chosen.items():
+            found = {"bytes": asdict(spread(peaks[name])), "relative_to": relative_to(peaks, name, [PLAIN])}
+            yield choice.labels() | {"allocator": allocator} | found
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -150,7 +153,7 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
     Returns:
         A line for every step.
     """
-    columns = ["step", "ratio", "groups", "network", "batch", "peak (IQR)", "/ plain (IQR)"]
+    columns = ["step", "ratio", "groups", "network", "batch", "memory", "peak (IQR)", "/ plain (IQR)"]
     return [Sheet("peak memory of a step, beyond model and batch", columns, [line(row) for row in content["rows"]])]
 
 
@@ -158,7 +161,8 @@ def line(row: Row) -> list[str]:
     """The cells of a step."""
     megabytes = f"{row['bytes']['median'] / 2**20:.1f} MiB ({row['bytes']['iqr'] / 2**20:.1f})"
     ratio = format_ratio(row["relative_to"].get(PLAIN), digits=3)
-    return [row["method"], *setting_cells(row), row["model"], str(row["samples"]), megabytes, ratio]
+    labels = [row["model"], str(row["samples"]), row["allocator"]]
+    return [row["method"], *setting_cells(row), *labels, megabytes, ratio]
 
 
 if __name__ == "__main__":

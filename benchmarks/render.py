@@ -11,21 +11,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tyro
-from common import RESULTS, Sheet, where
+from common import RESULTS, markdown, where
+from figures import FIGURES
 
 INTRODUCTION = """# What APART costs
 
 Every table is made by the command above it and `python benchmarks/render.py`; `make bench` runs the ones with
 `--quick`. Times are taken by `torch.utils.benchmark` in interleaved rounds: all rows of a block are timed once in every
-round, in random order, after a first call that is not counted. A time is the median over all calls, a ratio the median
-over the rounds of the row's median divided by that of the baseline in the same round; the distance of the quartiles
-(IQR) stands behind it in brackets. With `--clock cpu` the processor's time is taken, in which other programs on the
-machine do not count. `make bench` lets the timed processes keep the memory that they free (`MALLOC_TRIM_THRESHOLD_`):
-by glibc's default large activations are mapped anew again and again, which is slow and noisy on a virtual machine.
+round, in random order, after a first call that is not counted. A time is the median over all blocks of calls, a ratio
+the median over the rounds of the row's median divided by that of the baseline in the same round; the distance of the
+quartiles (IQR) stands behind it in brackets. Every time is taken on two clocks: that on the wall, and the processor's,
+in which other programs on the machine do not count.
+"""
+
+NO_GPU = """No figure on this page was taken on a GPU. `make gpu` takes them, in nine minutes and with PyTorch alone.
 """
 
 # By script, in the order of the page. Read together with its docstring, which says what the rows are.
@@ -35,6 +37,7 @@ QUESTIONS = {
     "breakdown": "Where the time goes",
     "memory": "Peak memory",
     "compile": "Compilation",
+    "functionalize_cost": "Making a model functional",
     "scaling": "Growth",
 }
 
@@ -50,14 +53,6 @@ class Settings:
 
     results: Path = RESULTS
     out: Path = Path(__file__).parent / "README.md"
-
-
-def markdown(sheet: Sheet) -> str:
-    """A table in Markdown, its first column to the left."""
-    head = [*sheet.columns]
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    cells = [head, rule, *sheet.lines]
-    return f"**{sheet.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def section(benchmark: str, found: Sequence[tuple[Path, Mapping[str, Any]]], page: Path) -> str:
@@ -76,28 +71,29 @@ def section(benchmark: str, found: Sequence[tuple[Path, Mapping[str, Any]]], pag
     prose = [f"```text\n{part}\n```" if part.startswith("    ") else part for part in notes]
     parts = [f"## {QUESTIONS[benchmark]}", summary, *prose]
     for path, content in found:
-        parts.append(f"`{content['command']}` on {where(content['environment'])}:")
-        parts += figure(script, content, path.with_suffix(".png"), page)
+        stopped = "" if content["complete"] else " (stopped before it had measured everything)"
+        parts.append(f"`{content['command']}` on {where(content['environment'])}{stopped}:")
+        parts += figure(content, path.with_suffix(".png"), page)
         parts += [markdown(sheet) for sheet in script.sheets(content)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def figure(script: ModuleType, content: Mapping[str, Any], path: Path, page: Path) -> list[str]:
-    """The drawing of a result, where the script draws it.
+def figure(content: Mapping[str, Any], path: Path, page: Path) -> list[str]:
+    """The drawing of a result, where there is one.
 
     Args:
-        script: which recorded it.
-        content: what it recorded.
+        content: what was recorded.
         path: where to draw.
         page: where to show it.
 
     Returns:
         Markdown, or nothing.
     """
-    if not hasattr(script, "draw"):
+    benchmark = content["benchmark"]
+    if benchmark not in FIGURES:
         return []
-    script.draw(content, path)
-    return [f"![{QUESTIONS[content['benchmark']]}]({path.resolve().relative_to(page.resolve().parent).as_posix()})"]
+    FIGURES[benchmark](content, path)
+    return [f"![{QUESTIONS[benchmark]}]({path.resolve().relative_to(page.resolve().parent).as_posix()})"]
 
 
 def results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -113,8 +109,11 @@ def main(settings: Settings) -> None:
     Args:
         settings: from the command line.
     """
+    recorded = results(settings.results)
     sections = [INTRODUCTION]
-    for benchmark, found in itertools.groupby(results(settings.results), key=lambda each: each[1]["benchmark"]):
+    if not any(content["environment"]["accelerator"] for _, content in recorded):
+        sections.append(NO_GPU)
+    for benchmark, found in itertools.groupby(recorded, key=lambda each: each[1]["benchmark"]):
         sections.append(section(benchmark, list(found), settings.out))
     settings.out.write_text("\n".join(sections), encoding="utf-8")
     print(settings.out)

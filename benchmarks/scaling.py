@@ -9,22 +9,20 @@ the same batch, one by one or together under vmap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from common import (
     Row,
     Sheet,
     TimedRounds,
-    format_ratio,
-    format_seconds,
     interleaved,
     run_script,
+    time_cells,
+    time_columns,
     timing_row,
 )
 from models import cifar_resnet, small_resnet
@@ -35,9 +33,6 @@ from torch.utils._pytree import tree_map
 
 from apart_func import make_apart_step, split_state
 
-# Okabe and Ito: told apart with every kind of colour vision
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7")
-MARKERS = ("o", "^", "s", "D", "v", "P")
 GROUPS = 4
 
 
@@ -140,20 +135,18 @@ def many_models(number: int, settings: Settings) -> Point:
     return Point("models", number, steps, "one by one")
 
 
-def measure(settings: Settings) -> list[Row]:
+def measure(settings: Settings) -> Iterator[Row]:
     """Time the steps of every point against each other.
 
     Args:
         settings: what to measure.
 
-    Returns:
+    Yields:
         A row for every step and point.
     """
-    rows: list[Row] = []
     for axis, size, steps, baseline in points(settings):
         times = interleaved(f"{axis} {size}", steps, settings)
-        rows += [{"axis": axis, "size": size, "step": name, **timing_row(times, name, [baseline])} for name in steps]
-    return rows
+        yield from ({"axis": axis, "size": size, "step": name, **timing_row(times, name, [baseline])} for name in steps)
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -166,52 +159,13 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
         A line for every step and point.
     """
     tables = []
-    for axis, rows in by_axis(content["rows"]).items():
-        (baseline,) = rows[0]["relative_to"]
-        lines = [
-            [row["step"], str(row["size"]), format_seconds(row["seconds"]), format_ratio(row["relative_to"][baseline])]
-            for row in rows
-        ]
-        tables.append(Sheet(f"growing {axis}", ["step", axis, "time (IQR)", f"/ {baseline} (IQR)"], lines))
+    for axis in dict.fromkeys(row["axis"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["axis"] == axis]
+        (baseline,) = rows[0]["wall"]["relative_to"]
+        lines = [[row["step"], str(row["size"]), *time_cells(row, [baseline])] for row in rows]
+        tables.append(Sheet(f"growing {axis}", ["step", axis, *time_columns([baseline])], lines))
     return tables
 
 
-def by_axis(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of every axis."""
-    return {axis: [row for row in rows if row["axis"] == axis] for axis in dict.fromkeys(row["axis"] for row in rows)}
-
-
-def draw(content: Mapping[str, Any], path: Path) -> None:
-    """Draw time against size, a panel for each axis.
-
-    Args:
-        content: what was recorded.
-        path: the PNG file.
-    """
-    panels = by_axis(content["rows"])
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for panel, (axis, rows) in zip(axes[0], panels.items(), strict=True):
-        for colour, marker, step in zip(COLOURS, MARKERS, dict.fromkeys(row["step"] for row in rows), strict=False):
-            line = [row for row in rows if row["step"] == step]
-            panel.errorbar(
-                [row["size"] for row in line],
-                [1000 * row["seconds"]["median"] for row in line],
-                yerr=[500 * row["seconds"]["iqr"] for row in line],
-                color=colour,
-                marker=marker,
-                capsize=3,
-                label=step,
-            )
-        sizes = sorted({row["size"] for row in rows})
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-        panel.set_yscale("log")
-        panel.set(xlabel=axis, ylabel="time of a step (ms), median and IQR" if panel is axes[0, 0] else "")
-        panel.legend(frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 if __name__ == "__main__":
-    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets, draw)
+    run_script(__file__, __doc__, Settings(), QUICK, measure, sheets)

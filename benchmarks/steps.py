@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from apart_func import (
+    APART,
     ApartStep,
     OnePassStep,
     StepOutput,
     init_perturbation,
+    make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
     split_state,
 )
-from apart_func.module import APART
-from apart_func.sam import make_apart_sam_step
 
 Step = Callable[[], object]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]

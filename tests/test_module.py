@@ -288,7 +288,7 @@ def fail(model: nn.Module, x: Tensor | None = None) -> None:
 @pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(5), BatchNormAct2d(5, apply_act=False)])
-def test_an_exception_inside_a_context_leaves_the_model_as_it_was(
+def test_an_exception_inside_a_context_leaves_the_model_as_plain_training_would(
     norm: nn.Module, failing: str, after_forward: bool
 ) -> None:
     model, (x, y) = convolutional(), images()
@@ -297,11 +297,13 @@ def test_an_exception_inside_a_context_leaves_the_model_as_it_was(
     if failing == "to_adver":
         with apart.to_proxy():
             F.cross_entropy(model(x), y).backward()
-    before, values = state_of(model), values_of(model)
+    plain, before = copy.deepcopy(model), state_of(model)
     with pytest.raises(UserError), getattr(apart, failing)():
         fail(model, x if after_forward else None)
     assert state_of(model) == before
-    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
+    if failing == "to_proxy" and after_forward:
+        plain(x)  # a forward moves running statistics, whatever comes after it; an adversarial pass moves none
+    torch.testing.assert_close(values_of(model), values_of(plain), **ROUNDING)
     both_passes(apart, (x, y))
 
 

@@ -1,0 +1,392 @@
+"""Steps, functional models and models inside a context are values: copied, pickled, sent away, and used at once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import both_passes, gradients
+from small import convolutional, images
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map
+
+from apart_func import (
+    APART,
+    ApartError,
+    FunctionalModel,
+    functionalize,
+    init_perturbation,
+    make_apart_sam_step,
+    make_apart_step,
+    make_one_pass_step,
+    multi_step,
+    random_sign_perturbation,
+    split_state,
+)
+
+BATCH = images()
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# Steps.
+
+STEPS: dict[str, Callable[[nn.Module], Any]] = {
+    "two passes": lambda model: make_apart_step(model, F.cross_entropy, epsilon=0.2, groups=4, ratio=0.5),
+    "several steps": lambda model: make_apart_step(model, F.cross_entropy, groups=2, rule=multi_step(2)),
+    "a radius that is a tensor": lambda model: make_apart_step(model, F.cross_entropy, epsilon=torch.tensor(0.2)),
+    "autocast": lambda model: make_apart_step(model, F.cross_entropy, autocast_dtype=torch.bfloat16, microbatches=2),
+    "SAM": lambda model: make_apart_sam_step(model, nn.CrossEntropyLoss(label_smoothing=0.1), rho=0.3),
+    "of a functional model": lambda model: make_apart_step(functionalize(model), F.cross_entropy, rows="in_turn"),
+    "one pass": lambda model: make_one_pass_step(
+        model, F.cross_entropy, epsilon=0.2, groups=4, clean_fraction=0.25, rows="consecutive"
+    ),
+}
+every_step = pytest.mark.parametrize("kind", STEPS)
+
+
+def model_of(seed: int = 0) -> nn.Module:
+    """A network with a layer of PyTorch's and one with a forward of its own."""
+    model = convolutional()
+    model[4] = BatchNormAct2d(5, apply_act=False).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def taken(step: Any, model: nn.Module, batch: Any = BATCH) -> dict[str, Any]:
+    """What a step of either kind returns for the state of a model."""
+    carried = {}
+    for layer, shift in init_perturbation(model).items():
+        carried[layer] = type(shift)(shift.mean + 0.1, shift.scale - 0.2)
+    arguments = (carried,) if "OnePass" in type(step).__name__ else ()
+    found: dict[str, Any] = step(*split_state(model), batch, *arguments)._asdict()
+    return found
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+def saved(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved}
+every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+
+
+@every_step
+@every_copy
+def test_a_copy_of_a_step_takes_the_same_step_before_and_after_the_original_was_used(
+    copied: Callable[[Any], Any], kind: str
+) -> None:
+    model = model_of()
+    step = STEPS[kind](model)
+    early = copied(step)
+    expected = taken(step, model)
+    late = copied(step)
+    del step
+    for other in (early, late, copied(late)):
+        assert_equal(taken(other, model), expected)
+        assert repr(other) == repr(late)
+
+
+@every_copy
+def test_a_copy_of_a_functional_model_computes_the_same(copied: Callable[[Any], Any]) -> None:
+    model = model_of()
+    fmodel = functionalize(model)
+    again: FunctionalModel = copied(fmodel)
+    assert again.layers == fmodel.layers == {"1": 4, "4": 5}
+    for training in (False, True):
+        one, other = (each(*split_state(model), BATCH[0], training=training) for each in (fmodel, again))
+        assert_equal(other, one)
+
+
+def on_worker(rank: int, folder: Path) -> None:
+    """What a spawned process does with steps that it was sent: no model was ever made in it."""
+    torch.set_num_threads(1)
+    steps, models = torch.load(folder / "sent.pt", weights_only=False)
+    torch.save({kind: taken(step, models[kind]) for kind, step in steps.items()}, folder / "returned.pt")
+
+
+def test_steps_can_be_sent_to_a_spawned_worker(tmp_path: Path) -> None:
+    models = {kind: model_of() for kind in STEPS}
+    steps = {kind: make(models[kind]) for kind, make in STEPS.items()}
+    torch.save((steps, models), tmp_path / "sent.pt")
+    spawn(on_worker, (tmp_path,), nprocs=1)
+    for kind, found in torch.load(tmp_path / "returned.pt", weights_only=False).items():
+        assert_equal(found, taken(steps[kind], models[kind]))
+
+
+def test_a_step_says_what_it_does() -> None:
+    step = make_apart_step(convolutional(), F.cross_entropy, epsilon=0.2, groups=4, rule=random_sign_perturbation)
+    one_pass = make_one_pass_step(convolutional(), F.cross_entropy, epsilon=0.1, groups=2)
+    assert repr(step) == (
+        "ApartStep(FunctionalModel(Sequential, 2 batch-norm layers), "
+        "epsilon=0.2, groups=4, rule=random_sign_perturbation)"
+    )
+    assert repr(one_pass) == "OnePassStep(FunctionalModel(Sequential, 2 batch-norm layers), epsilon=0.1, groups=2)"
+    assert step.settings.groups == 4
+    assert type(step).__call__.__doc__
+
+
+# Threads.
+
+
+def at_once(works: list[Callable[[], Any]], times: int = 20) -> list[list[Any]]:
+    """Results of several functions that threads call over and over at the same time; an error is a result."""
+    start = threading.Barrier(len(works))
+    results: list[list[Any]] = [[] for _ in works]
+
+    def run(work: Callable[[], Any], into: list[Any]) -> None:
+        start.wait()
+        for _ in range(times):
+            try:
+                into.append(work())
+            except Exception as error:
+                into.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(works, results, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("kind", ["two passes", "several steps", "SAM", "one pass"])
+def test_several_threads_take_steps_at_once_each_with_a_state_and_batch_of_its_own(kind: str) -> None:
+    step = STEPS[kind](model_of())
+    models = [model_of(seed) for seed in range(4)]
+    batches = [images(samples, seed=samples) for samples in (8, 16, 8, 24)]
+    pairs = list(zip(models, batches, strict=True))
+    expected = [taken(step, model, batch) for model, batch in pairs]
+    found = at_once([lambda model=model, batch=batch: taken(step, model, batch) for model, batch in pairs])
+    for of_thread, one in zip(found, expected, strict=True):
+        for out in of_thread:
+            assert_equal(out, one)
+
+
+def test_one_thread_that_evaluates_and_one_that_fails_disturb_no_other() -> None:
+    model = model_of()
+    step, state = make_apart_step(model, F.cross_entropy, groups=4), split_state(model)
+    expected, evaluated = taken(step, model), step.fmodel(*state, BATCH[0])
+    steps, evaluations, failures, others = at_once(
+        [
+            lambda: taken(step, model),
+            lambda: step.fmodel(*state, BATCH[0]),
+            lambda: taken(step, model, images(7)),  # 4 groups of 7
+            lambda: taken(step, model),
+        ]
+    )
+    for out in steps + others:
+        assert_equal(out, expected)
+    for output in evaluations:
+        assert_equal(output, evaluated)
+    assert {type(error).__name__ for error in failures} == {"BatchError"}
+
+
+def test_a_model_may_be_changed_while_a_thread_steps() -> None:
+    """The step does not look at the model that it was made of."""
+    model = model_of()
+    state = tree_map(torch.clone, split_state(model))
+    step = make_apart_step(model, F.cross_entropy, groups=4)
+    expected = step(*state, BATCH).grads
+
+    def meddle() -> None:
+        model.train(not model.training)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+
+    found, _ = at_once([lambda: step(*state, BATCH).grads, meddle])
+    for grads in found:
+        assert_equal(grads, expected)
+
+
+# Modes, at each call.
+
+CONTEXTS: dict[str, Callable[[APART], AbstractContextManager[None]]] = {
+    "to_proxy": lambda apart: apart.to_proxy(),
+    "to_adver": lambda apart: apart.to_adver(),
+    "one_pass": lambda apart: apart.one_pass(),
+}
+every_context = pytest.mark.parametrize("context", CONTEXTS)
+
+
+def opened(apart: APART, context: str) -> AbstractContextManager[None]:
+    """A context of an object that has a perturbation to use there."""
+    if context == "to_adver":
+        with apart.to_proxy():
+            F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
+    elif context == "one_pass":
+        with apart.one_pass():
+            F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
+    return CONTEXTS[context](apart)
+
+
+@every_context
+def test_a_model_that_evaluates_inside_a_context_does_what_it_does_outside(context: str) -> None:
+    model = model_of()
+    apart = APART(model, epsilon=0.5, groups=4)
+    with opened(apart, context):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.eval()
+        inside = model(BATCH[0])
+        model.train()
+        assert_equal(dict(model.named_buffers()), before)
+        perturbed = model(BATCH[0])
+        F.cross_entropy(perturbed, BATCH[1]).backward()
+    outside = copy.deepcopy(model).eval()
+    outside.load_state_dict(before, strict=False)
+    assert_equal(inside, outside(BATCH[0]))
+    assert not torch.equal(inside, perturbed)
+
+
+@every_context
+def test_one_layer_that_is_frozen_inside_a_context_is_plain_and_the_others_are_not(context: str) -> None:
+    model = model_of()
+    apart = APART(model, epsilon=0.5, groups=4)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in ("1", "4"):
+        model.get_submodule(name).register_forward_hook(
+            lambda layer, inputs, output, name=name: seen.update({name: (inputs[0].detach(), output.detach().clone())})
+        )
+    with opened(apart, context):
+        model[1].eval()
+        F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+        x, y = seen["1"]
+        running = model[1].running_mean, model[1].running_var
+        assert_equal(y, F.batch_norm(x, *running, model[1].weight, model[1].bias).detach())
+        assert model[1].num_batches_tracked == (0 if context == "to_proxy" else 1)
+        x, y = seen["4"]
+        assert not torch.allclose(y, F.batch_norm(x, model[4].running_mean, model[4].running_var))
+
+
+class Freezing(nn.Module):
+    """Puts one of its layers in evaluation mode in the middle of its forward, as fine-tuning recipes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = model_of()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body[1].eval()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", ["two passes", "several steps", "one pass"])
+def test_a_layer_that_the_forward_freezes_is_one_that_was_never_in_training_mode(kind: str) -> None:
+    freezing, frozen = Freezing(), Freezing()
+    frozen.body[1].eval()
+    step = STEPS[kind](freezing)
+    expected = taken(STEPS[kind](frozen), frozen)
+    for _ in range(2):
+        found = taken(step, freezing)
+        for field in ("loss", "adversarial_loss", "grads", "buffers", "stats"):
+            assert_equal(found[field], expected[field])
+        assert_equal(found["perturbation"]["body.4"], expected["perturbation"]["body.4"])
+    assert freezing.body[1].training  # the user's own layer was never run
+
+
+def test_a_layer_that_thaws_in_the_forward_is_in_training_mode_again_in_the_next_call() -> None:
+    class Alternating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convolutional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.body[1].train(bool(x[0, 0, 0, 0] > 0))
+            return self.body(x)
+
+    model, (x, y) = Alternating(), BATCH
+    x = x * x[0, 0, 0, 0].sign()
+    step = make_apart_step(model, F.cross_entropy, groups=4)
+    thawed = step(*split_state(model), (x, y))
+    step(*split_state(model), (-x, y))
+    assert_equal(step(*split_state(model), (x, y))._asdict(), thawed._asdict())
+    plain = make_apart_step(model.body, F.cross_entropy, groups=4)(*split_state(model.body), (x, y))
+    assert_equal(list(thawed.grads.values()), list(plain.grads.values()))
+
+
+# Copies of a model that is inside a context.
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    twin: nn.Module = AveragedModel(model).module
+    return twin
+
+
+@every_context
+@pytest.mark.parametrize("copied", [*COPIES.values(), averaged], ids=[*COPIES, "AveragedModel"])
+def test_a_copy_made_inside_a_context_is_a_model_of_its_own(
+    copied: Callable[[nn.Module], nn.Module], context: str
+) -> None:
+    model, reference = model_of(), model_of()
+    for each in (model, reference):
+        apart = APART(each, epsilon=0.5, groups=4)
+        with opened(apart, context):
+            F.cross_entropy(each(BATCH[0]), BATCH[1]).backward()
+            state = {name: tensor.clone() for name, tensor in each.state_dict().items()}
+            if each is model:
+                twin = copied(model)
+                plain = model_of()
+                plain.load_state_dict(state)
+                for _ in range(2):  # inside, of whatever the context does nothing is left in it
+                    assert_equal(twin(BATCH[0]), plain(BATCH[0]))
+                assert_equal(dict(twin.state_dict()), dict(plain.state_dict()))
+                assert_equal(dict(model.state_dict()), state)
+                with torch.no_grad():
+                    for parameter in twin.parameters():
+                        parameter.zero_()
+                assert not twin(BATCH[0]).any()
+        if each is model:
+            found = gradients(model), apart.stats, apart.perturbation, apart.state_dict()
+    assert_equal(found, (gradients(reference), apart.stats, apart.perturbation, apart.state_dict()))
+    assert all("forward" not in vars(module) for module in model.modules())
+    for module in twin.modules():
+        assert module.forward.__func__ is type(module).forward
+        assert module.forward.__self__ is module
+
+
+@every_context
+def test_a_copy_made_inside_a_context_can_be_trained_by_contexts_of_its_own(context: str) -> None:
+    model = model_of()
+    with opened(APART(model, groups=4), context):
+        F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+        twin = copy.deepcopy(model)
+        reference = model_of()
+        reference.load_state_dict(model.state_dict())
+        for each in (twin, reference):
+            each.zero_grad()
+            both_passes(APART(each, groups=4), BATCH)
+        assert_equal(gradients(twin), gradients(reference))
+        step = make_apart_step(twin, F.cross_entropy, groups=4)
+    assert step(*split_state(twin), BATCH).all_finite
+
+
+def test_a_model_inside_a_context_is_no_model_for_a_step() -> None:
+    model = model_of()
+    with APART(model).to_proxy():
+        with pytest.raises(ApartError, match="inside a context of another APART"):
+            make_apart_step(model, F.cross_entropy)
+        F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()

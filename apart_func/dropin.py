@@ -78,7 +78,7 @@ class APART:
         epsilon: the radius; see `set_epsilon`.
         groups: the ghost groups.
         stats: batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`, by layer.
-        stat_grads: their gradients, averaged over ranks. Both are there once the perturbation is made from them.
+        stat_grads: their gradients, averaged over ranks; there once the perturbation is made from them.
         perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
 
     Raises:
@@ -114,6 +114,9 @@ class APART:
         settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
         return f"APART({type(self.model).__name__}, {settings})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_route": None}  # a copy has layers of its own
+
     def set_epsilon(self, epsilon: float | Tensor) -> None:
         """Change the perturbation radius, from the next adversarial pass on.
 
@@ -134,7 +137,7 @@ class APART:
         self._proxy, self._mixed, self.stats, self.stat_grads, self.perturbation = None, None, {}, {}, {}
         with self._opened("to_proxy()", layers, _Forwards(handler, layers, 1, None)):
             yield
-        self._proxy = _Proxy(layers, handler)
+        self._proxy, self.stats = _Proxy(layers, handler), handler.statistics()
 
     @contextmanager
     def to_adver(self) -> Iterator[None]:
@@ -144,8 +147,7 @@ class APART:
         """
         layers = self._enter("to_adver()")
         channels, like = _channels(layers), self._like()
-        self.stats, stat_grads = _found(self._proxy, layers)
-        self.stat_grads = self._reduced(stat_grads)
+        self.stat_grads = self._reduced(_stat_grads(self._proxy, layers))
         self.perturbation = self._perturbation(zero_shifts(channels, like))
         check_perturbation(channels, self.perturbation, max(self.groups, 1))
         stock = {layer for layer in layers.values() if is_stock(layer)}
@@ -262,7 +264,7 @@ class APART:
         """Lead the layers to a handler while open."""
         hooks = (
             self.model.register_forward_pre_hook(_Hook(forwards.begin), with_kwargs=True),
-            self.model.register_forward_hook(_Hook(forwards.end), always_call=True),
+            self.model.register_forward_hook(_Hook(forwards.end)),
         )
         self._inside = context
         try:
@@ -338,15 +340,19 @@ class _ProxyLayers:
         """What backward() leaves gradients in."""
         return [*self._clean.taps(), *vectors(self._zero)]
 
-    def results(self) -> tuple[StatTree, StatGradTree]:
-        """Statistics of the layers that were called, and the gradients that backward() has left."""
-        eager, grads = self._clean.results([_gradient(tap) for tap in self._clean.taps()])
-        traced = self._traced.record.statistics()
-        if not traced:
-            return eager, grads
-        more = {layer: StatGrads(*map(_gradient, shift)) for layer, shift in self._zero.items()}
-        sums = {layer: StatGrads(g.mean + more[layer].mean, g.scale + more[layer].scale) for layer, g in grads.items()}
-        return eager | traced, sums
+    def statistics(self) -> StatTree:
+        """Statistics of the layers that were called."""
+        return self._clean.statistics() | self._traced.record.statistics()
+
+    def stat_grads(self) -> StatGradTree:
+        """The gradients that backward() has left."""
+        eager = self._clean.stat_grads([_gradient(tap) for tap in self._clean.taps()])
+        if not self._traced.record.statistics():
+            return eager
+        traced = {layer: StatGrads(*map(_gradient, shift)) for layer, shift in self._zero.items()}
+        return {
+            layer: StatGrads(g.mean + traced[layer].mean, g.scale + traced[layer].scale) for layer, g in eager.items()
+        }
 
 
 class _Forwards:
@@ -416,8 +422,8 @@ def _channels(layers: Layers) -> dict[str, int]:
     return {name: layer.num_features for name, layer in layers.items()}
 
 
-def _found(proxy: _Proxy | None, layers: Layers) -> tuple[StatTree, StatGradTree]:
-    """What a proxy pass and its backward() have left; zero gradients for layers that it did not reach."""
+def _stat_grads(proxy: _Proxy | None, layers: Layers) -> StatGradTree:
+    """The gradients that backward() left of a proxy pass; zero for layers that it did not reach."""
     if proxy is None:
         raise UsageError(
             "to_adver() was entered with no proxy pass since the last adversarial one, and its perturbation comes from "
@@ -434,7 +440,7 @@ def _found(proxy: _Proxy | None, layers: Layers) -> tuple[StatTree, StatGradTree
             "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. Call "
             "backward() on the loss that was computed under to_proxy(), in the context or after it."
         )
-    return proxy.handler.results()
+    return proxy.handler.stat_grads()
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -402,7 +402,8 @@ HOOKS = frozenset(
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy` of a model, without what takes it long: a dozen empty dicts in every module."""
     modules = list(model.modules())
-    plain = all(map(_copies_plainly, {type(module) for module in modules}))
+    kinds: set[Any] = {type(module) for module in modules}
+    plain = all(_copies_plainly(kind) for kind in kinds)
     if plain:
         for module in modules:
             memo[id(module)] = module.__class__.__new__(module.__class__)

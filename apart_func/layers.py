@@ -196,35 +196,39 @@ class CleanLayers:
         """What the loss is differentiated by besides the arguments of the pass."""
         return [tap for forward in self._forwards for tap in forward.taps()]
 
-    def results(self, grads: Sequence[Tensor]) -> tuple[StatTree, StatGradTree]:
-        """Statistics of the layers that were called, and the gradients of all, from gradients by the taps."""
-        called = [forward for forward in self._forwards if forward.calls]
-        if len(called) == 1 and (found := self._of_all(called[0], grads)):
-            return found
-        zero, lengths, rest = self._like, list(self.channels.values()), iter(grads)
+    def statistics(self) -> StatTree:
+        """Batch statistics of the layers that were called."""
+        if call := self._of_all():
+            return self._by_layer(BatchStats, call.stats())
         stats: dict[str, list[BatchStats]] = {}
+        for forward in self._forwards:
+            for name, call, _ in forward.calls:
+                stats.setdefault(name, []).append(BatchStats(*(part.to(self._like.dtype) for part in call.stats())))
+        return as_called(stats)
+
+    def stat_grads(self, grads: Sequence[Tensor]) -> StatGradTree:
+        """Gradients by the relative shifts of all layers, from the loss's gradients by the taps."""
+        if call := self._of_all():
+            return self._by_layer(StatGrads, call.statistic_gradients(*grads))
+        zero, lengths, rest = self._like, list(self.channels.values()), iter(grads)
         sums = {name: StatGrads(zero.new_zeros(size), zero.new_zeros(size)) for name, size in self.channels.items()}
         for forward in self._forwards:
             split = [next(rest).split(lengths) for _ in forward.all[:2]] if forward.all else []
             of_all = dict(zip(self.channels, zip(*split, strict=True), strict=False))
             for name, call, prepared in forward.calls:
-                moments = call.stats()
-                g = call.statistic_gradients(moments, *(of_all[name] if prepared else (next(rest), next(rest))))
+                g = call.statistic_gradients(*(of_all[name] if prepared else (next(rest), next(rest))))
                 sums[name] = StatGrads(sums[name].mean + g.mean, sums[name].scale + g.scale)
-                stats.setdefault(name, []).append(BatchStats(*(part.to(zero.dtype) for part in moments)))
-        return as_called(stats), sums
+        return sums
 
-    def _of_all(self, forward: _Forward, grads: Sequence[Tensor]) -> tuple[StatTree, StatGradTree] | None:
-        """The same, where every layer was called once: by a few operations on the vectors of all."""
+    def _of_all(self) -> Tapped | None:
+        """The calls of all layers as one on the vectors of all, where there was one forward that called each once."""
+        called = [forward for forward in self._forwards if forward.calls]
+        if len(called) != 1 or (forward := called[0]).all is None or forward.all.weight.dtype != self._like.dtype:
+            return None
         of_name = {name: call for name, call, prepared in forward.calls if prepared}
-        if forward.all is None or not len(forward.calls) == len(of_name) == len(self.channels):
+        if not len(forward.calls) == len(of_name) == len(self.channels):
             return None
-        if forward.all.weight.dtype != self._like.dtype:
-            return None
-        call = together(forward.all, [of_name[name] for name in self.channels])
-        stats = call.stats()
-        found = call.statistic_gradients(stats, *grads)
-        return self._by_layer(BatchStats, stats), self._by_layer(StatGrads, found)
+        return together(forward.all, [of_name[name] for name in self.channels])
 
     def _by_layer(self, kind: Callable[..., Any], pair: tuple[Tensor, Tensor]) -> dict[str, Any]:
         lengths = list(self.channels.values())

@@ -89,7 +89,7 @@ def proxy_pass(
         return _traced_proxy_pass(run, params, buffers)
     layers = CleanLayers(run.layers, assign, run.like)
     gradient, output, moved = run.differentiated(layers, (params,), lambda template: template.buffers(buffers))
-    stats, stat_grads = layers.results(gradient.tap_grads)
+    stats, stat_grads = layers.statistics(), layers.stat_grads(gradient.tap_grads)
     return ProxyOutput(
         gradient.loss, output, run.unscaled(gradient.grads[0]), moved, stats, run.unscaled_stats(stat_grads)
     )
@@ -305,17 +305,10 @@ class _Pass:
                 with self._autocast():
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
-                first, template.checked = not template.checked, True
+                trusted = self._trusted(template, output)
                 scale = self._precision.loss_scale
                 results = (_outcome(loss), _outcome(output), after(template))
-                return finish(
-                    Opened(
-                        loss if scale is None else loss * scale,
-                        results,
-                        layers.taps(),
-                        () if first else tensors_of(output),
-                    )
-                )
+                return finish(Opened(loss if scale is None else loss * scale, results, layers.taps(), trusted))
 
             return self._fmodel.run({**self._tensors, **trained}, layers, body)
 
@@ -325,6 +318,14 @@ class _Pass:
             raise UsageError(error.message([self._name_of(parameter) for parameter in error.parameters])) from None
         loss, output, results = gradient.aux
         return gradient._replace(loss=loss), output, results
+
+    @staticmethod
+    def _trusted(template: _Template, output: Any) -> list[Tensor]:
+        """Tensors whose graph was looked through for parameters that a forward reaches past the arguments."""
+        if is_traced():
+            return []
+        first, template.checked = not template.checked, True
+        return [] if first else tensors_of(output)
 
     def point(self, perturbation: PerturbationTree, groups: int, clean: int = 0) -> Shifts:
         """Where a pass is taken: a perturbation of all ghost groups but the first `clean` ones."""

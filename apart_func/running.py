@@ -47,6 +47,8 @@ class Record:
             stats: its batch statistics, `(C,)`.
             sizes: values a channel that they are of.
         """
+        if self._store is overwrite:  # else a compiled backward would also differentiate the statistics, by nothing
+            stats = BatchStats(stats.mean.detach(), stats.var.detach())
         advance(site, stats.mean, stats.var * (sizes / (sizes - 1)), self._store)
         if stats.mean.dtype != self._dtype:
             stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))

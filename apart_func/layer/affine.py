@@ -244,13 +244,14 @@ class Tapped(NamedTuple):
         """Batch statistics, `(C,)`."""
         return BatchStats(self.vectors.mean, self.vectors.unbiased * self.unbias)
 
-    def statistic_gradients(self, stats: BatchStats, by_weight: Tensor, by_bias: Tensor) -> StatGrads:
+    def statistic_gradients(self, by_weight: Tensor, by_bias: Tensor) -> StatGrads:
         """Gradients by the relative shifts at zero, which BN's backward yields on the way.
 
         From y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β:  ∂/∂δσ = γ ∂/∂γ  and  ∂/∂δμ = −γ (μ/s) ∂/∂β.
         """
         weight = self.vectors.weight.detach()
-        by_mean = torch.mul(weight, by_bias).mul_(stats.mean).mul_(torch.rsqrt(stats.var + self.eps)).neg_()
+        mean, var = self.stats()
+        by_mean = torch.mul(weight, by_bias).mul_(mean).mul_(torch.rsqrt(var + self.eps)).neg_()
         return StatGrads(by_mean, weight * by_weight)
 
 

@@ -5,8 +5,10 @@ A failing example shows an `Architecture`, which is all that is needed to build 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -55,7 +57,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network, its batch and the settings of a step; `positions` has the lengths of up to three axes."""
+    """A network, its batch and the settings of a step; `positions` has the lengths of up to three axes.
+
+    With more than one point a sample, the rows of the first blocks' layers are points; from block `pooled_from` on they
+    are samples. `rows` says how points stand in a batch: those of a sample after one another (also where a function
+    says so), one of every sample in turn, or "uneven": some samples have fewer.
+    """
 
     channels: int
     positions: tuple[int, ...]
@@ -67,6 +74,18 @@ class Architecture:
     epsilon: float
     dtype: torch.dtype
     seed: int
+    points: int = 1
+    rows: str = "consecutive"
+    pooled_from: int = 0
+
+    def rows_setting(self) -> Any:
+        """The setting `rows` that tells a step which rows are a sample's."""
+        if self.points == 1:
+            return None
+        return self._sample_of_rows if self.rows in ("function", "uneven") else self.rows
+
+    def _sample_of_rows(self, layer: str, x: Tensor) -> Tensor:
+        return samples_of_points(self.samples, self.points, self.rows)[: len(x)]
 
     def build(self) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
         """The model in its mode, and one batch `(input, target)`; the seed decides every value in them."""
@@ -74,10 +93,16 @@ class Architecture:
             torch.manual_seed(self.seed)
             model = Network(self)
             # Channels with means of their own: where μ = 0, a shifted mean changes nothing.
-            shape = (self.samples, self.channels, *self.positions)
-            x = torch.randn(shape) + torch.randn(shape[1:2]).reshape(1, -1, *[1] * len(self.positions))
+            shape = (self.samples, *([self.points] if self.points > 1 else []), self.channels, *self.positions)
+            x = torch.randn(shape) + torch.randn(self.channels).reshape(-1, *[1] * len(self.positions))
             y = torch.randint(CLASSES, (self.samples,))
         return model.to(self.dtype), (x.to(self.dtype), y)
+
+
+def samples_of_points(samples: int, points: int, rows: str) -> Tensor:
+    """The sample of every point in a batch: `points` of each, or from 1 to `points` where they are uneven."""
+    counts = 1 + torch.arange(samples) % points if rows == "uneven" else torch.full((samples,), points)
+    return torch.arange(samples).repeat_interleave(counts)
 
 
 class Network(nn.Module):
@@ -91,12 +116,31 @@ class Network(nn.Module):
             channels = block.width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, CLASSES)
+        self.points, self.rows, self.pooled_from = architecture.points, architecture.rows, architecture.pooled_from
         if architecture.uncalled_norm:
             self.uncalled = nn.BatchNorm1d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
+        if self.points > 1:
+            take, pool = self.to_points(x)
+            x = pool(self.blocks[: self.pooled_from](take(x)))
+        x = self.blocks[self.pooled_from :](x)
         return self.head(x.flatten(2).mean(2) if x.dim() > 2 else x)
+
+    def to_points(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """From `(samples, points, ...)` to rows, and from rows to the mean over those of each sample."""
+        samples, points = len(x), self.points
+        if self.rows == "in_turn":
+            return lambda x: x.transpose(0, 1).flatten(0, 1), lambda rows: rows.unflatten(0, (points, samples)).mean(0)
+        of_rows = samples_of_points(samples, points, self.rows)
+        counts = of_rows.bincount()
+        kept = torch.arange(points) < counts[:, None]
+
+        def pool(rows: Tensor) -> Tensor:
+            sums = rows.new_zeros(samples, *rows.shape[1:]).index_add(0, of_rows, rows)
+            return sums / counts.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
+        return lambda x: x[kept], pool
 
 
 class BlockLayers(nn.Module):
@@ -184,6 +228,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
         kinks = norm.affine and not half
         activation = draw(st.sampled_from(sorted(ACTIVATIONS if kinks else SMOOTH)))
         blocks.append(Block(width, draw(st.booleans()), norm, activation, residual))
+    points = draw(st.sampled_from([1, 1, 2, 3]))
     if not any(block.norm.training for block in blocks):
         first = blocks[0]
         blocks[0] = replace(first, norm=replace(first.norm, training=True))
@@ -199,4 +244,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
         epsilon=draw(st.sampled_from([0.05, 0.2, 0.9] if double else [0.05, 0.2])),
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
+        points=points,
+        rows=draw(st.sampled_from(["consecutive", "in_turn", "function", "uneven"])) if points > 1 else "consecutive",
+        pooled_from=draw(st.integers(1, len(blocks))) if points > 1 else 0,
     )

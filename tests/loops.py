@@ -59,9 +59,10 @@ def drop_in_step(
     epsilon: float = 0.1,
     groups: int = 0,
     ratio: float = 1.0,
+    rows: Any = None,
 ) -> StepOutput:
     """A step of `APART` from fresh gradients, in the words of the functional one."""
-    apart = APART(model, epsilon, groups)
+    apart = APART(model, epsilon, groups, rows=rows)
     model.zero_grad()
     loss, adversarial_loss, output = both_passes(apart, batch, ratio, loss_fn)
     r, _ = weights(sample_count(batch[0]), int(ratio * sample_count(batch[0])))

@@ -44,7 +44,7 @@ class Shift(NamedTuple):
 StatTree = dict[str, Stats]  # keyed by layer name
 ShiftTree = dict[str, Shift]
 
-# Which sample a row of a layer's input belongs to. None: row i is sample i.
+# Which sample a row of a layer's input belongs to, where there are more rows than samples.
 Rows = Literal["consecutive", "in_turn"] | Callable[[str, Tensor], Tensor] | None
 Grouped = Callable[[Tensor], list[list[int]]]  # from a layer's input to the rows of every group
 
@@ -134,11 +134,14 @@ def proxy_forward(layer: _BatchNorm, delta: Shift, calls: list[Stats], x: Tensor
 def groups_of_rows(name: str, x: Tensor, groups: int, samples: int, rows: Rows) -> list[list[int]]:
     """The rows of a layer's input in each group; sample i is in group i mod G."""
     per_sample = len(x) // samples
-    if callable(rows):
+    if len(x) == samples:
+        sample_of = list(range(samples))
+    elif callable(rows):
         sample_of = rows(name, x).tolist()
     elif rows == "consecutive":
         sample_of = [row // per_sample for row in range(len(x))]
-    else:  # in turn; also where a row is a sample
+    else:
+        assert rows == "in_turn" or groups == 1
         sample_of = [row % samples for row in range(len(x))]
     return [[row for row, sample in enumerate(sample_of) if sample % groups == g] for g in range(groups)]
 

@@ -48,14 +48,14 @@ def take_step(
     epsilon: float = 0.1,
     groups: int = 0,
     ratio: float = 1.0,
+    rows: Any = None,
     tolerance: float = TOLERANCE[torch.float64],
 ) -> Comparison:
     """A step of the model from its own state, both ways."""
     params, buffers = split_state(model)
-    library = make_apart_step(model, loss_fn, epsilon=epsilon, groups=groups, ratio=ratio)(params, buffers, batch)
-    definition = oracle_step(
-        model, loss_fn, batch, epsilon=epsilon, groups=groups, ratio=ratio, perturbation=library.perturbation
-    )
+    options: dict[str, Any] = {"epsilon": epsilon, "groups": groups, "ratio": ratio, "rows": rows}
+    library = make_apart_step(model, loss_fn, **options)(params, buffers, batch)
+    definition = oracle_step(model, loss_fn, batch, perturbation=library.perturbation, **options)
     return Comparison(library, definition, epsilon, tolerance)
 
 
@@ -152,6 +152,7 @@ def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Ar
         epsilon=architecture.epsilon,
         groups=architecture.groups,
         ratio=architecture.ratio,
+        rows=architecture.rows_setting(),
         tolerance=TOLERANCE[architecture.dtype],
     )
     assert_agree(step)

@@ -91,6 +91,7 @@ def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Ar
             epsilon=architecture.epsilon,
             groups=architecture.groups,
             ratio=architecture.ratio,
+            rows=architecture.rows_setting(),
             tolerance=TOLERANCE[architecture.dtype],
         )
     )

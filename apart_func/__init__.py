@@ -2,7 +2,7 @@
 
 from apart_func.autodiff import grad_and_value
 from apart_func.dropin import APART
-from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
+from apart_func.errors import ApartError, BatchError, ModelError, RanksError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.one_pass import OnePassStep, clean_stat_grads, init_perturbation, make_one_pass_step
 from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
@@ -52,6 +52,7 @@ __all__ = [
     "PerturbedStats",
     "Precision",
     "ProxyOutput",
+    "RanksError",
     "Rule",
     "SettingError",
     "Settings",

@@ -1,12 +1,171 @@
-"""Reduction over the ranks of a process group, so that each of them finds the same perturbation."""
+"""What the ranks of a process group do together, so that each of them takes the same step.
+
+    synchronisation       SyncBatchNorm: the moments of a layer over all ranks, differentiably
+    over_ranks            statistics and their gradients, averaged before a rule sees them      one all-reduce a δ
+    output_over_ranks     gradients, losses, running statistics, and whether all is finite      one all-reduce a step
+    agree                 settings, model, state and batch are compared                         once
+
+Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is
+left: at once where a rank is gone, after the timeout of the process group where one hangs.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from apart_func.trees import StatGradTree
+from apart_func._torch import is_compiling, is_traced
+from apart_func.errors import ModelError, RanksError, SettingError
+from apart_func.layer.formula import statistics_dtype
+from apart_func.trees import (
+    BatchStats,
+    Perturbation,
+    PerturbationTree,
+    StatGrads,
+    StatGradTree,
+    StatTree,
+    StepOutput,
+    Tensors,
+    tensors_of,
+    vectors,
+)
+
+# Settings of `process_group` besides a ProcessGroup and None.
+WORLD, LOCAL = "world", "local"
+
+
+# Which ranks.
+
+
+def check_process_group(setting: Any) -> None:
+    """Make sure that a setting of `process_group` is one.
+
+    Raises:
+        SettingError: it is none.
+    """
+    if setting is None or setting in (WORLD, LOCAL):
+        return
+    if not (dist.is_available() and isinstance(setting, dist.ProcessGroup)):
+        raise SettingError(
+            f"process_group={setting!r}; expected a ProcessGroup of this rank, 'world', 'local' or None."
+        )
+
+
+def ranks_of(setting: Any) -> "dist.ProcessGroup | None":
+    """The ranks to reduce over for a setting of `process_group`; None where there is no other.
+
+    Raises:
+        SettingError: it is "world", and no process group was initialised.
+    """
+    if setting is None or setting == LOCAL:
+        return None
+    if setting == WORLD and not has_world():
+        raise SettingError(
+            "process_group='world', and no process group is initialised. Call torch.distributed.init_process_group "
+            "first, or leave process_group=None in a program of one process."
+        )
+    group = dist.group.WORLD if setting == WORLD else setting
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def has_world() -> bool:
+    """Whether a process group was initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def ranks_of_module(setting: Any, model: nn.Module) -> "tuple[dist.ProcessGroup | None, bool]":
+    """The ranks to average over in a loop of the user's, and whether that is a guess.
+
+    Args:
+        setting: of `process_group`; None takes those of the DistributedDataParallel that the model is or holds, and the
+            world's where there is none.
+        model: as the user passed it.
+    """
+    if setting is not None:
+        return ranks_of(setting), False
+    wrapped = data_parallel_group(model)
+    if wrapped is not None or not has_world():
+        return ranks_of(wrapped), False
+    group = ranks_of(WORLD)
+    return group, group is not None
+
+
+def data_parallel_group(model: nn.Module) -> "dist.ProcessGroup | None":
+    """The process group of the `DistributedDataParallel` that a model is, or holds; None without one."""
+    wrappers = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
+    return next((wrapper.process_group for wrapper in wrappers), None)
+
+
+# Collective calls.
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Say what it means that a collective call fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksError(
+            f"rank {dist.get_rank()} waited for the other ranks in vain ({str(error).splitlines()[0]}). One of them is "
+            "gone, hangs, or runs another program, such as a step that others do not take: look at its own error."
+        ) from error
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, as an operation that is differentiated: its gradient is the sum of the ranks' gradients.
+
+    PyTorch's own differentiable all-reduce is deprecated in one place, and knows no torch.func in the other.
+    """
+
+    @staticmethod
+    def forward(tensor: Tensor, group: Any) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        with _together():
+            dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _Sum.apply(grad, ctx.group), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], tensor: Tensor, group: Any) -> tuple[Tensor, int | None]:
+        return _Sum.apply(tensor, group), in_dims[0]
+
+
+def _summed(fresh: Tensor, group: Any) -> Tensor:
+    """The sum over ranks of a tensor that nobody else holds and nothing is differentiated by."""
+    if is_compiling():
+        dist.all_reduce(fresh, group=group)
+        return fresh
+    if is_traced():
+        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]
+    with _together():
+        dist.all_reduce(fresh, group=group)
+    return fresh
+
+
+def _means(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The mean of every tensor over ranks, bit-equal on all of them: one all-reduce for all tensors of a dtype."""
+    ranks, found = dist.get_world_size(group), list(tensors)
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        # Divided first, as DistributedDataParallel does: a sum of half-precision gradients may overflow.
+        flat = _summed(torch.cat([tensors[place].reshape(-1) for place in places]) / ranks, group)
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return found
 
 
 def mean_over_ranks(stat_grads: StatGradTree, group: "dist.ProcessGroup | None" = None) -> StatGradTree:
@@ -20,16 +179,254 @@ def mean_over_ranks(stat_grads: StatGradTree, group: "dist.ProcessGroup | None" 
         The same tree on every rank.
     """
     leaves, structure = tree_flatten(stat_grads)
-    flat = torch.cat([leaf.flatten() for leaf in leaves])
-    dist.all_reduce(flat, group=group)
-    parts = torch.split(flat / dist.get_world_size(group), [leaf.numel() for leaf in leaves])
-    means: StatGradTree = tree_unflatten(
-        [part.view_as(leaf) for part, leaf in zip(parts, leaves, strict=True)], structure
-    )
+    means: StatGradTree = tree_unflatten(_means(leaves, group), structure)
     return means
 
 
-def data_parallel_group(model: nn.Module) -> "dist.ProcessGroup | None":
-    """The process group of the `DistributedDataParallel` that a model is, or holds; None without one."""
-    wrappers = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
-    return next((wrapper.process_group for wrapper in wrappers), None)
+# A step on several ranks.
+
+
+class RankStatistics(NamedTuple):
+    """What ranks know together of the layers of a pass.
+
+    Attributes:
+        stats: batch statistics, the mean over the calls of a layer on the ranks that called it, `(C,)` of every layer;
+            zeros where none did.
+        stat_grads: their gradients, the mean over all ranks.
+        calls: on how many ranks a layer was called, `(C,)` of equal numbers.
+    """
+
+    stats: StatTree
+    stat_grads: StatGradTree
+    calls: dict[str, Tensor]
+
+    def where_called(self, found: PerturbationTree, before: PerturbationTree) -> PerturbationTree:
+        """The perturbation that was found of layers that a rank called, and that before of the others."""
+        return {
+            layer: Perturbation(*(torch.where(calls > 0, new, old) for new, old in zip(*pairs, strict=True)))
+            for layer, calls in self.calls.items()
+            for pairs in [(found[layer], before[layer])]
+        }
+
+
+def over_ranks(stats: StatTree, stat_grads: StatGradTree, group: "dist.ProcessGroup") -> RankStatistics:
+    """Average statistics and their gradients over ranks, in one all-reduce.
+
+    Args:
+        stats: this rank's, of the layers that were called here: ranks may call different ones.
+        stat_grads: this rank's, of all layers, with any leading dimensions.
+        group: the ranks.
+    """
+    zero = {layer: torch.zeros_like(g.mean).reshape(-1, g.mean.shape[-1])[0] for layer, g in stat_grads.items()}
+    here = {
+        layer: BatchStats(*(part.to(none.dtype).reshape(-1, none.shape[0]).mean(0) for part in stats[layer]))
+        if layer in stats
+        else BatchStats(none, none)
+        for layer, none in zero.items()
+    }
+    called = [none + 1 if layer in stats else none for layer, none in zero.items()]
+    leaves = [*vectors(stat_grads), *vectors(here), *called]
+    flat = _summed(torch.cat([leaf.reshape(-1) for leaf in leaves]), group)
+    sums = [
+        part.view(leaf.shape) for part, leaf in zip(flat.split([leaf.numel() for leaf in leaves]), leaves, strict=True)
+    ]
+    layers, ranks = list(zero), dist.get_world_size(group)
+    of_grads, of_stats, calls = sums[: 2 * len(zero)], sums[2 * len(zero) : 4 * len(zero)], sums[4 * len(zero) :]
+    grads, means = _pairs(of_grads), _pairs(of_stats)
+    return RankStatistics(
+        {
+            layer: BatchStats(*(part / count.clamp(min=1) for part in pair))
+            for layer, pair, count in zip(layers, means, calls, strict=True)
+        },
+        {layer: StatGrads(*(part / ranks for part in pair)) for layer, pair in zip(layers, grads, strict=True)},
+        dict(zip(layers, calls, strict=True)),
+    )
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def mean_gradients(grads: Mapping[str, Tensor], group: "dist.ProcessGroup") -> Tensors:
+    """Average gradients over ranks, in one all-reduce."""
+    return dict(zip(grads, _means(list(grads.values()), group), strict=True))
+
+
+def output_over_ranks(
+    out: StepOutput, before: Mapping[str, Tensor], moving: Iterable[str], group: "dist.ProcessGroup"
+) -> StepOutput:
+    """Average what a step returns over ranks, in one all-reduce (one for each dtype, where there are several).
+
+    Args:
+        out: this rank's.
+        before: the buffers that the step began with, equal on all ranks.
+        moving: names of the buffers that are averaged, those of them that are there.
+        group: the ranks.
+
+    Returns:
+        The same with gradients, losses and buffers averaged, and `all_finite` only where it is on every rank. Buffers
+        of integers, the output and the batch statistics stay this rank's.
+    """
+    like = statistics_dtype(out.loss.dtype)
+    names = [name for name in moving if name in out.buffers]
+    # Averaged is how far a buffer moved: one that does not move stays as it is to the last bit, infinities included.
+    moves = [
+        torch.where(out.buffers[name] == before[name], 0, out.buffers[name] - before[name]).to(before[name].dtype)
+        for name in names
+    ]
+    losses = [tensor.to(like) for tensor in (out.loss, out.adversarial_loss, out.all_finite)]
+    *means, loss, adversarial_loss, finite = _means([*out.grads.values(), *moves, *losses], group)
+    return out._replace(
+        grads=dict(zip(out.grads, means, strict=False)),
+        buffers=out.buffers
+        | {name: before[name] + move for name, move in zip(names, means[len(out.grads) :], strict=True)},
+        loss=loss.to(out.loss.dtype),
+        adversarial_loss=adversarial_loss.to(out.adversarial_loss.dtype),
+        all_finite=finite > 1 - 0.5 / dist.get_world_size(group),
+    )
+
+
+# SyncBatchNorm.
+
+
+class Synchronisation:
+    """The moments of one call of a layer over all values of all ranks. Called with those of this rank.
+
+    Sums are of float64 in one all-reduce, and so exact enough for activations of float32. In a float64 model the
+    variance loses (μ/σ)² roundings of float64.
+
+    Args:
+        group: the ranks of the layer.
+        size: values a channel in each ghost group on this rank; ranks may have other numbers of them.
+
+    Attributes:
+        sizes: values a channel in each ghost group on all ranks together, 0-d, once it was called.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup", size: int) -> None:
+        self._group, self._size = group, size
+
+    def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """See `layer.formula.Reduce`."""
+        if is_compiling():
+            raise ModelError(
+                "SyncBatchNorm does not compile where it has other ranks to synchronise with: torch.func does not "
+                "differentiate a collective call in a compiler. Take the step eagerly, or use BatchNorm layers."
+            )
+        wide = mean.to(torch.float64)
+        moments = torch.cat([wide.reshape(-1), (var + wide.square()).reshape(-1), wide.new_ones(1)])
+        total = _Sum.apply(moments * self._size, self._group)
+        self.sizes = total[-1].detach()
+        center, square = (total[:-1] / self.sizes).chunk(2)
+        spread = (square - center.square()).clamp(min=0)
+        return center.to(mean.dtype).view_as(mean), spread.to(var.dtype).view_as(var)
+
+
+def is_synchronised(layer: nn.Module) -> bool:
+    """Whether a layer shares its statistics with other ranks."""
+    return isinstance(layer, nn.SyncBatchNorm) and has_world() and dist.get_world_size(layer.process_group) > 1
+
+
+def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation | None:
+    """How to reduce the moments of a layer's input over ranks; None where they stay this rank's.
+
+    Args:
+        layer: the layer.
+        x: its input `(N, C, ...)`.
+        groups: number of ghost groups. Ghost group g is the union of the ranks' groups g.
+    """
+    if not is_synchronised(layer):
+        return None
+    group: Any = layer.process_group or dist.group.WORLD
+    return Synchronisation(group, x.numel() // (x.shape[1] * groups))
+
+
+def check_groups(groups: int, layers: Iterable[nn.Module]) -> None:
+    """Make sure that all ranks have as many ghost groups, where their groups are united.
+
+    Raises:
+        SettingError: a group of every sample is a number that ranks need not share.
+    """
+    if groups == -1 and any(map(is_synchronised, layers)):
+        raise SettingError(
+            "groups=-1 makes a ghost group of every sample, and SyncBatchNorm unites the groups of all ranks, which "
+            "may have different numbers of samples. Say how many groups there are, or use BatchNorm layers."
+        )
+
+
+# Agreement.
+
+
+def agree(parts: Mapping[str, str], group: "dist.ProcessGroup") -> None:
+    """Compare what ranks have to have in common.
+
+    Args:
+        parts: what is compared, by what it is of. Long texts are compared by their hash.
+        group: the ranks, all of which call this.
+
+    Raises:
+        RanksError: on every rank, naming what differs and where.
+    """
+    own = {name: text if len(text) <= 200 else _digest(text) for name, text in parts.items()}
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    with _together():
+        dist.all_gather_object(everyone, own, group=group)
+    first = everyone[0]
+    for name in dict.fromkeys(key for one in everyone for key in one):
+        others = [rank for rank, one in enumerate(everyone) if one.get(name) != first.get(name)]
+        if others:
+            raise RanksError(
+                f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others}): "
+                f"{everyone[others[0]].get(name)!r} and {first.get(name)!r}. {ADVICE.get(name, ADVICE[''])}"
+            )
+
+
+ADVICE = {
+    "the values of params and buffers": "Start every rank from the same ones: seed them alike, or send those of one "
+    "rank to all by torch.distributed.broadcast.",
+    "": "Give every rank the same model and settings, and batches of one structure.",
+}
+
+
+def described_state(tensors: Mapping[str, Any]) -> str:
+    """Names, shapes and dtypes of tensors."""
+    return "; ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
+
+
+def described_values(tensors: Iterable[Tensor]) -> str:
+    """A hash of the values of tensors: of the sum of the bytes of each, in whatever order a device adds them."""
+    sums = [tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for tensor in tensors]
+    return _digest(repr([int(total) for total in sums]))
+
+
+def described_batch(batch: Any) -> str:
+    """Dtypes and dimensions of the tensors of a batch. How many samples there are, and how large, is a rank's own."""
+    return ", ".join(f"{leaf.dtype} of {leaf.dim()} dimensions" for leaf in tensors_of(batch))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Described = Callable[[], Mapping[str, str]]
+
+
+class Agreement:
+    """Compares what ranks have in common, the first time. A copy does it anew."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Agreement, ())
+
+    def reach(self, group: "dist.ProcessGroup | None", described: Described) -> None:
+        """Do so, unless it was done, or a transform or compiler hides the values.
+
+        Raises:
+            RanksError: see `agree`.
+        """
+        if group is None or self.reached or is_traced():
+            return
+        agree(described(), group)
+        self.reached = True

@@ -15,16 +15,18 @@ Inside a context the model's BN layers hand their input to the layer of `layer/`
 both are those of the functional step. Outside, the model is as the user made it.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func._torch import is_checkpointed, is_recomputing, is_traced
-from apart_func.distributed import data_parallel_group, mean_over_ranks
+from apart_func.distributed import Agreement, check_groups, described_state, is_synchronised, ranks_of_module
 from apart_func.errors import StateError, UsageError
 from apart_func.functional import check_model, named_tensors, unwrapped_names
 from apart_func.intercept import Route, Site, batch_norm_layers, is_stock, training_layers
@@ -71,13 +73,16 @@ class APART:
         rule: makes the perturbation from statistics and their gradients. It gets the gradients of the loss that
             `backward()` was called on, with whatever weight and scale it had; `sign_perturbation` does not care.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
-        process_group: ranks to average the statistic gradients over. None takes those of the
-            `DistributedDataParallel` that `model` is or holds, so pass the wrapped model, not the one inside it.
+        process_group: ranks to average statistics and their gradients over, so that all of them have one perturbation;
+            gradients of parameters are the wrapper's. "world" is all ranks, "local" none but this one. None takes those
+            of the `DistributedDataParallel` that `model` is or holds; without one all ranks there are, which it says.
+            Every rank enters the same contexts, and calls `state_dict()` where one does.
 
     Attributes:
         epsilon: the radius; see `set_epsilon`.
         groups: the ghost groups.
-        stats: batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`, by layer.
+        stats: this rank's batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`,
+            by layer.
         stat_grads: their gradients, averaged over ranks; there once the perturbation is made from them.
         perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
 
@@ -94,10 +99,10 @@ class APART:
         *,
         rule: Rule = sign_perturbation,
         rows: Rows | None = None,
-        process_group: "ProcessGroup | None" = None,
+        process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:
         check_model(model)
-        Settings(epsilon=epsilon, groups=groups, rule=rule, rows=rows)
+        Settings(epsilon=epsilon, groups=groups, rule=rule, rows=rows, process_group=process_group)
         if isinstance(rule, IterativeRule):
             raise rule.refusal()
         self.model, self.epsilon, self.groups, self.rule = model, epsilon, groups, rule
@@ -107,6 +112,7 @@ class APART:
         self.perturbation: PerturbationTree = {}
         self._proxy: _Proxy | None = None
         self._mixed: _Mixed | None = None
+        self._agreement = Agreement()
         self._inside: str | None = None
         self._route: Route | None = None
 
@@ -147,8 +153,9 @@ class APART:
         """
         layers = self._enter("to_adver()")
         channels, like = _channels(layers), self._like()
-        self.stat_grads = self._reduced(_stat_grads(self._proxy, layers))
-        self.perturbation = self._perturbation(zero_shifts(channels, like))
+        check_groups(self.groups, layers.values())
+        stat_grads = _stat_grads(self._proxy, layers)
+        self.stat_grads, self.perturbation = self._perturbation(zero_shifts(channels, like), stat_grads)
         check_perturbation(channels, self.perturbation, max(self.groups, 1))
         stock = {layer for layer in layers.values() if is_stock(layer)}
         buffers = [(module, key) for module in self.model.modules() if module not in stock for key in module._buffers]
@@ -171,6 +178,7 @@ class APART:
         Settings(clean_fraction=clean_fraction)
         clean = clean_groups(clean_fraction, self.groups)
         layers = self._enter("one_pass()")
+        check_groups(self.groups, layers.values())
         channels, like = _channels(layers), self._like()
         self._find_perturbation()
         shifts = zero_shifts(channels, like) | {
@@ -233,18 +241,35 @@ class APART:
             return
         grads = FlatShifts(*map(_gradient, mixed.leaves)).by_layer(mixed.channels, mixed.groups)
         stat_grads = {layer: StatGrads(*pair) for layer, pair in grads.items()}
-        stat_grads = self._reduced(clean_stat_grads(stat_grads, mixed.clean))
+        stat_grads, found = self._perturbation(self.perturbation, clean_stat_grads(stat_grads, mixed.clean))
         if not all_finite(vectors(stat_grads)):
             return
         self.stat_grads = stat_grads
-        found = self._perturbation(self.perturbation)
         if all_finite(vectors(found)):
             self.perturbation = found
 
-    def _reduced(self, stat_grads: StatGradTree) -> StatGradTree:
-        """Statistic gradients of all ranks."""
-        group = self.process_group or data_parallel_group(self.model)
-        return stat_grads if group is None else mean_over_ranks(stat_grads, group)
+    def _ranks(self) -> "ProcessGroup | None":
+        """The ranks that find one perturbation, after a look at whether they do the same, the first time."""
+        group, guessed = ranks_of_module(self.process_group, self.model)
+
+        def described() -> dict[str, str]:
+            settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
+            layers = {name: layer.num_features for name, layer in batch_norm_layers(self.model).items()}
+            return {
+                "the settings": f"{type(self).__name__}: {settings.described()}",
+                "the names, shapes and dtypes of the model's tensors": described_state(dict(named_tensors(self.model))),
+                "the batch-norm layers": repr(layers),
+            }
+
+        if guessed and not self._agreement.reached:
+            warnings.warn(
+                "APART found no DistributedDataParallel in the model, and averages statistic gradients over all "
+                f"{dist.get_world_size()} ranks of the world. Say process_group='world' if that is meant, or 'local' "
+                "to keep those of each rank.",
+                stacklevel=4,
+            )
+        self._agreement.reach(group, described)
+        return group
 
     def _like(self) -> Tensor:
         return statistics_like(dict(named_tensors(self.model)))
@@ -255,6 +280,7 @@ class APART:
             raise UsageError(f"{context} was entered inside {self._inside}. Leave one context before the next begins.")
         if torch.is_inference_mode_enabled():
             raise UsageError(f"{context} was entered in inference_mode, where no gradient exists. Leave that mode.")
+        self._ranks()
         # What autocast has cast in the pass before may have moved since, as by SAM's ascent.
         torch.clear_autocast_cache()
         return training_layers(self.model)
@@ -286,10 +312,12 @@ class APART:
             self._route = Route(layers)
         return self._route
 
-    def _perturbation(self, before: PerturbationTree) -> PerturbationTree:
+    def _perturbation(
+        self, before: PerturbationTree, stat_grads: StatGradTree
+    ) -> tuple[StatGradTree, PerturbationTree]:
         radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
         return found_perturbation(
-            before, self.stats, self.stat_grads, lambda stats, grads: self.rule(stats, grads, radius)
+            before, self.stats, stat_grads, lambda stats, grads: self.rule(stats, grads, radius), self._ranks()
         )
 
 
@@ -310,7 +338,7 @@ class _Mixed(NamedTuple):
 
 
 class _ProxyLayers:
-    """Batch norm at δ = 0, eager or compiled: a compiler differentiates by arguments, so there zero shifts are one."""
+    """Batch norm at δ = 0. Compilers differentiate by arguments, so there zero shifts are one; also over several ranks."""
 
     def __init__(self, channels: dict[str, int], like: Tensor) -> None:
         self.channels = channels
@@ -334,7 +362,8 @@ class _ProxyLayers:
         self._clean.is_prepared = value
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return (self._traced if is_traced() else self._clean)(site, x, weight, bias, eps)
+        by_shifts = is_traced() or is_synchronised(site.layer)
+        return (self._traced if by_shifts else self._clean)(site, x, weight, bias, eps)
 
     def leaves(self) -> list[Tensor]:
         """What backward() leaves gradients in."""

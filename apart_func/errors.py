@@ -26,3 +26,7 @@ class BatchError(ApartError):
 
 class UsageError(ApartError):
     """The call itself is out of order: a loss that is no scalar, or a mode in which no gradient exists."""
+
+
+class RanksError(ApartError):
+    """The ranks of a process group are not at the same step of the same program, or one of them is gone."""

@@ -20,10 +20,12 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from apart_func._torch import Constants, copies_together, is_compiling, is_traced, register_einops
+from apart_func.distributed import synchronisation
 from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
-from apart_func.layer.affine import Parameters
-from apart_func.trees import Tensors
+from apart_func.layer import perturbed_batch_norm
+from apart_func.layer.affine import Parameters, affine
+from apart_func.trees import Perturbation, Tensors
 
 
 def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
@@ -139,6 +141,7 @@ class FunctionalModel:
         self._constants = Constants(
             layers={name: layer.num_features for name, layer in training_layers(model).items()},
             shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(model)},
+            moving=tuple(name for name, buffer in model.named_buffers() if buffer.is_floating_point()),
         )
         self._aliases = _all_names(model)
         self._momenta = {name: layer.momentum for name, layer in training_layers(model).items()}
@@ -150,6 +153,15 @@ class FunctionalModel:
     def layers(self) -> dict[str, int]:
         """The channels of the BN layers that the method perturbs, by name."""
         return self._constants.layers  # type: ignore[return-value]
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """Names of the buffers that a forward may move away from those of other ranks: those of floating point."""
+        return self._constants.moving  # type: ignore[return-value]
+
+    def modules(self) -> list[nn.Module]:
+        """The BN layers that the method perturbs, of a copy that holds no tensor."""
+        return [self._module.get_submodule(name) for name in self.layers]
 
     def _prepare(self) -> None:
         register_einops()
@@ -382,8 +394,13 @@ def copy_model(model: nn.Module, copies: dict[int, Any] | None = None) -> nn.Mod
     check_model(model)
     for name, module in model.named_modules():
         _check_forward(name, module)
+    memo: dict[int, Any] = {} if copies is None else dict(copies)
+    for module in model.modules():  # a SyncBatchNorm says over which ranks
+        group = vars(module).get("process_group")
+        if group is not None:
+            memo[id(group)] = group
     try:
-        return _copied(model, {} if copies is None else dict(copies))
+        return _copied(model, memo)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({error}). Replace old-style weight_norm and spectral_norm by "
@@ -462,7 +479,11 @@ def _modules_held_by(function: Any) -> list[nn.Module]:
 
 
 def _plain_batch_norm(site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    reduce = synchronisation(site.layer, x, 1)
+    if reduce is None:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    zero = x.new_zeros(x.shape[1])
+    return perturbed_batch_norm(x, affine(x, Parameters(weight, bias), Perturbation(zero, zero), 1), eps, 1, reduce)[0]
 
 
 def check_model(model: Any) -> None:

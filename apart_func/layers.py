@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from apart_func._torch import is_recomputing
+from apart_func.distributed import synchronisation
 from apart_func.intercept import Site
 from apart_func.layer import clean_batch_norm
 from apart_func.layer.affine import (
@@ -76,7 +77,9 @@ class ShiftedLayers:
         vectors = self._prepared.get(name) if self.is_prepared else None
         if vectors is None or not _fits(vectors.gamma, self._parameters[name], used, x):
             vectors = affine(x, used, self._shift(name), self.grouping.groups)
-        return grouped_batch_norm(name, x, vectors, eps, self.grouping)
+        reduce = synchronisation(site.layer, x, self.grouping.groups)
+        normed = grouped_batch_norm(name, x, vectors, eps, self.grouping, reduce)
+        return normed if reduce is None else normed._replace(sizes=reduce.sizes)
 
     def _shift(self, name: str) -> Any:
         if ALL not in self.shifts:

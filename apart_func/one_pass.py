@@ -8,7 +8,7 @@
 Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from apart_func.trees import (
     vectors,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def make_one_pass_step(
     model: nn.Module | FunctionalModel,
@@ -46,6 +49,7 @@ def make_one_pass_step(
     rule: Rule = sign_perturbation,
     rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
+    process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
 ) -> "OnePassStep":
     """Make a training step of APART that costs one pass: a pure function of parameters, buffers, batch and δ.
 
@@ -63,6 +67,7 @@ def make_one_pass_step(
         rule: makes the next perturbation from the clean statistics and their gradients.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
+        process_group: ranks to take the step together with, as in `make_apart_step`.
 
     Returns:
         `one_pass_step(params, buffers, batch, perturbation, *, epsilon=None, loss_scale=None) -> StepOutput`.
@@ -78,6 +83,7 @@ def make_one_pass_step(
         rule=rule,
         rows=rows,
         autocast_dtype=autocast_dtype,
+        process_group=process_group,
     )
     if isinstance(rule, IterativeRule):
         raise rule.refusal()
@@ -119,21 +125,21 @@ class OnePassStep(Step):
         radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
         check_perturbation(self.fmodel.layers, perturbation, 1)
         before = constant(perturbation)
+        group = self._ranks(params, buffers, batch, before)
         out = over_microbatches(
             lambda moved, part: self._one_batch(params, moved, part, before, precision),
             buffers,
             batch,
             self.settings.microbatches,
+            self._over_ranks(buffers, group),
         )
-        stat_grads = out.stat_grads
-        if self.settings.microbatches > 1:
-            stat_grads = {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
-        after = found_perturbation(
-            before, out.stats, stat_grads, lambda stats, grads: self.settings.rule(stats, grads, radius)
+        stat_grads, after = found_perturbation(
+            before, out.stats, out.stat_grads, lambda stats, grads: self.settings.rule(stats, grads, radius), group
         )
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return out._replace(
             buffers=chosen(finite, out.buffers, dict(buffers)),
+            stat_grads=stat_grads,
             perturbation=chosen(finite, after, before),
             all_finite=finite,
         )

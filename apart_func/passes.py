@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_compiling, is_mapped, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
+from apart_func.distributed import check_groups, is_synchronised
 from apart_func.errors import BatchError, SettingError, UsageError
 from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
 from apart_func.layer.affine import flat_shifts, over_layers
@@ -85,8 +86,9 @@ def proxy_pass(
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
-    if is_traced():  # a transform differentiates by arguments, so the zero shifts are one
-        return _traced_proxy_pass(run, params, buffers)
+    # A transform differentiates by arguments, so the zero shifts are one; and only that form knows other ranks.
+    if is_traced() or any(map(is_synchronised, fmodel.modules())):
+        return _proxy_pass_by_shifts(run, params, buffers)
     layers = CleanLayers(run.layers, assign, run.like)
     gradient, output, moved = run.differentiated(layers, (params,), lambda template: template.buffers(buffers))
     stats, stat_grads = layers.statistics(), layers.stat_grads(gradient.tap_grads)
@@ -95,7 +97,7 @@ def proxy_pass(
     )
 
 
-def _traced_proxy_pass(run: _Pass, params: Tensors, buffers: Tensors) -> ProxyOutput:
+def _proxy_pass_by_shifts(run: _Pass, params: Tensors, buffers: Tensors) -> ProxyOutput:
     point = zero_shifts(run.layers, run.like)
     layers = MixedLayers(run.layers, point, Grouping(1, run.samples), 1, assign, run.like.dtype)
 
@@ -142,6 +144,7 @@ def adversarial_pass(
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    check_groups(groups, fmodel.modules())
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
     layers = ShiftedLayers(run.layers, run.point(perturbation, grouping.groups), grouping)
@@ -224,6 +227,7 @@ def mixed_pass(
         ApartError: the state, batch, output or perturbation does not fit, or a layer cannot be perturbed.
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    check_groups(groups, fmodel.modules())
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
     check_perturbation(fmodel.layers, perturbation, 1)

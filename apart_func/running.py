@@ -76,7 +76,7 @@ def pooled(stats: BatchStats, sizes: Any, groups: int, clean: int) -> tuple[Batc
         clean: how many of the groups to take together.
     """
     mean, var = (part.view(groups, -1)[:clean] for part in stats)
-    if isinstance(sizes, Tensor):
+    if isinstance(sizes, Tensor) and sizes.dim():
         size = sizes[:clean].sum()
         share = sizes[:clean] / size
         center = (share * mean).sum(0)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from apart_func.distributed import check_process_group
 from apart_func.errors import SettingError
 from apart_func.layer.rows import Rows, check_rows, number_of_groups
 from apart_func.rules import Rule, check_epsilon, check_rule, sign_perturbation
@@ -37,6 +38,7 @@ class Settings:
         check_epsilon(self.epsilon, self.rule)
         number_of_groups(self.groups, 0)
         check_rows(self.rows)
+        check_process_group(self.process_group)
         if not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise SettingError(
                 f"ratio={self.ratio!r}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass."
@@ -57,6 +59,19 @@ class Settings:
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         said = {name: value for name, (value, default) in values.items() if name == "epsilon" or value is not default}
         return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in said.items())
+
+    def described(self) -> str:
+        """The settings as text that is the same in every process."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "process_group"}
+        return ", ".join(f"{name}={_described(value)}" for name, value in values.items())
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return repr(value.item())
+    if value is None or isinstance(value, str | int | float | torch.dtype):
+        return repr(value)
+    return str(getattr(value, "name", getattr(value, "__name__", type(value).__name__)))
 
 
 def _is_number(value: Any) -> bool:

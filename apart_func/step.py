@@ -10,12 +10,23 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from apart_func._torch import Constants, is_traced, lerp_all
+from apart_func.distributed import (
+    Agreement,
+    described_batch,
+    described_state,
+    described_values,
+    mean_gradients,
+    mean_over_ranks,
+    output_over_ranks,
+    over_ranks,
+    ranks_of,
+)
 from apart_func.errors import BatchError
 from apart_func.functional import FunctionalModel, LossFunction, as_functional
 from apart_func.layer.formula import statistics_dtype
@@ -33,6 +44,7 @@ from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit,
 from apart_func.settings import Settings, scalar
 from apart_func.trees import (
     PerturbationTree,
+    StatGrads,
     StatGradTree,
     StatTree,
     StepOutput,
@@ -46,6 +58,9 @@ from apart_func.trees import (
     stack_by_layer,
     vectors,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Tree = TypeVar("Tree")
 
@@ -63,6 +78,7 @@ def make_apart_step(
     rule: Rule = sign_perturbation,
     rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
+    process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
 ) -> "ApartStep":
     """Make the training step of APART, or of APART-SAM: a pure function of parameters, buffers and batch.
 
@@ -80,6 +96,10 @@ def make_apart_step(
         rows: how rows belong to samples in layers that see others than one a sample: "consecutive" (those of a sample
             follow one another), "in_turn" (one of every sample, and again), or `(layer, input) -> sample of every row`.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
+        process_group: ranks to take the step together with, each with its part of the batch; "world" is all of them.
+            Statistics and their gradients are averaged before the rule; gradients, losses and floating buffers at the
+            end, both passes together (with ρ > 0 those of the proxy pass before the ascent as well). Ranks weigh alike,
+            however many samples they have, and N and r are those of each. None and "local" reduce nothing.
 
     Returns:
         `apart_step(params, buffers, batch, *, epsilon=None, loss_scale=None) -> StepOutput`.
@@ -97,6 +117,7 @@ def make_apart_step(
         rule=rule,
         rows=rows,
         autocast_dtype=autocast_dtype,
+        process_group=process_group,
     )
     return ApartStep(as_functional(model), loss_fn, settings)
 
@@ -119,6 +140,7 @@ class Step:
     def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
         self.fmodel, self.loss_fn = fmodel, loss_fn
         self._constants = Constants(settings=settings)
+        self._agreement = Agreement()
 
     @property
     def settings(self) -> Settings:
@@ -127,6 +149,31 @@ class Step:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.fmodel!r}, {self.settings})"
+
+    def _ranks(
+        self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
+    ) -> "ProcessGroup | None":
+        """The ranks to reduce over, after a look at whether they take the same step, the first time."""
+        group = ranks_of(self.settings.process_group)
+
+        def described() -> dict[str, str]:
+            tensors = self.fmodel.check_state(params, buffers)
+            return {
+                "the settings": f"{type(self).__name__}: {self.settings.described()}",
+                "the names, shapes and dtypes of params": described_state(params),
+                "the names, shapes and dtypes of buffers": described_state(buffers),
+                "the batch-norm layers": repr(list(self.fmodel.layers)),
+                "the values of params and buffers": described_values(tensors.values()),
+                "the values of the perturbation": described_values(vectors(perturbation)),
+                "the tensors of the batch": described_batch(batch),
+            }
+
+        self._agreement.reach(group, described)
+        return group
+
+    def _over_ranks(self, buffers: Tensors, group: "ProcessGroup | None") -> Callable[[StepOutput], StepOutput]:
+        """How to make the output of all ranks of that of this one, in a step that begins with some buffers."""
+        return lambda out: out if group is None else output_over_ranks(out, buffers, self.fmodel.moving, group)
 
     def _call_settings(
         self, params: Tensors, buffers: Tensors, epsilon: Any, loss_scale: Any
@@ -171,15 +218,24 @@ class ApartStep(Step):
             ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
         """
         radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
+        group = self._ranks(params, buffers, batch, {})
 
         def one_batch(moved: Tensors, part: Any) -> StepOutput:
-            out = self._one_batch(params, moved, part, radius, precision)
+            out = self._one_batch(params, moved, part, radius, precision, group)
             return out._replace(all_finite=out.all_finite & in_range)
 
-        return over_microbatches(one_batch, buffers, batch, self.settings.microbatches)
+        return over_microbatches(
+            one_batch, buffers, batch, self.settings.microbatches, self._over_ranks(buffers, group)
+        )
 
     def _one_batch(
-        self, params: Tensors, buffers: Tensors, batch: Any, radius: Tensor, precision: Precision
+        self,
+        params: Tensors,
+        buffers: Tensors,
+        batch: Any,
+        radius: Tensor,
+        precision: Precision,
+        group: "ProcessGroup | None",
     ) -> StepOutput:
         fmodel, loss_fn, settings = self.fmodel, self.loss_fn, self.settings
         samples = batch_size(batch)
@@ -190,18 +246,23 @@ class ApartStep(Step):
         def further(perturbation: PerturbationTree) -> StatGradTree:
             where = {**zero, **perturbation}
             found = gradients_at(fmodel, loss_fn, params, buffers, batch, where, precision=precision)
+            found = found if group is None else mean_over_ranks(found, group)
             return {layer: found[layer] for layer in perturbation}
 
-        perturbation = found_perturbation(
+        stat_grads, perturbation = found_perturbation(
             zero,
             proxy.stats,
             proxy.stat_grads,
             lambda stats, grads: perturbation_by(settings.rule, stats, grads, radius, further),
+            group,
         )
+        start = params
+        if settings.rho:
+            start = climb(params, proxy.grads if group is None else mean_gradients(proxy.grads, group), settings.rho)
         adversarial = adversarial_pass(
             fmodel,
             loss_fn,
-            climb(params, proxy.grads, settings.rho) if settings.rho else params,
+            start,
             proxy.buffers,
             cut_batch(batch, 0, chosen),
             perturbation,
@@ -211,7 +272,7 @@ class ApartStep(Step):
         )
         grads = _interpolate(proxy.grads, adversarial.grads, chosen / (samples + chosen))
         # A gradient of either pass that is not finite leaves its mark on their sum.
-        values = [proxy.loss, adversarial.loss, *grads.values(), *vectors(proxy.stat_grads), *vectors(perturbation)]
+        values = [proxy.loss, adversarial.loss, *grads.values(), *vectors(stat_grads), *vectors(perturbation)]
         return StepOutput(
             grads=grads,
             buffers=proxy.buffers,
@@ -219,7 +280,7 @@ class ApartStep(Step):
             adversarial_loss=adversarial.loss,
             output=proxy.output,
             stats=proxy.stats,
-            stat_grads=proxy.stat_grads,
+            stat_grads=stat_grads,
             perturbation=perturbation,
             all_finite=all_finite(values),
         )
@@ -230,18 +291,46 @@ def found_perturbation(
     stats: StatTree,
     stat_grads: StatGradTree,
     rule: Callable[[StatTree, StatGradTree], PerturbationTree],
-) -> PerturbationTree:
-    """What a rule makes of the layers that were called; the others keep the perturbation that they had."""
+    group: "ProcessGroup | None",
+) -> tuple[StatGradTree, PerturbationTree]:
+    """What a rule makes of the layers that were called; the others keep the perturbation that they had.
+
+    Args:
+        before: the perturbation that they had.
+        stats: batch statistics of the layers that were called on this rank.
+        stat_grads: their gradients, with leading dimensions where there were micro-batches.
+        rule: of statistics and their gradients, `(C,)`.
+        group: the ranks that find one perturbation together.
+
+    Returns:
+        The statistic gradients, averaged over ranks, and the perturbation.
+    """
+    if group is not None:
+        together = over_ranks(stats, stat_grads, group)
+        found = rule(together.stats, _of_batch(together.stat_grads))
+        check_layers(together.stat_grads, found)
+        return together.stat_grads, constant(together.where_called(found, before))
     called = {layer: stat_grads[layer] for layer in stat_grads if layer in stats}
     if not called:
-        return before
-    found = rule(stats, called)
+        return stat_grads, before
+    found = rule(stats, _of_batch(called))
     check_layers(called, found)
-    return {**before, **constant(found)}
+    return stat_grads, {**before, **constant(found)}
+
+
+def _of_batch(stat_grads: StatGradTree) -> StatGradTree:
+    """Statistic gradients of a batch, the mean over its micro-batches."""
+    if all(g.mean.dim() == 1 for g in stat_grads.values()):
+        return stat_grads
+    return {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
 
 
 def over_microbatches(
-    one_batch: Callable[[Tensors, Any], StepOutput], buffers: Tensors, batch: Any, microbatches: int
+    one_batch: Callable[[Tensors, Any], StepOutput],
+    buffers: Tensors,
+    batch: Any,
+    microbatches: int,
+    reduce: Callable[[StepOutput], StepOutput],
 ) -> StepOutput:
     """Run a step on the parts of a batch, one after another.
 
@@ -250,6 +339,7 @@ def over_microbatches(
         buffers: for the first part.
         batch: `(input, target)`, of which every part gets an equal share.
         microbatches: number of parts.
+        reduce: makes the output of all ranks of that of this one.
 
     Returns:
         One output for all of them. Where something is not finite, its buffers are those that came in.
@@ -261,7 +351,7 @@ def over_microbatches(
     for part in _parts(batch, microbatches):
         outputs.append(one_batch(moved, part))
         moved = outputs[-1].buffers
-    out = outputs[0] if microbatches == 1 else _mean_output(outputs)
+    out = reduce(outputs[0] if microbatches == 1 else _mean_output(outputs))
     return out._replace(buffers=chosen(out.all_finite, out.buffers, dict(buffers)))
 
 

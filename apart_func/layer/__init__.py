@@ -59,7 +59,7 @@ def perturbed_batch_norm(
         vectors: γ', ω and β of every group, `(G·C,)`: what a perturbation makes of γ and β.
         eps: BN's constant, added to the variance.
         groups: number of ghost groups G ≥ 1, a divisor of N.
-        reduce: averages a moment of every group over ranks, differentiably; None keeps those of this rank.
+        reduce: makes moments over all ranks of those of this one, differentiably; None keeps these.
 
     Returns:
         The output, of `x`'s shape and dtype, and the groups' statistics without the perturbation, `(G·C,)`, in at

@@ -19,8 +19,8 @@ UNGROUP = "b g c ... -> (b g) c ..."
 FOLD = "(b g) c ... -> b (g c) ..."
 UNFOLD = "b (g c) ... -> (b g) c ..."
 
-# The mean over ranks of a mean and a mean square, both `(G, C)`, for layers that are synchronised.
-Reduce = Callable[[Tensor], Tensor]
+# From mean and variance of every channel of every group on this rank to those over all ranks, for synchronised layers.
+Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,8 +39,8 @@ def arithmetic_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise by perturbed statistics.
 
-    The groups stand in a dimension of their own, which is a view in every memory layout. `drift` is zero and has the
-    mean's derivative: a backward through `grouped - mean` would have to sum over the activations once more.
+    The groups stand in a dimension of their own, which is a view in every memory layout. `start` is the mean as a
+    constant: a backward through `grouped - mean` would have to sum over the activations once more.
 
     Args:
         x: activations `(N, C, ...)`; row i is in group i mod `groups`.
@@ -49,7 +49,7 @@ def arithmetic_layer(
         beta: β, likewise.
         eps: BN's constant, added to the variance.
         groups: number of ghost groups G.
-        reduce: averages a moment over ranks; None keeps that of this one.
+        reduce: makes moments over all ranks of those of this one, differentiably; None keeps these.
 
     Returns:
         y, of `x`'s shape and dtype, and mean and biased variance `(G·C,)` of every group.
@@ -57,17 +57,14 @@ def arithmetic_layer(
     grouped = rearrange(x, GROUP, g=groups).to(gamma.dtype)
     dims = (0, *range(3, grouped.dim()))
     mean = grouped.mean(dims, keepdim=True)
+    start = mean.detach()
+    centred = grouped - start
+    var = centred.square().mean(dims, keepdim=True) - (mean - start).square()
     if reduce is not None:
-        mean = reduce(mean)
-    drift = mean - mean.detach()
-    centred = grouped - mean.detach()
-    square = centred.square().mean(dims, keepdim=True)
-    if reduce is not None:
-        square = reduce(square)
-    var = square - drift.square()
+        mean, var = reduce(mean, var)
     invstd = torch.rsqrt(var + eps)
     slope = gamma.view_as(invstd) * invstd
-    intercept = beta.view_as(invstd) - drift * slope
+    intercept = beta.view_as(invstd) - (mean - start) * slope
     if omega is not None:
         intercept = intercept - omega.view_as(invstd) * (mean * invstd).detach()
     y = (centred * slope + intercept).to(x.dtype)

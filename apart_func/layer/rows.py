@@ -79,8 +79,14 @@ def _other_rows(name: str, x: Tensor, vectors: Affine, eps: float, grouping: Gro
     groups = grouping.groups
     per_sample = rows_per_sample(name, x, grouping)
     if per_sample is None:
+        if reduce is not None:
+            raise BatchError(
+                f"layer {name!r} is synchronised over ranks, and a function rows= gives groups of unlike numbers of "
+                "rows. Use rows='consecutive' or 'in_turn', groups=1, or a BatchNorm layer."
+            )
         return _indexed(name, x, vectors, eps, grouping)
-    check_variance(name, x, groups)
+    if reduce is None:  # one value on each of several ranks has a variance
+        check_variance(name, x, groups)
     consecutive = per_sample > 1 and grouping.rows == "consecutive"
     if consecutive:
         x = rearrange(x, "(n p) c ... -> (p n) c ...", p=per_sample)

@@ -266,7 +266,7 @@ class APART:
                 "APART found no DistributedDataParallel in the model, and averages statistic gradients over all "
                 f"{dist.get_world_size()} ranks of the world. Say process_group='world' if that is meant, or 'local' "
                 "to keep those of each rank.",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._agreement.reach(group, described)
         return group

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apart_func._torch import is_traced
 from apart_func.layer.formula import statistics_dtype
@@ -128,7 +128,11 @@ def affine_of_layers(
 def _are_alike(column: Sequence[Tensor | None]) -> bool:
     first = column[0]
     return first is not None and all(
-        tensor is not None and tensor.dtype == first.dtype and tensor.device == first.device for tensor in column
+        # no DTensor: what FullyShardedDataParallel holds is there once its own layer runs
+        tensor is not None
+        and type(tensor) in (Tensor, nn.Parameter)
+        and (tensor.dtype, tensor.device) == (first.dtype, first.device)
+        for tensor in column
     )
 
 
@@ -204,7 +208,7 @@ def _tap(vector: Tensor | None, default: float, x: Tensor, dtype: torch.dtype) -
     if vector is None:
         return torch.full((x.shape[1],), default, dtype=dtype, device=x.device, requires_grad=True)
     if vector.requires_grad:
-        return vector.to(dtype).view_as(vector)
+        return vector.to(dtype, copy=True)  # what FullyShardedDataParallel lends is gone after the backward
     return vector.to(dtype).detach().requires_grad_()
 
 

@@ -130,6 +130,11 @@ def check_input(name: str, x: Tensor, channels: int) -> None:
     Raises:
         BatchError: naming the layer.
     """
+    if hasattr(x, "device_mesh"):
+        raise BatchError(
+            f"layer {name!r} got a DTensor, which lives on several ranks. Give every rank its own part of the batch, "
+            "x.to_local(), and say process_group='world'; SyncBatchNorm layers have the statistics of all ranks."
+        )
     if x.dim() < 2 or x.shape[1] != channels:
         raise BatchError(f"layer {name!r} got input of shape {tuple(x.shape)}; expected (N, {channels}, ...).")
 

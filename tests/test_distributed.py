@@ -1,10 +1,22 @@
-"""Two ranks over gloo: one perturbation for all of them, and the gradients of averaged shards."""
+"""Two and four ranks over gloo, which take one step together.
+
+With SyncBatchNorm they are one process on the whole batch; without it they are the definition on averaged shards.
+Everything that ranks do is done in three worlds, since to start one takes seconds: every rank saves what it has found,
+and the tests look at that.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,10 +26,25 @@ from loops import both_passes, gradients
 from oracle import Shift, ShiftTree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
 from small import convolutional, images
 from torch import Tensor, nn
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from apart_func import APART, StatGrads, make_apart_step, sign_perturbation, split_state
+from apart_func import (
+    APART,
+    ApartError,
+    RanksError,
+    SettingError,
+    StatGrads,
+    functionalize,
+    init_perturbation,
+    make_apart_sam_step,
+    make_apart_step,
+    make_one_pass_step,
+    multi_step,
+    sign_perturbation,
+    split_state,
+)
 from apart_func.distributed import data_parallel_group, mean_over_ranks
 
 RANKS, STEPS, LEARNING_RATE = 2, 3, 0.1
@@ -33,23 +60,26 @@ def shard(rank: int, t: int) -> tuple[Tensor, Tensor]:
 # What runs on each rank.
 
 
-def on_rank(rank: int, folder: Path) -> None:
-    """Join the group, and save what every way of training yields."""
+@contextmanager
+def world(rank: int, folder: Path, ranks: int, seconds: float = 300) -> Iterator[None]:
+    """A process group of so many ranks, in which a collective call may take so long."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        ways = {
-            "wrapped": train_wrapped,
-            "inner": train_inner,
-            "functional": train_functional,
-            "one_pass": train_one_pass,
-            "accumulate": accumulate,
-            "mean": mean,
-        }
-        results = {name: way(rank) for name, way in ways.items()}
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=seconds),
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def on_rank(rank: int, folder: Path, ranks: int, names: list[str]) -> None:
+    """Join the group, and save what every way of training yields."""
+    with world(rank, folder, ranks):
+        results = {name: WAYS[name](rank) for name in names}
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -86,36 +116,39 @@ def steps(rank: int, model: DistributedDataParallel, apart: APART) -> list[dict[
 
 
 def train_functional(rank: int) -> list[dict[str, Any]]:
-    """A rule that averages over ranks, and gradients that are averaged by hand."""
-
-    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
-        return sign_perturbation(stats, mean_over_ranks(stat_grads), epsilon)
-
+    """The functional step, which reduces everything itself."""
     model = convolutional()
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, ratio=RATIO, rule=rule)
+    step = make_apart_step(
+        model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, ratio=RATIO, process_group=dist.group.WORLD
+    )
     params, buffers = split_state(model)
     seen = []
     for t in range(STEPS):
         out = step(params, buffers, shard(rank, t))
-        for grad in out.grads.values():
-            dist.all_reduce(grad)
-            grad /= RANKS
-        for buffer in out.buffers.values():
-            dist.broadcast(buffer, 0)
         seen.append(
             {
                 "grads": out.grads,
                 "perturbation": without_prefix(out.perturbation),
                 # of the loss with its weight, as the drop-in has them
-                "stat_grads": {
-                    k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in mean_over_ranks(out.stat_grads).items()
-                },
+                "stat_grads": {k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in out.stat_grads.items()},
                 "buffers": out.buffers,
+                "loss": out.loss,
             }
         )
         params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
         buffers = out.buffers
     return seen
+
+
+def train_by_rule(rank: int) -> Any:
+    """A rule that averages over ranks itself, in a step that reduces nothing."""
+
+    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        return sign_perturbation(stats, mean_over_ranks(stat_grads), epsilon)
+
+    model = convolutional()
+    out = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, rule=rule)(*split_state(model), shard(rank, 0))
+    return without_prefix(out.perturbation)
 
 
 def train_one_pass(rank: int) -> list[dict[str, Any]]:
@@ -158,19 +191,410 @@ def mean(rank: int) -> Any:
     return mean_over_ranks(own)
 
 
+# Training that several ranks and one process are to do alike. What differs is where a batch comes from.
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+SETTINGS = list(product((1.0, 0.5), (0, 2)))
+LONG = 5
+
+
+def synchronised() -> nn.Module:
+    model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+    return model
+
+
+def whole_batch(t: int, ranks: int, chosen: int) -> tuple[Tensor, Tensor]:
+    """The batch of all ranks, beginning with the samples that each rank's adversarial pass takes.
+
+    Shards hold a multiple of the ghost groups, so a sample is in one and the same group here and there.
+    """
+    shards = [shard(rank, t) for rank in range(ranks)]
+    first, rest = ([tuple(part[cut] for part in one) for one in shards] for cut in (slice(chosen), slice(chosen, None)))
+    x, y = (torch.cat(parts) for parts in zip(*first, *rest, strict=True))
+    return x, y
+
+
+def two_passes(batch_of: Batches, group: Any, ratio: float, groups: int, model: nn.Module | None = None) -> Any:
+    model = model or synchronised()
+    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, ratio=ratio, groups=groups, process_group=group)
+    params, buffers = split_state(model)
+    for t in range(LONG):
+        out = step(params, buffers, batch_of(t))
+        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
+        buffers = out.buffers
+    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
+
+
+def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module | None = None) -> Any:
+    model = model or synchronised()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, process_group=group)
+    (params, buffers), perturbation = split_state(model), init_perturbation(model)
+    for t in range(steps):
+        out = step(params, buffers, batch_of(t), perturbation)
+        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
+        buffers, perturbation = out.buffers, out.perturbation
+    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, perturbation
+
+
+def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bool = False) -> Any:
+    """The drop-in; DistributedDataParallel takes SyncBatchNorm on GPUs alone, so gradients are averaged by hand."""
+    model = synchronised()
+    apart = APART(model, EPSILON, groups, process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    for t in range(LONG):
+        optimizer.zero_grad()
+        if in_one:
+            x, y = batch_of(t)
+            with apart.one_pass():
+                F.cross_entropy(model(x), y).backward()
+        else:
+            both_passes(apart, batch_of(t), ratio)
+        for parameter in model.parameters() if group == "world" else ():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+        optimizer.step()
+    found = apart.state_dict()["perturbation"]
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}, apart.stats, apart.stat_grads, found
+
+
+def all_forms(batches: Callable[[int], Batches], group: Any) -> dict[str, Any]:
+    """Every form with every setting.
+
+    Args:
+        batches: from the number of samples that a rank's adversarial pass takes to batches.
+        group: the ranks.
+    """
+    found: dict[str, Any] = {"one pass": one_pass(batches(8), group)}
+    found["one-pass drop-in"] = drop_in(batches(8), group, 1.0, GROUPS, in_one=True)
+    for ratio, groups in SETTINGS:
+        found[f"two passes {ratio} {groups}"] = two_passes(batches(int(8 * ratio)), group, ratio, groups)
+        found[f"drop-in {ratio} {groups}"] = drop_in(batches(int(8 * ratio)), group, ratio, groups)
+    return found
+
+
+FORMS = [
+    "one pass",
+    "one-pass drop-in",
+    *(f"{form} {ratio} {groups}" for form in ("two passes", "drop-in") for ratio, groups in SETTINGS),
+]
+
+
+def train_synchronised(rank: int) -> dict[str, Any]:
+    return all_forms(lambda chosen: lambda t: shard(rank, t), "world")
+
+
+def train_long(rank: int) -> Any:
+    """Fifty steps of either form in float32, without SyncBatchNorm."""
+
+    def batch_of(t: int) -> tuple[Tensor, Tensor]:
+        return images(dtype=torch.float32, seed=10 * t + rank)
+
+    model = convolutional(dtype=torch.float32)
+    with patch(f"{__name__}.LONG", 50):
+        return two_passes(batch_of, "world", RATIO, GROUPS, model), one_pass(batch_of, "world", 50, model)
+
+
+def train_unequal(rank: int) -> Any:
+    """More samples on the second rank."""
+    model = synchronised()
+    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, ratio=0.5, process_group="world")
+    return step(*split_state(model), images(unequal(rank), seed=rank))
+
+
+def unequal(rank: int) -> int:
+    return 8 + 4 * rank
+
+
+def single_rows(rank: int) -> Any:
+    """One sample a rank, in a layer that sees one value of each."""
+    model = nn.SyncBatchNorm(3).double()
+    return functionalize(model)(*split_state(model), torch.arange(3.0).double().view(1, 3) + rank, training=True)
+
+
+def sam(rank: int) -> Any:
+    model = convolutional()
+    step = make_apart_sam_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, rho=0.1, process_group="world")
+    return step(*split_state(model), shard(rank, 0))
+
+
+def ascend(rank: int) -> Any:
+    """A rule that asks for further gradients."""
+    model = convolutional()
+    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, rule=multi_step(3), process_group="world")
+    return step(*split_state(model), shard(rank, 0)).perturbation
+
+
+class Sometimes(nn.Module):
+    """Calls a layer on the first rank alone, and one nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.BatchNorm1d(3).double() for _ in range(3))
+        self.last = nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x if dist.get_rank() else self.second(x * x))  # type: ignore[no-any-return]
+
+
+def called_sometimes(rank: int) -> Any:
+    model = Sometimes()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
+    carried = {name: type(shift)(shift.mean + 0.05, shift.scale) for name, shift in init_perturbation(model).items()}
+    generator = torch.Generator().manual_seed(rank)
+    batch = torch.randn(8, 3, generator=generator).double(), torch.randint(3, (8,), generator=generator)
+    return step(*split_state(model), batch, carried)
+
+
+def not_finite(rank: int) -> Any:
+    """An infinity in the batch of the second rank."""
+    model = convolutional()
+    params, buffers = split_state(model)
+    x, y = shard(rank, 0)
+    if rank:
+        x[0] = torch.inf
+    found = []
+    for make, more in ((make_apart_step, ()), (make_one_pass_step, (init_perturbation(model),))):
+        step = make(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
+        out = step(params, buffers, (x, y), *more)
+        found.append((bool(out.all_finite), all(torch.equal(out.buffers[k], b) for k, b in buffers.items())))
+    return found
+
+
+def count(rank: int) -> dict[str, list[int]]:
+    """How many values each all-reduce of a second step has; the first one also compares the ranks."""
+    model, sizes = convolutional(), list[int]()
+    original = dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    options: dict[str, Any] = {"epsilon": EPSILON, "groups": 2, "process_group": "world"}
+    steps = {
+        "two passes": (make_apart_step(model, F.cross_entropy, **options), ()),
+        "micro-batches": (make_apart_step(model, F.cross_entropy, microbatches=2, **options), ()),
+        "ascent": (make_apart_step(model, F.cross_entropy, rho=0.1, **options), ()),
+        "one pass": (make_one_pass_step(model, F.cross_entropy, **options), (init_perturbation(model),)),
+    }
+    found = {}
+    for name, (step, more) in steps.items():
+        step(*split_state(model), shard(rank, 0), *more)
+        sizes.clear()
+        with patch.object(dist, "all_reduce", counted):
+            step(*split_state(model), shard(rank, 0), *more)
+        found[name] = list(sizes)
+    return found
+
+
+def compile_step(rank: int) -> Any:
+    """A compiled step, and what it is to equal."""
+    model, batch = convolutional(), shard(rank, 0)
+    params, buffers = split_state(model)
+    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    swept = torch.func.vmap(lambda epsilon: step(params, buffers, batch, epsilon=epsilon).grads)
+    return (
+        step(params, buffers, batch).grads,
+        compiled(params, buffers, batch).grads,
+        swept(torch.tensor([EPSILON, 0.0], dtype=torch.float64)),
+    )
+
+
+def disagree(rank: int) -> dict[str, str]:
+    """What is said where the second rank has something else."""
+    model, batch = convolutional(), shard(rank, 0)
+    wider = nn.Sequential(*model, nn.Linear(3, 3).double()) if rank else model
+    other = convolutional()
+    if rank:
+        nn.init.ones_(other[0].weight)
+    tokens, of_tokens = Tokens(), (torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.long))
+
+    def step_of(model: nn.Module, batch: Any = batch, **settings: Any) -> Any:
+        step = make_apart_step(model, F.cross_entropy, process_group="world", **settings)
+        return lambda: step(*split_state(model), batch)
+
+    tried = {
+        "settings": step_of(model, epsilon=0.1 + 0.1 * rank),
+        "form": lambda: (
+            make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, process_group="world")(
+                *split_state(model), batch, init_perturbation(model)
+            )
+            if rank
+            else step_of(model)()
+        ),
+        "model": step_of(wider),
+        "values": step_of(other),
+        "batch": step_of(model, (batch[0].float() if rank else batch[0], batch[1])),
+        "drop-in": lambda: APART(model, groups=2 * rank, process_group="world").to_proxy().__enter__(),
+        "groups": lambda: both_passes(APART(synchronised(), groups=-1, process_group="world"), batch),
+        "functional groups": step_of(synchronised(), groups=-1),
+        "rows": lambda: make_one_pass_step(
+            tokens, F.cross_entropy, epsilon=0.1, groups=2, rows=lambda layer, x: torch.arange(len(x)) // 2
+        )(*split_state(tokens), of_tokens, init_perturbation(tokens)),
+    }
+    return {name: refusal(call) for name, call in tried.items()}
+
+
+class Tokens(nn.Module):
+    """Two rows a sample in a synchronised layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.SyncBatchNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1)).view(x.shape).mean(1)  # type: ignore[no-any-return]
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ApartError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was said"
+
+
+# Wrappers.
+
+
+class Unused(nn.Module):
+    """A model with a layer that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = convolutional(), nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def train_in_wrappers(rank: int) -> dict[str, Any]:
+    """Two passes of the drop-in in every kind of wrapper, which end alike."""
+    from torch.distributed.fsdp import fully_shard
+
+    def data_parallel(first_without: int = STEPS, **options: Any) -> Any:
+        model = Unused() if options.get("find_unused_parameters") else convolutional()
+        wrapped = DistributedDataParallel(model, **options)
+        return trained(rank, wrapped, APART(wrapped, EPSILON, GROUPS), first_without)
+
+    def sharded(blocks: tuple[int, ...]) -> Any:
+        model = convolutional()
+        for block in blocks:
+            fully_shard(model[block])
+        fully_shard(model)
+        return trained(rank, model, APART(model, EPSILON, GROUPS, process_group="world"), STEPS)
+
+    return {
+        "plain": data_parallel(),
+        "no_sync": data_parallel(0),
+        "static_graph": data_parallel(static_graph=True),
+        # in the first iteration, DistributedDataParallel's own assertion fails, in plain training as well
+        "static_graph and no_sync": data_parallel(1, static_graph=True),
+        "gradient_as_bucket_view": data_parallel(gradient_as_bucket_view=True),
+        "find_unused_parameters": data_parallel(find_unused_parameters=True),
+        "fully_shard": sharded(()),
+        "fully_shard of every block": sharded((0, 1, 3, 4)),
+    }
+
+
+def trained(rank: int, model: Any, apart: APART, first_without: int) -> dict[str, Tensor]:
+    """Train, in the proxy passes from a step on without reduction of gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        x, y = shard(rank, t)
+        with apart.to_proxy(), model.no_sync() if t >= first_without else nullcontext():
+            (F.cross_entropy(model(x), y) / 2).backward()
+        with apart.to_adver():
+            (F.cross_entropy(model(x), y) / 2).backward()
+        optimizer.step()
+    state = {name.removeprefix("module.").removeprefix("body."): p for name, p in model.named_parameters()}
+    state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in state.items()}
+    return {name: p.detach().clone() for name, p in state.items() if not name.startswith("head")}
+
+
+def wrap_late(rank: int) -> dict[str, Any]:
+    """The method around a model that is wrapped later, or by nothing that is known."""
+    found: dict[str, Any] = {}
+    for name, setting in (("unsaid", None), ("local", "local"), ("world", "world")):
+        model = convolutional()
+        apart = APART(model, EPSILON, GROUPS, process_group=setting)  # type: ignore[arg-type]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for t in range(2):
+                both_passes(apart, shard(rank, t))
+        found[name] = (without_prefix(apart.perturbation), [str(warning.message) for warning in said])
+    return found
+
+
+def distributed_tensors(rank: int) -> str:
+    """A batch of DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_module
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = distribute_module(convolutional(), mesh)
+    x, y = (DTensor.from_local(part, mesh, [Shard(0)]) for part in shard(rank, 0))
+    return refusal(lambda: both_passes(APART(model, process_group="world"), (x, y)))
+
+
 def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("module."): Shift(*value) for name, value in tree.items()}
+
+
+WAYS: dict[str, Callable[[int], Any]] = {
+    "wrapped": train_wrapped,
+    "inner": train_inner,
+    "functional": train_functional,
+    "by rule": train_by_rule,
+    "one_pass": train_one_pass,
+    "accumulate": accumulate,
+    "mean": mean,
+    "synchronised": train_synchronised,
+    "long": train_long,
+    "unequal": train_unequal,
+    "single rows": single_rows,
+    "sam": sam,
+    "ascend": ascend,
+    "called sometimes": called_sometimes,
+    "not finite": not_finite,
+    "count": count,
+    "compiled": compile_step,
+    "disagree": disagree,
+    "wrappers": train_in_wrappers,
+    "late": wrap_late,
+    "distributed tensors": distributed_tensors,
+}
 
 
 # What is checked of it.
 
 
+def results_of(ranks: int, names: list[str], folder: Path) -> list[dict[str, Any]]:
+    spawn(on_rank, (folder, ranks, names), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of every rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(on_rank, (folder,), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    """The results of two ranks."""
+    return results_of(RANKS, list(WAYS), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Those of four, of what is to hold for any number."""
+    return results_of(4, ["synchronised", "long", "functional"], tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(params=["ranks", "four_ranks"])
+def some_ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The results of two ranks, and of four."""
+    found: list[dict[str, Any]] = request.getfixturevalue(request.param)
+    return found
 
 
 def averaged(trees: list[Any]) -> Any:
@@ -194,7 +618,8 @@ def definition(model: nn.Module, shards: list[Any], perturbation: ShiftTree, rat
         "grads": {name: r * grad + (1 - r) * second[name] for name, grad in first.items()},
         # of the loss that backward() was called on
         "stat_grads": averaged([{k: Shift(r * g.mean, r * g.scale) for k, g in p.stat_grads.items()} for p in proxies]),
-        "buffers": proxies[0].buffers,  # rank 0 broadcasts its own, as in plain training
+        "buffers": averaged([proxy.buffers for proxy in proxies]),
+        "loss": averaged([proxy.loss for proxy in proxies]),
     }
 
 
@@ -206,11 +631,24 @@ def test_gradients_and_perturbation_are_equal_on_all_ranks(ranks: list[dict[str,
 
 @pytest.mark.parametrize("way", ["wrapped", "inner", "functional"])
 def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dict[str, Any]], way: str) -> None:
+    check_definition(ranks, way)
+
+
+def test_every_step_of_four_ranks_is_that_of_the_definition_on_averaged_shards(
+    four_ranks: list[dict[str, Any]],
+) -> None:
+    check_definition(four_ranks, "functional")
+
+
+def check_definition(ranks: list[dict[str, Any]], way: str) -> None:
     model = convolutional()
     for t, found in enumerate(ranks[0][way]):
-        expected = definition(model, [shard(rank, t) for rank in range(RANKS)], found["perturbation"], RATIO)
+        expected = definition(model, [shard(rank, t) for rank in range(len(ranks))], found["perturbation"], RATIO)
+        if way != "functional":  # gradients are reduced by the wrapper, which sends rank 0's buffers to all
+            expected.pop("loss")
+            expected["buffers"] = oracle_proxy(model, F.cross_entropy, *shard(0, t)).buffers
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, **ROUNDING)
+            torch.testing.assert_close(found[key], value, check_dtype=False, **ROUNDING)
         for layer, g in expected["stat_grads"].items():
             for shift, part in zip(found["perturbation"][layer], g, strict=True):
                 clear = part.abs() > 1e-12  # where the sign is no matter of rounding
@@ -260,3 +698,219 @@ def test_the_mean_over_ranks_keeps_the_tree(ranks: list[dict[str, Any]]) -> None
     for results in ranks:
         torch.testing.assert_close(results["mean"], expected, rtol=0, atol=0)
         assert type(results["mean"]["a"]) is StatGrads
+
+
+def test_a_rule_may_average_over_ranks_itself(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["by rule"].keys() == {"1", "4"}
+    torch.testing.assert_close(ranks[0]["by rule"], ranks[1]["by rule"], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Callable[[int], dict[str, Any]]:
+    """What one process finds on the whole batches of so many ranks."""
+    found: dict[int, dict[str, Any]] = {}
+
+    def of(ranks: int) -> dict[str, Any]:
+        if ranks not in found:
+            found[ranks] = all_forms(lambda chosen: lambda t: whole_batch(t, ranks, chosen), None)
+        return found[ranks]
+
+    return of
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_with_synchronised_layers_are_one_process_on_the_whole_batch(
+    form: str, some_ranks: list[dict[str, Any]], one_process: Callable[[int], dict[str, Any]]
+) -> None:
+    for results in some_ranks:
+        torch.testing.assert_close(results["synchronised"][form], one_process(len(some_ranks))[form], **ROUNDING)
+
+
+def test_fifty_steps_leave_ranks_equal_to_the_last_bit(some_ranks: list[dict[str, Any]]) -> None:
+    for results in some_ranks:
+        for first, own in zip(some_ranks[0]["long"], results["long"], strict=True):
+            assert torch.isfinite(own[2])
+            for place in (0, 1, 2, 3, 5, 6):  # all but the batch statistics, which are a rank's own
+                torch.testing.assert_close(own[place], first[place], rtol=0, atol=0)
+
+
+def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all_samples(
+    ranks: list[dict[str, Any]],
+) -> None:
+    out, model = ranks[0]["unequal"], convolutional()
+    shards = [images(unequal(rank), seed=rank) for rank in range(RANKS)]
+    cut = [(x[: len(x) // 2], y[: len(y) // 2]) for x, y in shards]
+
+    def loss_of_ranks(parts: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        sizes = [len(y) for _, y in parts]
+        return lambda output, target: (
+            sum(map(F.cross_entropy, output.split(sizes), target.split(sizes))) / RANKS  # type: ignore[return-value]
+        )
+
+    def joined(parts: Any) -> Any:
+        return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    proxy = oracle_proxy(model, loss_of_ranks(shards), *joined(shards))
+    shift = {name: Shift(*pair) for name, pair in out.perturbation.items()}
+    second = oracle_adversarial(model, loss_of_ranks(cut), *joined(cut), shift, 2)
+    expected = {name: 2 / 3 * grad + 1 / 3 * second.grads[name] for name, grad in proxy.grads.items()}
+    torch.testing.assert_close(out.grads, expected, **ROUNDING)
+    torch.testing.assert_close((out.loss, out.adversarial_loss), (proxy.loss, second.loss), **ROUNDING)
+    torch.testing.assert_close(out.buffers, proxy.buffers, check_dtype=False, **ROUNDING)
+    torch.testing.assert_close({k: Shift(*g) for k, g in out.stat_grads.items()}, proxy.stat_grads, **ROUNDING)
+
+
+def test_one_value_on_each_rank_has_a_variance(ranks: list[dict[str, Any]]) -> None:
+    values = torch.tensor([[-0.5], [0.5]]).double() / (0.25 + 1e-5) ** 0.5
+    for results, value in zip(ranks, values, strict=True):
+        torch.testing.assert_close(results["single rows"], value.expand(1, 3), **ROUNDING)
+
+
+def test_the_ascent_in_weights_follows_the_averaged_gradient(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["sam"] for results in ranks)
+    torch.testing.assert_close(first.grads, second.grads, rtol=0, atol=0)
+    shift = {name: Shift(*pair) for name, pair in first.perturbation.items()}
+    model, shards = convolutional(), [shard(rank, 0) for rank in range(RANKS)]
+    g = averaged([oracle_proxy(model, F.cross_entropy, *one).grads for one in shards])
+    norm = sum((grad**2).sum() for grad in g.values()) ** 0.5
+    up = convolutional()
+    with torch.no_grad():
+        for name, parameter in up.named_parameters():
+            parameter += 0.1 * g[name] / norm
+    second_grads = averaged([oracle_adversarial(up, F.cross_entropy, *one, shift, 2).grads for one in shards])
+    torch.testing.assert_close(first.grads, {k: (g[k] + second_grads[k]) / 2 for k in g}, **ROUNDING)
+
+
+def test_a_rule_of_several_gradients_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["ascend"] for results in ranks)
+    assert any((shift.mean != 0).any() for shift in first.values())
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_does_keep_theirs(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = (results["called sometimes"] for results in ranks)
+    torch.testing.assert_close(first.perturbation, second.perturbation, rtol=0, atol=0)
+    assert "second" in first.stats
+    assert "second" not in second.stats
+    assert set(first.perturbation["second"].mean.abs().tolist()) == {EPSILON}
+    assert set(first.perturbation["third"].mean.tolist()) == {0.05}
+
+
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert results["not finite"] == [(False, True)] * 2
+
+
+def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
+    model = convolutional()
+    trained = sum(parameter.numel() for parameter in model.parameters())
+    channels = sum(shift.mean.numel() for shift in init_perturbation(model).values())
+    # gradients, running statistics, both losses, and whether all is finite
+    bucket = trained + 2 * channels + 3
+    # statistics and their gradients, and how many ranks called each layer
+    statistics = 5 * channels
+    for results in ranks:
+        assert results["count"] == {
+            "two passes": [statistics, bucket],
+            "micro-batches": [statistics, statistics, bucket],
+            "ascent": [statistics, trained, bucket],
+            "one pass": [bucket, statistics],
+        }
+
+
+def test_a_step_on_several_ranks_compiles_and_maps(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        eager, compiled, swept = results["compiled"]
+        torch.testing.assert_close(compiled, eager, **ROUNDING)
+        torch.testing.assert_close({name: grad[0] for name, grad in swept.items()}, eager, **ROUNDING)
+        torch.testing.assert_close(compiled, ranks[0]["compiled"][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("settings", "RanksError: the settings of rank 1 differ from those of rank 0"),
+        ("form", "OnePassStep"),
+        ("model", "RanksError: the names, shapes and dtypes of params"),
+        ("values", "torch.distributed.broadcast"),
+        ("batch", "torch.float32 of 4 dimensions"),
+        ("drop-in", "RanksError: the settings of rank 1"),
+        ("groups", "SettingError: groups=-1"),
+        ("functional groups", "SettingError: groups=-1"),
+        ("rows", "BatchError: layer 'norm' is synchronised"),
+    ],
+)
+def test_what_differs_or_cannot_be_is_said_on_every_rank(what: str, words: str, ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert words in results["disagree"][what]
+
+
+def test_the_drop_in_is_the_same_in_every_wrapper(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        plain = results["wrappers"]["plain"]
+        assert len(plain) == 8
+        for name, found in results["wrappers"].items():
+            torch.testing.assert_close(found, plain, msg=lambda text, name=name: f"{name}: {text}", **ROUNDING)
+
+
+def test_without_a_wrapper_the_drop_in_takes_all_ranks_and_says_so_once(ranks: list[dict[str, Any]]) -> None:
+    late = [results["late"] for results in ranks]
+    for perturbation, said in (one["unsaid"] for one in late):
+        assert len(said) == 1
+        assert "averages statistic gradients over all 2 ranks" in said[0]
+        torch.testing.assert_close(perturbation, late[0]["world"][0], rtol=0, atol=0)
+    assert [one[name][1] for one in late for name in ("local", "world")] == [[]] * 4
+    own = [torch.cat([part for shift in one["local"][0].values() for part in shift]) for one in late]
+    assert not torch.equal(*own)
+
+
+def test_a_batch_of_distributed_tensors_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        assert results["distributed tensors"].startswith("BatchError: layer '1' got a DTensor")
+
+
+def test_a_process_group_is_needed_for_the_world_and_for_nothing_else() -> None:
+    model = convolutional()
+    with pytest.raises(SettingError, match="no process group is initialised"):
+        make_apart_step(model, F.cross_entropy, process_group="world")(*split_state(model), images())
+    with pytest.raises(SettingError, match="expected a ProcessGroup of this rank"):
+        APART(model, process_group="all")  # type: ignore[arg-type]
+    step = make_apart_step(model, F.cross_entropy, process_group="local")
+    assert step(*split_state(model), images()).all_finite
+
+
+# Faults.
+
+
+def lose(rank: int, folder: Path, how: str) -> None:
+    """Take steps; after the first the second rank is gone, or does not come for a long while."""
+    model = convolutional()
+    step = make_apart_step(model, F.cross_entropy, process_group="world")
+    with world(rank, folder, RANKS, seconds=6):
+        step(*split_state(model), shard(rank, 0))
+        if rank and how == "gone":
+            os._exit(1)
+        if rank:
+            time.sleep(30)
+        start = time.monotonic()
+        try:
+            step(*split_state(model), shard(rank, 0))
+        except RanksError as error:
+            torch.save((str(error), time.monotonic() - start), folder / f"{rank}.pt")
+            os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["gone", "hangs"])
+def test_a_rank_that_is_lost_ends_the_others_with_an_error(how: str, tmp_path: Path) -> None:
+    processes = [get_context("spawn").Process(target=lose, args=(rank, tmp_path, how)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    processes[0].join(120)
+    for process in processes[1:]:
+        process.kill()
+        process.join()
+    assert processes[0].exitcode == 0
+    said, _ = torch.load(tmp_path / "0.pt")
+    assert "rank 0 waited for the other ranks in vain" in said

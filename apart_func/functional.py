@@ -23,6 +23,7 @@ from apart_func._torch import Constants, copies_together, is_compiling, is_trace
 from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
 from apart_func.layer.affine import Parameters
+from apart_func.running import watch
 from apart_func.trees import Tensors
 
 
@@ -153,7 +154,7 @@ class FunctionalModel:
 
     def _prepare(self) -> None:
         register_einops()
-        self._fixed = _Template(self._module, self._aliases, self._momenta)
+        self._fixed = _Template(self._module, self._aliases, self._momenta, eager=False)
         self._of_threads = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ class FunctionalModel:
         template: _Template | None = getattr(self._of_threads, kind, None)
         if template is None:
             module = copy_model(self._module)
-            template = _Template(module.eval() if evaluates else module, self._aliases, self._momenta)
+            template = _Template(module.eval() if evaluates else module, self._aliases, self._momenta, eager=True)
             setattr(self._of_threads, kind, template)
         return template
 
@@ -246,13 +247,17 @@ class _Template:
             loss function reaches is looked for in every call.
     """
 
-    def __init__(self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None]) -> None:
+    def __init__(
+        self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None], eager: bool
+    ) -> None:
         self.module, self.checked = module, False
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in momenta}
         self.route = Route(layers, momenta)
         for layer in layers.values():
             if not is_stock(layer) and layer.momentum is None:
                 layer.momentum = 0.0  # None would make its forward read a counter, which no tracing allows
+        if eager:
+            watch(layers, self.route)
         self._program = _Program(module)
         self._aliases = [(f"module.{place}", name) for place, name in aliases.items()]
         registers = {name: owner._buffers for name, owner in module.named_modules()}

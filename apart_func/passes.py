@@ -306,6 +306,7 @@ class _Pass:
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
                 trusted = self._trusted(template, output)
+                layers.flush()
                 scale = self._precision.loss_scale
                 results = (_outcome(loss), _outcome(output), after(template))
                 return finish(Opened(loss if scale is None else loss * scale, results, layers.taps(), trusted))

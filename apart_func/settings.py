@@ -55,7 +55,7 @@ class Settings:
     def __str__(self) -> str:
         """The radius, and the settings that are not as they are by default."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        said = {name: value for name, (value, default) in values.items() if name == "epsilon" or value is not default}
+        said = {name: value for name, (value, default) in values.items() if name == "epsilon" or value != default}
         return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in said.items())
 
 

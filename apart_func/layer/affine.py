@@ -170,7 +170,7 @@ def _perturbed(channels: tuple[int, ...], groups: int, clean: int, device: torch
 
 
 @_kept
-def _spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number of each layer for all of its channels."""
     parts = zip(values, sizes, strict=True)
     return torch.cat([torch.full((size,), value, dtype=dtype, device=device) for value, size in parts])
@@ -258,11 +258,11 @@ class Tapped(NamedTuple):
 def together(vectors: Clean, calls: Sequence[Tapped]) -> Tapped:
     """One call of every layer as one call of all."""
     sizes = tuple(call.vectors.mean.shape[0] for call in calls)
-    spread = (
-        _spread(tuple(column), sizes, like=vectors.mean)
+    numbers = (
+        spread(tuple(column), sizes, like=vectors.mean)
         for column in zip(*((call.unbias, call.eps) for call in calls), strict=True)
     )
-    return Tapped(vectors, *spread)
+    return Tapped(vectors, *numbers)
 
 
 def over_layers(

@@ -280,6 +280,7 @@ class _Template:
             with self.route.opened(handler):
                 result = functional_call(self._program, lent, (function, self), tie_weights=False)
         finally:
+            self._lent = {}
             for layer, mode in self._modes:
                 if layer.training != mode:  # a forward may freeze its layers; the next call begins as this one
                     layer.training = mode

@@ -382,6 +382,11 @@ class _Forwards:
         """Note that the forward of the model has ended."""
         self._running = False
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clean and perturbed samples are in one batch."""
+        return isinstance(self._layer, MixedLayers)
+
     def _regroup(self, samples: int) -> None:
         if isinstance(self._layer, ShiftedLayers):
             groups = samples if self._groups == -1 else max(self._groups, 1)

@@ -151,6 +151,8 @@ class _Detour:
             return self.original(x, *args, **kwargs)
         route.reached = True
         if not layer.training:
+            if layer.running_mean is None and getattr(handler, "is_mixed", False):
+                raise _mixing(site)
             return self.original(x, *args, **kwargs)
         if site.stock:
             _check_dimensions(site, x)
@@ -216,6 +218,14 @@ def _check_dimensions(site: Site, x: Tensor) -> None:
         raise BatchError(
             f"layer {site.name!r} ({type(site.layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
         ) from error
+
+
+def _mixing(site: Site) -> ModelError:
+    return ModelError(
+        f"layer {site.name!r} ({type(site.layer).__name__}) is in evaluation mode and keeps no running statistics, so "
+        "it normalises clean and perturbed samples together, and one pass cannot tell them apart. Put it in training "
+        "mode, or use the step of two passes."
+    )
 
 
 def _bypassed(site: Site) -> ModelError:

@@ -130,6 +130,11 @@ class MixedLayers(ShiftedLayers):
             self.record.add(site, stats, sizes)
         return y
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clean and perturbed samples are in one batch."""
+        return self.grouping.groups > 1
+
     def flush(self) -> None:
         """Move the running statistics by what was put off."""
         self.record.flush()

@@ -270,7 +270,7 @@ class _Pass:
     ) -> None:
         if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
             raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
-        self._fmodel, self.layers, self.loss_fn = fmodel, fmodel.layers, loss_fn
+        self._fmodel, self.layers, self.loss_fn, self._criterion = fmodel, fmodel.layers, loss_fn, loss_fn
         self._tensors = fmodel.check_state(params, buffers)
         specialize([*self._tensors.values(), *tensors_of(batch)])
         self._inputs, self._target = input_and_target(_laid_out(batch, self._tensors))
@@ -359,7 +359,7 @@ class _Pass:
     def _name_of(self, parameter: nn.Parameter) -> str:
         if name := self._fmodel.name_of(parameter):
             return name
-        criterion = self.loss_fn.named_parameters() if isinstance(self.loss_fn, nn.Module) else ()
+        criterion = self._criterion.named_parameters() if isinstance(self._criterion, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
 

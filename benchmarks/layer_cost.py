@@ -145,7 +145,7 @@ def of_form(form: Callable[..., Any], layer: Layer, groups: int) -> object:
 FORMS = {"native_layer": native_layer, "KernelLayer": KernelLayer.apply, "arithmetic_layer": arithmetic_layer}
 
 
-def calls(layer: Layer, groups: tuple[int, ...], forms: bool) -> dict[str, Callable[[], object]]:
+def calls(layer: Layer, groups: tuple[int, ...], forms: bool = False) -> dict[str, Callable[[], object]]:
     """The functions to time against each other, by name."""
     named: dict[str, Callable[[], object]] = {PLAIN: lambda: plain(layer), "clean": lambda: clean(layer)}
     for number in groups:

@@ -27,7 +27,7 @@ from apart_func._torch import is_checkpointed, is_recomputing, is_traced
 from apart_func.distributed import data_parallel_group, mean_over_ranks
 from apart_func.errors import StateError, UsageError
 from apart_func.functional import check_model, named_tensors, unwrapped_names
-from apart_func.intercept import Route, Site, batch_norm_layers, is_stock, training_layers
+from apart_func.intercept import Route, Site, batch_norm_layers, check_unmixed, is_stock, training_layers
 from apart_func.layer.affine import FlatShifts, Parameters, flat_shifts
 from apart_func.layer.rows import Grouping, Rows
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers
@@ -171,6 +171,7 @@ class APART:
         Settings(clean_fraction=clean_fraction)
         clean = clean_groups(clean_fraction, self.groups)
         layers = self._enter("one_pass()")
+        check_unmixed(self.model)
         channels, like = _channels(layers), self._like()
         self._find_perturbation()
         shifts = zero_shifts(channels, like) | {

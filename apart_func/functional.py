@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from apart_func._torch import Constants, copies_together, is_compiling, is_traced, register_einops
 from apart_func.errors import ModelError, StateError, UsageError
-from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
+from apart_func.intercept import Handler, Route, Site, check_unmixed, is_stock, training_layers
 from apart_func.layer.affine import Parameters
 from apart_func.running import watch
 from apart_func.trees import Tensors
@@ -219,6 +219,10 @@ class FunctionalModel:
                     f"params[{name!r}] has dtype {tensor.dtype}, which has no gradient. Put it in buffers."
                 )
         return tensors
+
+    def check_unmixed(self) -> None:
+        """Make sure that no layer normalises samples of all groups together; see `intercept.check_unmixed`."""
+        check_unmixed(self._module)
 
     def name_of(self, parameter: nn.Parameter) -> str | None:
         """The name that a parameter has in the model this was made from; None where it is not of it."""

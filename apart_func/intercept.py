@@ -152,7 +152,7 @@ class _Detour:
         route.reached = True
         if not layer.training:
             if layer.running_mean is None and getattr(handler, "is_mixed", False):
-                raise _mixing(site)
+                raise _mixing(site.name, layer)
             return self.original(x, *args, **kwargs)
         if site.stock:
             _check_dimensions(site, x)
@@ -220,9 +220,20 @@ def _check_dimensions(site: Site, x: Tensor) -> None:
         ) from error
 
 
-def _mixing(site: Site) -> ModelError:
+def check_unmixed(model: nn.Module) -> None:
+    """Make sure that no layer normalises samples of all groups together.
+
+    Raises:
+        ModelError: one is in evaluation mode and keeps no running statistics.
+    """
+    for name, layer in batch_norm_layers(model).items():
+        if not layer.training and not layer.track_running_stats:
+            raise _mixing(name, layer)
+
+
+def _mixing(name: str, layer: nn.Module) -> ModelError:
     return ModelError(
-        f"layer {site.name!r} ({type(site.layer).__name__}) is in evaluation mode and keeps no running statistics, so "
+        f"layer {name!r} ({type(layer).__name__}) is in evaluation mode and keeps no running statistics, so "
         "it normalises clean and perturbed samples together, and one pass cannot tell them apart. Put it in training "
         "mode, or use the step of two passes."
     )

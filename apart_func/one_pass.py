@@ -83,7 +83,9 @@ def make_one_pass_step(
         raise rule.refusal()
     if groups != -1:
         clean_groups(clean_fraction, groups)
-    return OnePassStep(as_functional(model), loss_fn, settings)
+    fmodel = as_functional(model)
+    fmodel.check_unmixed()
+    return OnePassStep(fmodel, loss_fn, settings)
 
 
 class OnePassStep(Step):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_traced, parts
 from apart_func.layer.formula import statistics_dtype
 from apart_func.trees import BatchStats, Perturbation, StatGrads
 
@@ -224,7 +224,8 @@ def clean_of_layers(
     mean, unbiased = torch.zeros_like(weight, requires_grad=False), torch.zeros_like(weight, requires_grad=False)
     together = Clean(weight, bias, mean, unbiased)
     lengths = list(channels.values())
-    return together, dict(zip(channels, map(Clean, *(vector.split(lengths) for vector in together)), strict=True))
+    split = (*(tap.split(lengths) for tap in taps), *(parts(vector, lengths) for vector in (mean, unbiased)))
+    return together, dict(zip(channels, map(Clean, *split), strict=True))
 
 
 class Tapped(NamedTuple):

@@ -24,7 +24,7 @@ from apart_func.errors import ModelError, StateError, UsageError
 from apart_func.intercept import Handler, Route, Site, check_unmixed, is_stock, training_layers
 from apart_func.layer.affine import Parameters
 from apart_func.running import watch
-from apart_func.trees import Tensors
+from apart_func.trees import Tensors, check_by_name
 
 
 def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
@@ -71,6 +71,7 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor]) -> None:
         StateError: a key names no parameter, or a shape differs; the model is then unchanged.
     """
     check_model(model)
+    check_by_name("grads", grads)
     targets = dict(model.named_parameters())
     if not all(name in targets for name in grads):
         targets, grads = unwrapped_names(targets), unwrapped_names(grads)
@@ -98,6 +99,19 @@ def call_module(module: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(inputs)
+
+
+def check_loss_function(loss_fn: Any) -> None:
+    """Make sure that a loss function can be called.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not callable(loss_fn):
+        raise UsageError(
+            f"loss_fn is a {type(loss_fn).__name__}; expected a function (output, target) -> scalar, such as "
+            "torch.nn.functional.cross_entropy."
+        )
 
 
 def scalar_loss(loss: Any) -> Tensor:

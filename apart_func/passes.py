@@ -20,10 +20,17 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_compiling, is_mapped, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
-from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
+from apart_func.errors import BatchError, ModelError, SettingError, UsageError
+from apart_func.functional import (
+    FunctionalModel,
+    LossFunction,
+    _Template,
+    call_module,
+    check_loss_function,
+    scalar_loss,
+)
 from apart_func.layer.affine import flat_shifts, over_layers
-from apart_func.layer.rows import Grouping, Rows, number_of_groups
+from apart_func.layer.rows import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers, Shifts
 from apart_func.running import assign
 from apart_func.trees import (
@@ -142,6 +149,7 @@ def adversarial_pass(
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    check_rows(rows)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
     layers = ShiftedLayers(run.layers, run.point(perturbation, grouping.groups), grouping)
@@ -226,6 +234,7 @@ def mixed_pass(
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
+    check_rows(rows)
     check_perturbation(fmodel.layers, perturbation, 1)
     point = run.point(perturbation, groups, clean)
     layers = MixedLayers(run.layers, point, Grouping(groups, run.samples, rows), clean, assign, run.like.dtype)
@@ -268,6 +277,9 @@ class _Pass:
         batch: Any,
         precision: Precision,
     ) -> None:
+        if not isinstance(fmodel, FunctionalModel):
+            raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
+        check_loss_function(loss_fn)
         if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
             raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
         self._fmodel, self.layers, self.loss_fn, self._criterion = fmodel, fmodel.layers, loss_fn, loss_fn

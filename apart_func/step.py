@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import Constants, is_traced, lerp_all
 from apart_func.errors import BatchError
-from apart_func.functional import FunctionalModel, LossFunction, as_functional
+from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_loss_function
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import (
@@ -30,7 +30,7 @@ from apart_func.passes import (
     zero_shifts,
 )
 from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit, sign_perturbation
-from apart_func.settings import Settings, scalar
+from apart_func.settings import Settings, check_radius, scalar
 from apart_func.trees import (
     PerturbationTree,
     StatGradTree,
@@ -39,6 +39,7 @@ from apart_func.trees import (
     Tensors,
     all_finite,
     batch_size,
+    check_by_name,
     concatenated,
     constant,
     cut_batch,
@@ -117,6 +118,7 @@ class Step:
     """
 
     def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
+        check_loss_function(loss_fn)
         self.fmodel, self.loss_fn = fmodel, loss_fn
         self._constants = Constants(settings=settings)
 
@@ -273,6 +275,9 @@ def climb(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float)
         grads: g, likewise.
         rho: radius ρ ≥ 0.
     """
+    check_by_name("params", params)
+    check_by_name("grads", grads)
+    check_radius("rho", rho)
     norm = global_norm(grads)
     length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     return {name: param + length.to(param.real.dtype) * grads[name] for name, param in params.items()}

@@ -85,6 +85,11 @@ def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Te
     return list(torch._foreach_lerp(starts, ends, weight))
 
 
+def parts(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The parts of a vector, of which one may be changed in place without a word to those who have saved another."""
+    return torch.unsafe_split_with_sizes(joined, sizes)
+
+
 @torch.no_grad()
 def copies_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies that can be changed in place. Vectors of a kind are copied together: they are many, and small."""
@@ -93,13 +98,13 @@ def copies_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         kinds.setdefault((tensor.dim(), tensor.dtype, tensor.device), []).append(name)
     found: dict[str, Tensor] = {}
     for (dim, dtype, _), names in kinds.items():
-        parts: Sequence[Tensor]
+        copies: Sequence[Tensor]
         if dim == 1:
             joined = torch.cat([tensors[name] for name in names])
-            parts = torch.unsafe_split_with_sizes(joined, [tensors[name].shape[0] for name in names])
+            copies = parts(joined, [tensors[name].shape[0] for name in names])
         elif dim == 0 and not dtype.is_floating_point:
-            parts = torch.stack([tensors[name] for name in names]).unbind()
+            copies = torch.stack([tensors[name] for name in names]).unbind()
         else:
-            parts = [tensors[name].clone() for name in names]
-        found.update(zip(names, parts, strict=True))
+            copies = [tensors[name].clone() for name in names]
+        found.update(zip(names, copies, strict=True))
     return {name: found[name] for name in tensors}

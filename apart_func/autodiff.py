@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_compiling, is_traced, unwrapped
 from apart_func.errors import UsageError
-from apart_func.trees import Tensors, tensors_of, with_tensors
+from apart_func.trees import Tensors, check_by_name, tensors_of, with_tensors
 
 
 class Opened(NamedTuple):
@@ -79,9 +79,15 @@ def grad_and_value(
     Raises:
         UsageError: as `differentiate`.
     """
+    if not callable(function):
+        raise UsageError(f"function is a {type(function).__name__}; expected params -> (loss, aux).")
+    check_by_name("params", params)
 
     def compute(trained: Tensors, finish: Callable[[Opened], Any]) -> Any:
-        return finish(Opened(*function(trained)))
+        pair = function(trained)
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0):
+            raise UsageError(f"function returned a {type(pair).__name__}; expected (loss, aux), with a 0-d loss.")
+        return finish(Opened(*pair))
 
     (grads,), loss, aux, _ = differentiate(compute, params)
     return grads, loss, aux

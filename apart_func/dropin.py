@@ -29,7 +29,7 @@ from apart_func._torch import is_checkpointed, is_recomputing, is_traced
 from apart_func.distributed import Agreement, check_groups, described_state, is_synchronised, ranks_of_module
 from apart_func.errors import StateError, UsageError
 from apart_func.functional import check_model, named_tensors, unwrapped_names
-from apart_func.intercept import Route, Site, batch_norm_layers, is_stock, training_layers
+from apart_func.intercept import Route, Site, batch_norm_layers, check_unmixed, is_stock, training_layers
 from apart_func.layer.affine import FlatShifts, Parameters, flat_shifts
 from apart_func.layer.rows import Grouping, Rows
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers
@@ -179,6 +179,7 @@ class APART:
         clean = clean_groups(clean_fraction, self.groups)
         layers = self._enter("one_pass()")
         check_groups(self.groups, layers.values())
+        check_unmixed(self.model)
         channels, like = _channels(layers), self._like()
         self._find_perturbation()
         shifts = zero_shifts(channels, like) | {
@@ -410,6 +411,11 @@ class _Forwards:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note that the forward of the model has ended."""
         self._running = False
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clean and perturbed samples are in one batch."""
+        return isinstance(self._layer, MixedLayers)
 
     def _regroup(self, samples: int) -> None:
         if isinstance(self._layer, ShiftedLayers):

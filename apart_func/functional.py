@@ -22,10 +22,11 @@ from torch.nn.parameter import is_lazy
 from apart_func._torch import Constants, copies_together, is_compiling, is_traced, register_einops
 from apart_func.distributed import synchronisation
 from apart_func.errors import ModelError, StateError, UsageError
-from apart_func.intercept import Handler, Route, Site, is_stock, training_layers
+from apart_func.intercept import Handler, Route, Site, check_unmixed, is_stock, training_layers
 from apart_func.layer import perturbed_batch_norm
 from apart_func.layer.affine import Parameters, affine
-from apart_func.trees import Perturbation, Tensors
+from apart_func.running import watch
+from apart_func.trees import Perturbation, Tensors, check_by_name
 
 
 def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
@@ -72,6 +73,7 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor]) -> None:
         StateError: a key names no parameter, or a shape differs; the model is then unchanged.
     """
     check_model(model)
+    check_by_name("grads", grads)
     targets = dict(model.named_parameters())
     if not all(name in targets for name in grads):
         targets, grads = unwrapped_names(targets), unwrapped_names(grads)
@@ -99,6 +101,19 @@ def call_module(module: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(inputs)
+
+
+def check_loss_function(loss_fn: Any) -> None:
+    """Make sure that a loss function can be called.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not callable(loss_fn):
+        raise UsageError(
+            f"loss_fn is a {type(loss_fn).__name__}; expected a function (output, target) -> scalar, such as "
+            "torch.nn.functional.cross_entropy."
+        )
 
 
 def scalar_loss(loss: Any) -> Tensor:
@@ -165,7 +180,7 @@ class FunctionalModel:
 
     def _prepare(self) -> None:
         register_einops()
-        self._fixed = _Template(self._module, self._aliases, self._momenta)
+        self._fixed = _Template(self._module, self._aliases, self._momenta, eager=False)
         self._of_threads = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,6 +246,10 @@ class FunctionalModel:
                 )
         return tensors
 
+    def check_unmixed(self) -> None:
+        """Make sure that no layer normalises samples of all groups together; see `intercept.check_unmixed`."""
+        check_unmixed(self._module)
+
     def name_of(self, parameter: nn.Parameter) -> str | None:
         """The name that a parameter has in the model this was made from; None where it is not of it."""
         reference, name = self._of_caller.get(id(parameter), (None, None))
@@ -243,7 +262,7 @@ class FunctionalModel:
         template: _Template | None = getattr(self._of_threads, kind, None)
         if template is None:
             module = copy_model(self._module)
-            template = _Template(module.eval() if evaluates else module, self._aliases, self._momenta)
+            template = _Template(module.eval() if evaluates else module, self._aliases, self._momenta, eager=True)
             setattr(self._of_threads, kind, template)
         return template
 
@@ -258,13 +277,17 @@ class _Template:
             loss function reaches is looked for in every call.
     """
 
-    def __init__(self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None]) -> None:
+    def __init__(
+        self, module: nn.Module, aliases: Mapping[str, str], momenta: Mapping[str, float | None], eager: bool
+    ) -> None:
         self.module, self.checked = module, False
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in momenta}
         self.route = Route(layers, momenta)
         for layer in layers.values():
             if not is_stock(layer) and layer.momentum is None:
                 layer.momentum = 0.0  # None would make its forward read a counter, which no tracing allows
+        if eager:
+            watch(layers, self.route)
         self._program = _Program(module)
         self._aliases = [(f"module.{place}", name) for place, name in aliases.items()]
         registers = {name: owner._buffers for name, owner in module.named_modules()}
@@ -287,6 +310,7 @@ class _Template:
             with self.route.opened(handler):
                 result = functional_call(self._program, lent, (function, self), tie_weights=False)
         finally:
+            self._lent = {}
             for layer, mode in self._modes:
                 if layer.training != mode:  # a forward may freeze its layers; the next call begins as this one
                     layer.training = mode

@@ -151,6 +151,8 @@ class _Detour:
             return self.original(x, *args, **kwargs)
         route.reached = True
         if not layer.training:
+            if layer.running_mean is None and getattr(handler, "is_mixed", False):
+                raise _mixing(site.name, layer)
             return self.original(x, *args, **kwargs)
         if site.stock:
             _check_dimensions(site, x)
@@ -216,6 +218,25 @@ def _check_dimensions(site: Site, x: Tensor) -> None:
         raise BatchError(
             f"layer {site.name!r} ({type(site.layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
         ) from error
+
+
+def check_unmixed(model: nn.Module) -> None:
+    """Make sure that no layer normalises samples of all groups together.
+
+    Raises:
+        ModelError: one is in evaluation mode and keeps no running statistics.
+    """
+    for name, layer in batch_norm_layers(model).items():
+        if not layer.training and not layer.track_running_stats:
+            raise _mixing(name, layer)
+
+
+def _mixing(name: str, layer: nn.Module) -> ModelError:
+    return ModelError(
+        f"layer {name!r} ({type(layer).__name__}) is in evaluation mode and keeps no running statistics, so "
+        "it normalises clean and perturbed samples together, and one pass cannot tell them apart. Put it in training "
+        "mode, or use the step of two passes."
+    )
 
 
 def _bypassed(site: Site) -> ModelError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apart_func._torch import is_recomputing
+from apart_func._torch import is_recomputing, is_traced
 from apart_func.distributed import synchronisation
 from apart_func.intercept import Site
 from apart_func.layer import clean_batch_norm
@@ -32,7 +32,7 @@ from apart_func.layer.affine import (
 )
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import Grouping, Normed, check_input, check_variance, grouped_batch_norm
-from apart_func.running import Record, Store, advance, as_called, pooled
+from apart_func.running import Move, Record, Store, advance, advance_together, as_called, assign
 from apart_func.trees import BatchStats, StatGrads, StatGradTree, StatTree
 
 # A perturbation by layer; or, in an eager pass, of all layers together under this name.
@@ -69,6 +69,9 @@ class ShiftedLayers:
     def taps(self) -> list[Tensor]:
         """What the loss is differentiated by besides the arguments of the pass."""
         return []
+
+    def flush(self) -> None:
+        """Move the running statistics by what was put off: nothing, here."""
 
     def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
         """The layer, and the statistics of its groups."""
@@ -121,17 +124,23 @@ class MixedLayers(ShiftedLayers):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(channels, shifts, grouping)
-        self._clean = clean
-        self.record = Record(store, dtype)
+        self.record = Record(store, dtype, grouping.groups, clean, later=store is assign and not is_traced())
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         """See `intercept.Handler`."""
         y, stats, sizes = self.normalized(site, x, weight, bias, eps)
         if not is_recomputing():
-            if self.grouping.groups > 1:
-                stats, sizes = pooled(stats, sizes, self.grouping.groups, self._clean)
             self.record.add(site, stats, sizes)
         return y
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether clean and perturbed samples are in one batch."""
+        return self.grouping.groups > 1
+
+    def flush(self) -> None:
+        """Move the running statistics by what was put off."""
+        self.record.flush()
 
 
 class _Forward:
@@ -167,6 +176,7 @@ class CleanLayers:
         self.channels, self._store, self._like, self._retain = channels, store, like, retain
         self.is_prepared = True
         self._forwards = [_Forward({}, channels)]
+        self._waiting: list[Move] = []
 
     def prepare(self, parameters: dict[str, Parameters]) -> None:
         """Put the vectors of all layers together for a forward."""
@@ -187,7 +197,11 @@ class CleanLayers:
         y = clean_batch_norm(x, vectors, eps)
         if not is_recomputing():
             size = x.numel() // x.shape[1]
-            advance(site, vectors.mean, vectors.unbiased, self._store)
+            move = Move(site, vectors.mean, vectors.unbiased)
+            if self._store is assign:
+                self._waiting.append(move)
+            else:
+                advance(move, self._store)
             forward.calls.append((name, Tapped(vectors, (size - 1) / size, eps), prepared))
         return y
 
@@ -198,6 +212,11 @@ class CleanLayers:
     def taps(self) -> list[Tensor]:
         """What the loss is differentiated by besides the arguments of the pass."""
         return [tap for forward in self._forwards for tap in forward.taps()]
+
+    def flush(self) -> None:
+        """Move the running statistics by what was put off."""
+        waiting, self._waiting = self._waiting, []
+        advance_together(waiting)
 
     def statistics(self) -> StatTree:
         """Batch statistics of the layers that were called."""

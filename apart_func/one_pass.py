@@ -30,6 +30,7 @@ from apart_func.trees import (
     Tensors,
     all_finite,
     batch_size,
+    check_by_name,
     constant,
     vectors,
 )
@@ -89,7 +90,9 @@ def make_one_pass_step(
         raise rule.refusal()
     if groups != -1:
         clean_groups(clean_fraction, groups)
-    return OnePassStep(as_functional(model), loss_fn, settings)
+    fmodel = as_functional(model)
+    fmodel.check_unmixed()
+    return OnePassStep(fmodel, loss_fn, settings)
 
 
 class OnePassStep(Step):
@@ -209,6 +212,10 @@ def clean_stat_grads(stat_grads: StatGradTree, clean: int) -> StatGradTree:
         stat_grads: of a `mixed_pass`.
         clean: how many of the groups were clean, the first ones.
     """
+    check_by_name("stat_grads", stat_grads)
+    groups = min((mean.shape[0] if mean.dim() == 2 else 0 for mean, _ in stat_grads.values()), default=0)
+    if not isinstance(clean, int) or isinstance(clean, bool) or not 0 < clean <= groups:
+        raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and no more than there are.")
 
     def of_layer(mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         share = clean / mean.shape[0]

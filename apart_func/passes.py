@@ -21,10 +21,17 @@ from torch import Tensor, nn
 from apart_func._torch import is_compiling, is_mapped, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
 from apart_func.distributed import check_groups, is_synchronised
-from apart_func.errors import BatchError, SettingError, UsageError
-from apart_func.functional import FunctionalModel, LossFunction, _Template, call_module, scalar_loss
+from apart_func.errors import BatchError, ModelError, SettingError, UsageError
+from apart_func.functional import (
+    FunctionalModel,
+    LossFunction,
+    _Template,
+    call_module,
+    check_loss_function,
+    scalar_loss,
+)
 from apart_func.layer.affine import flat_shifts, over_layers
-from apart_func.layer.rows import Grouping, Rows, number_of_groups
+from apart_func.layer.rows import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers, Shifts
 from apart_func.running import assign
 from apart_func.trees import (
@@ -145,6 +152,7 @@ def adversarial_pass(
     """
     run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
     check_groups(groups, fmodel.modules())
+    check_rows(rows)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
     layers = ShiftedLayers(run.layers, run.point(perturbation, grouping.groups), grouping)
@@ -230,6 +238,7 @@ def mixed_pass(
     check_groups(groups, fmodel.modules())
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
+    check_rows(rows)
     check_perturbation(fmodel.layers, perturbation, 1)
     point = run.point(perturbation, groups, clean)
     layers = MixedLayers(run.layers, point, Grouping(groups, run.samples, rows), clean, assign, run.like.dtype)
@@ -272,9 +281,12 @@ class _Pass:
         batch: Any,
         precision: Precision,
     ) -> None:
+        if not isinstance(fmodel, FunctionalModel):
+            raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
+        check_loss_function(loss_fn)
         if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
             raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
-        self._fmodel, self.layers, self.loss_fn = fmodel, fmodel.layers, loss_fn
+        self._fmodel, self.layers, self.loss_fn, self._criterion = fmodel, fmodel.layers, loss_fn, loss_fn
         self._tensors = fmodel.check_state(params, buffers)
         specialize([*self._tensors.values(), *tensors_of(batch)])
         self._inputs, self._target = input_and_target(_laid_out(batch, self._tensors))
@@ -310,6 +322,7 @@ class _Pass:
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
                 trusted = self._trusted(template, output)
+                layers.flush()
                 scale = self._precision.loss_scale
                 results = (_outcome(loss), _outcome(output), after(template))
                 return finish(Opened(loss if scale is None else loss * scale, results, layers.taps(), trusted))
@@ -362,7 +375,7 @@ class _Pass:
     def _name_of(self, parameter: nn.Parameter) -> str:
         if name := self._fmodel.name_of(parameter):
             return name
-        criterion = self.loss_fn.named_parameters() if isinstance(self.loss_fn, nn.Module) else ()
+        criterion = self._criterion.named_parameters() if isinstance(self._criterion, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
 

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from apart_func._torch import is_traced
 from apart_func.errors import SettingError, StateError
-from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatGrads, StatGradTree, StatTree
+from apart_func.trees import (
+    BatchStats,
+    Perturbation,
+    PerturbationTree,
+    StatGrads,
+    StatGradTree,
+    StatTree,
+    check_by_name,
+)
 
 
 class Rule(Protocol):
@@ -194,7 +202,7 @@ def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise SettingError(f"steps={steps!r}; expected a positive number of gradients, such as 3.")
     length = 2.5 / steps if step_size is None else step_size
-    if not (isinstance(length, int | float) and math.isfinite(length) and length > 0):
+    if isinstance(step_size, bool) or not (isinstance(length, int | float) and math.isfinite(length) and length > 0):
         raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
     return IterativeRule(partial(_ascended, steps=steps, length=length), f"multi_step({steps})")
 
@@ -256,6 +264,11 @@ def perturbed_stats(
         SettingError: a |δσ| ≥ 1, where the standard deviation would be infinite or negative.
         StateError: a layer in `stats` has no perturbation, or one of another width.
     """
+    check_by_name("stats", stats)
+    check_by_name("perturbation", perturbation)
+    known = isinstance(eps, int | float) and not isinstance(eps, bool)
+    if not known and not (isinstance(eps, Mapping) and set(stats) <= set(eps)):
+        raise SettingError(f"eps is a {type(eps).__name__}; expected BN's constant, or one for every layer in stats.")
     return {
         layer: _perturbed(layer, moments, perturbation, eps[layer] if isinstance(eps, Mapping) else eps)
         for layer, moments in stats.items()

@@ -1,15 +1,20 @@
-"""What a pass records of batch norm, and how running statistics move: at each call, as in a plain forward.
+"""What a pass records of batch norm, and how running statistics move.
+
+They move at each call of a layer, as in a plain forward. An eager pass of the functional model puts that off until
+somebody looks (`Watched`), or the forward ends: then all layers move together, in a few operations.
 
 Statistics of ghost groups are taken together for it: running statistics are those of samples, not of groups.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from apart_func.intercept import Site
+from apart_func.intercept import Route, Site
+from apart_func.layer.affine import spread
 from apart_func.trees import BatchStats, StatTree, stacked
 
 # How a buffer of a layer gets its new value: (layer, key, value).
@@ -24,19 +29,89 @@ def assign(layer: Any, key: str, value: Tensor) -> None:
 @torch.no_grad()
 def overwrite(layer: Any, key: str, value: Tensor) -> None:
     """Change the buffer of the user's layer in place, as PyTorch does."""
-    getattr(layer, key).copy_(value)
+    layer._buffers[key].copy_(value)
+
+
+class Move(NamedTuple):
+    """A batch by which the running statistics of a layer move.
+
+    Attributes:
+        site: the layer. One with a forward of its own counts the batch itself.
+        mean: of the batch, `(C,)`.
+        unbiased: its unbiased variance, `(C,)`.
+    """
+
+    site: Site
+    mean: Tensor
+    unbiased: Tensor
+
+
+def advance(move: Move, store: Store) -> None:
+    """Move a layer's running statistics by one batch, as plain batch norm does.
+
+    Args:
+        move: the layer and its batch.
+        store: how the layer gets the new values.
+    """
+    site, mean, unbiased = move
+    buffers = site.layer._buffers
+    if not is_tracked(site):
+        return
+    count = buffers["num_batches_tracked"]
+    if site.stock and count is not None:
+        count = count + 1
+        store(site.layer, "num_batches_tracked", count)
+    weight: Any = site.momentum
+    if weight is None:  # all batches weigh alike; without a counter none does, as in PyTorch
+        weight = 0.0 if count is None else torch.reciprocal(count.to(mean.dtype))
+    for key, new in (("running_mean", mean), ("running_var", unbiased)):
+        old: Any = buffers[key]
+        # computed in the dtype of the batch's statistics, and kept in that of the running ones
+        moved = torch.lerp(old, new, weight) if old.dtype == new.dtype else torch.lerp(old.to(new), new, weight).to(old)
+        store(site.layer, key, moved)
+
+
+def advance_together(moves: Sequence[Move]) -> None:
+    """Move the running statistics of layers that are nobody else's, in order; alike ones at once. Eager only."""
+    tracked = [move for move in moves if is_tracked(move.site)]
+    layers = [move.site.layer for move in tracked]
+    counts: list[Any] = [layer._buffers["num_batches_tracked"] for layer in layers]
+    momenta: tuple[Any, ...] = tuple(move.site.momentum for move in tracked)
+    columns: list[list[Any]] = [[layer._buffers[key] for layer in layers] for key in ("running_mean", "running_var")]
+    columns += [[move.mean for move in tracked], [move.unbiased for move in tracked]]
+    alike = len(tracked) > 1 and len({id(layer) for layer in layers}) == len(layers)
+    alike = alike and all(move.site.stock for move in tracked) and None not in momenta and None not in counts
+    if not alike or len({(vector.dtype, vector.device) for column in columns for vector in column}) > 1:
+        for move in tracked:
+            advance(move, assign)
+        return
+    sizes = [move.mean.shape[0] for move in tracked]
+    old_mean, old_var, mean, unbiased = (torch.cat(column) for column in columns)
+    weight = momenta[0] if len(set(momenta)) == 1 else spread(momenta, tuple(sizes), like=mean)
+    new = (torch.lerp(old, now, weight).split(sizes) for old, now in ((old_mean, mean), (old_var, unbiased)))
+    for layer, count, moved_mean, moved_var in zip(layers, torch._foreach_add(counts, 1), *new, strict=True):
+        layer._buffers.update(num_batches_tracked=count, running_mean=moved_mean, running_var=moved_var)
+
+
+def is_tracked(site: Site) -> bool:
+    """Whether a layer keeps running statistics."""
+    return bool(site.layer.track_running_stats) and site.layer._buffers["running_mean"] is not None
 
 
 class Record:
-    """The statistics of every call of a pass, by layer.
+    """The statistics of every call of a pass, by layer: those of the clean groups taken together.
 
     Args:
         store: how running statistics get their new value.
         dtype: of the recorded statistics.
+        groups: number of ghost groups G that the statistics are of.
+        clean: how many of them are written down, the first ones.
+        later: whether to put everything off until `flush`.
     """
 
-    def __init__(self, store: Store, dtype: torch.dtype) -> None:
-        self._store, self._dtype = store, dtype
+    def __init__(self, store: Store, dtype: torch.dtype, groups: int = 1, clean: int = 1, later: bool = False) -> None:
+        self._store, self._dtype, self._groups, self._clean, self._later = store, dtype, groups, clean, later
+        self._waiting: list[tuple[Site, BatchStats, Any]] = []
         self._calls: dict[str, list[BatchStats]] = {}
 
     def add(self, site: Site, stats: BatchStats, sizes: Any) -> None:
@@ -44,18 +119,54 @@ class Record:
 
         Args:
             site: the layer.
-            stats: its batch statistics, `(C,)`.
-            sizes: values a channel that they are of.
+            stats: batch statistics of every channel of every group, `(G·C,)`.
+            sizes: values a channel in a group, or `(G, 1)` where groups differ.
         """
+        if self._later and not isinstance(sizes, Tensor):
+            self._waiting.append((site, stats, sizes))
+            return
         if self._store is overwrite:  # else a compiled backward would also differentiate the statistics, by nothing
             stats = BatchStats(stats.mean.detach(), stats.var.detach())
-        advance(site, stats.mean, stats.var * (sizes / (sizes - 1)), self._store)
+        if self._groups > 1:
+            mean, var = (part.view(self._groups, -1)[: self._clean] for part in stats)
+            stats, sizes = pooled(mean, var, sizes)
+        advance(Move(site, stats.mean, stats.var * (sizes / (sizes - 1))), self._store)
+        self._note(site, stats)
+
+    def _note(self, site: Site, stats: BatchStats) -> None:
         if stats.mean.dtype != self._dtype:
             stats = BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype))
         self._calls.setdefault(site.name, []).append(stats)
 
+    def flush(self) -> None:
+        """Do what was put off."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        if len({(stats.mean.dtype, stats.mean.device) for _, stats, _ in waiting}) > 1:
+            self._later = False
+            for call in waiting:
+                self.add(*call)
+            self._later = True
+            return
+        groups, channels = self._groups, tuple(stats.mean.shape[0] // self._groups for _, stats, _ in waiting)
+        mean, var = (
+            torch.cat([part.view(groups, -1) for part in column], dim=1)[: self._clean]
+            for column in zip(*(stats for _, stats, _ in waiting), strict=True)
+        )
+        together = pooled(mean, var, 0)[0] if groups > 1 else BatchStats(mean[0], var[0])
+        counts = [size * self._clean for _, _, size in waiting]
+        unbias = spread(tuple(count / (count - 1) for count in counts), channels, like=mean)
+        columns = (vector.split(channels) for vector in (*together, together.var * unbias))
+        moves = []
+        for (site, _, _), mean, var, unbiased in zip(waiting, *columns, strict=True):
+            self._note(site, BatchStats(mean, var))
+            moves.append(Move(site, mean, unbiased))
+        advance_together(moves)
+
     def statistics(self) -> StatTree:
         """Batch statistics of the recorded calls; see `as_called`."""
+        self.flush()
         return as_called(self._calls)
 
 
@@ -64,48 +175,45 @@ def as_called(calls: Mapping[str, Sequence[BatchStats]]) -> StatTree:
     return {layer: stats[0] if len(stats) == 1 else stacked(list(stats)) for layer, stats in calls.items()}
 
 
-def pooled(stats: BatchStats, sizes: Any, groups: int, clean: int) -> tuple[BatchStats, Any]:
-    """Statistics `(C,)` of the samples of the first ghost groups together, and how many values they are of.
+def pooled(mean: Tensor, var: Tensor, sizes: Any) -> tuple[BatchStats, Any]:
+    """Statistics `(C,)` of the samples of several ghost groups together, and how many values they are of.
 
     The mean is the mean of their means, and the variance the mean of their variances plus the variance of their means.
 
     Args:
-        stats: those of each group, `(G·C,)`.
-        sizes: values a channel in a group, or `(G, 1)` where groups differ.
-        groups: number of groups G.
-        clean: how many of the groups to take together.
+        mean: of each group, `(G, C)`.
+        var: biased variance, likewise.
+        sizes: values a channel in a group, or a `(G', 1)` tensor with them first where groups differ.
     """
-    mean, var = (part.view(groups, -1)[:clean] for part in stats)
+    groups = mean.shape[0]
     if isinstance(sizes, Tensor) and sizes.dim():
-        size = sizes[:clean].sum()
-        share = sizes[:clean] / size
+        size = sizes[:groups].sum()
+        share = sizes[:groups] / size
         center = (share * mean).sum(0)
         return BatchStats(center, (share * (var + (mean - center).square())).sum(0)), size
     between, center = torch.var_mean(mean, 0, unbiased=False)
-    return BatchStats(center, between.add_(var.mean(0))), sizes * clean
+    return BatchStats(center, between + var.mean(0)), sizes * groups
 
 
-def advance(site: Site, mean: Tensor, unbiased: Tensor, store: Store) -> None:
-    """Move a layer's running statistics by one batch, as plain batch norm does.
+def watch(layers: Mapping[str, nn.Module], route: Route) -> None:
+    """Let private layers do what was put off before somebody looks at their running statistics."""
+    for layer in layers.values():
+        kind: Any = type(layer)
+        layer.__class__ = _watched(kind)
+        vars(layer)["_route"] = route
 
-    Args:
-        site: the layer. One with a forward of its own counts the batch itself.
-        mean: of the batch, `(C,)`.
-        unbiased: its unbiased variance, `(C,)`.
-        store: how the layer gets the new values.
-    """
-    layer = site.layer
-    if not layer.track_running_stats or layer.running_mean is None:
-        return
-    count = layer.num_batches_tracked
-    if site.stock and count is not None:
-        count = count + 1
-        store(layer, "num_batches_tracked", count)
-    weight: Any = site.momentum
-    if weight is None:  # all batches weigh alike; without a counter none does, as in PyTorch
-        weight = 0.0 if count is None else torch.reciprocal(count.to(mean.dtype))
-    for key, new in (("running_mean", mean), ("running_var", unbiased)):
-        old = getattr(layer, key)
-        # computed in the dtype of the batch's statistics, and kept in that of the running ones
-        moved = torch.lerp(old, new, weight) if old.dtype == new.dtype else torch.lerp(old.to(new), new, weight).to(old)
-        store(layer, key, moved)
+
+@cache
+def _watched(kind: Any) -> Any:
+    """A kind of layer whose running statistics are up to date whenever they are read."""
+
+    class Watched(kind):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            if name in ("running_mean", "running_var", "num_batches_tracked"):
+                handler = vars(self)["_route"].handler
+                if hasattr(handler, "flush"):
+                    handler.flush()
+            return super().__getattr__(name)
+
+    Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
+    return Watched

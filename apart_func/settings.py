@@ -43,8 +43,7 @@ class Settings:
             raise SettingError(
                 f"ratio={self.ratio!r}; expected 0 < ratio ≤ 1, the share of samples in the adversarial pass."
             )
-        if not (_is_number(self.rho) and math.isfinite(self.rho) and self.rho >= 0):
-            raise SettingError(f"rho={self.rho!r}; expected a finite radius ≥ 0, such as 0.05.")
+        check_radius("rho", self.rho)
         if self.remainder not in ("error", "drop"):
             raise SettingError(f"remainder={self.remainder!r}; expected 'error' or 'drop'.")
         if not _is_number(self.clean_fraction):
@@ -57,7 +56,7 @@ class Settings:
     def __str__(self) -> str:
         """The radius, and the settings that are not as they are by default."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        said = {name: value for name, (value, default) in values.items() if name == "epsilon" or value is not default}
+        said = {name: value for name, (value, default) in values.items() if name == "epsilon" or value != default}
         return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in said.items())
 
     def described(self) -> str:
@@ -72,6 +71,16 @@ def _described(value: Any) -> str:
     if value is None or isinstance(value, str | int | float | torch.dtype):
         return repr(value)
     return str(getattr(value, "name", getattr(value, "__name__", type(value).__name__)))
+
+
+def check_radius(name: str, value: Any) -> None:
+    """Make sure that a setting is a radius.
+
+    Raises:
+        SettingError: it is no number, negative, or not finite.
+    """
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise SettingError(f"{name}={value!r}; expected a finite radius ≥ 0, such as 0.05.")
 
 
 def _is_number(value: Any) -> bool:

@@ -28,7 +28,7 @@ from apart_func.distributed import (
     ranks_of,
 )
 from apart_func.errors import BatchError
-from apart_func.functional import FunctionalModel, LossFunction, as_functional
+from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_loss_function
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import (
@@ -41,7 +41,7 @@ from apart_func.passes import (
     zero_shifts,
 )
 from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit, sign_perturbation
-from apart_func.settings import Settings, scalar
+from apart_func.settings import Settings, check_radius, scalar
 from apart_func.trees import (
     PerturbationTree,
     StatGrads,
@@ -51,6 +51,7 @@ from apart_func.trees import (
     Tensors,
     all_finite,
     batch_size,
+    check_by_name,
     concatenated,
     constant,
     cut_batch,
@@ -138,6 +139,7 @@ class Step:
     """
 
     def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
+        check_loss_function(loss_fn)
         self.fmodel, self.loss_fn = fmodel, loss_fn
         self._constants = Constants(settings=settings)
         self._agreement = Agreement()
@@ -363,6 +365,9 @@ def climb(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float)
         grads: g, likewise.
         rho: radius ρ ≥ 0.
     """
+    check_by_name("params", params)
+    check_by_name("grads", grads)
+    check_radius("rho", rho)
     norm = global_norm(grads)
     length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     return {name: param + length.to(param.real.dtype) * grads[name] for name, param in params.items()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apart_func._torch import is_traced
-from apart_func.errors import BatchError
+from apart_func.errors import BatchError, StateError
 
 Tensors: TypeAlias = dict[str, Tensor]
 
@@ -78,6 +78,20 @@ def constant(perturbation: Mapping[str, Perturbation]) -> PerturbationTree:
 def vectors(tree: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The tensors of a tree of statistics, of their gradients, or of perturbations."""
     return [vector for of_layer in tree.values() for vector in of_layer]
+
+
+def check_by_name(what: str, tree: Any) -> None:
+    """Make sure that an argument is a dict by layer or tensor name.
+
+    Raises:
+        StateError: it is none, or holds something else than tensors, or pairs of them.
+    """
+    if not isinstance(tree, Mapping):
+        raise StateError(f"{what} is a {type(tree).__name__}; expected a dict by name, as the library returns.")
+    for name, value in tree.items():
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise StateError(f"{what}[{name!r}] is a {type(value).__name__}; expected a tensor, or a pair of them.")
 
 
 class ProxyOutput(NamedTuple):
@@ -222,9 +236,12 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def _mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
-    made = copy.copy(tree)
-    for key, value in values.items():
-        made[key] = value
+    try:
+        made = copy.copy(tree)
+        for key, value in values.items():
+            made[key] = value
+    except TypeError:  # it cannot be copied, or not be written to
+        return values
     return made
 
 
@@ -281,6 +298,8 @@ FEW = 2**14
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no tensor holds an infinity or NaN, as a 0-d bool; no host waits for a device."""
     kept = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors if tensor.numel()]
+    if not kept:
+        return torch.tensor(True)
     if is_traced():
         return torch.stack([tensor.isfinite().all() for tensor in kept]).all()
     small = [tensor.flatten() for tensor in kept if tensor.numel() <= FEW]

@@ -1,7 +1,9 @@
-"""What the layer costs by itself, forward and backward, against `torch.nn.functional.batch_norm`.
+r"""What the layer costs by itself, forward and backward, against `torch.nn.functional.batch_norm`.
 
 python benchmarks/layer_cost.py --quick
 python benchmarks/layer_cost.py --shapes 128x64x32x32 --dtypes bfloat16 --device cuda
+python benchmarks/layer_cost.py --name forms --forms --threads 1 --groups 1 4 --dtypes float32 float64 bfloat16 \
+    --shapes 8x8x8x8 32x16x8x8 64x16x16x16 128x16x32x32
 
 clean        the layer of the proxy pass: plain batch norm that hands out its statistics
 perturbed    the layer of the adversarial pass, in one group or more
@@ -12,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +33,10 @@ from torch import Tensor
 
 from apart_func import Perturbation
 from apart_func.layer import clean_batch_norm, perturbed_batch_norm
-from apart_func.layer.affine import Parameters, affine
+from apart_func.layer.affine import Parameters, affine, clean_vectors
+from apart_func.layer.formula import arithmetic_layer
+from apart_func.layer.kernels import KernelLayer
+from apart_func.layer.native import native_layer
 
 EPS = 1e-5
 RADIUS = 0.1
@@ -46,12 +52,14 @@ class Settings(TimedRounds):
         layouts: memory formats; channels_last is for four dimensions.
         dtypes: of the activations; affine parameters are float32.
         groups: ghost groups of the perturbed layer.
+        forms: each form of the perturbed layer as well, by which `layer/` chooses between them.
     """
 
     shapes: tuple[str, ...] = ("128x16x32x32", "128x64x8x8", "128x64x32x32", "128x512")
     layouts: tuple[str, ...] = ("contiguous", "channels_last")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     groups: tuple[int, ...] = (1, 16)
+    forms: bool = False
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
@@ -116,7 +124,7 @@ def plain(layer: Layer) -> object:
 
 def clean(layer: Layer) -> object:
     """The layer of the proxy pass."""
-    y, _ = clean_batch_norm(layer.x, layer.weight, layer.bias, EPS)
+    y = clean_batch_norm(layer.x, clean_vectors(layer.x, Parameters(layer.weight, layer.bias)), EPS)
     return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 
@@ -127,11 +135,23 @@ def perturbed(layer: Layer, groups: int) -> object:
     return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
 
 
-def calls(layer: Layer, groups: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+def of_form(form: Callable[..., Any], layer: Layer, groups: int) -> object:
+    """One form of the perturbed layer, chosen or not."""
+    vectors = affine(layer.x, Parameters(layer.weight, layer.bias), layer.shift, groups)
+    y = form(layer.x, *vectors, EPS, groups)[0]
+    return torch.autograd.grad(y, (layer.x, layer.weight, layer.bias), layer.upstream)
+
+
+FORMS = {"native_layer": native_layer, "KernelLayer": KernelLayer.apply, "arithmetic_layer": arithmetic_layer}
+
+
+def calls(layer: Layer, groups: tuple[int, ...], forms: bool = False) -> dict[str, Callable[[], object]]:
     """The functions to time against each other, by name."""
     named: dict[str, Callable[[], object]] = {PLAIN: lambda: plain(layer), "clean": lambda: clean(layer)}
     for number in groups:
-        named[f"perturbed, groups {number}"] = lambda number=number: perturbed(layer, number)  # type: ignore[misc]
+        named[f"perturbed, groups {number}"] = partial(perturbed, layer, number)
+        for name, form in FORMS.items() if forms else ():
+            named[f"{name}, groups {number}"] = partial(of_form, form, layer, number)
     return named
 
 
@@ -153,7 +173,9 @@ def measure(settings: Settings) -> Iterator[Row]:
     """
     for shape, layout, dtype in inputs(settings.shapes, settings.layouts, settings.dtypes):
         size = tuple(map(int, shape.split("x")))
-        functions = calls(make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups)
+        functions = calls(
+            make_layer(size, layout, getattr(torch, dtype), settings.device), settings.groups, settings.forms
+        )
         times = interleaved(f"{shape} {layout} {dtype}", functions, settings)
         labels = {"shape": shape, "layout": layout, "dtype": dtype}
         yield from ({**labels, "layer": name, **timing_row(times, name, [PLAIN])} for name in functions)

@@ -1,6 +1,7 @@
 """The step under `torch.func.grad`, `vmap` and `torch.compile`, and its parts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from apart_func import (
     StepOutput,
     adversarial_pass,
     functionalize,
+    init_perturbation,
     make_apart_step,
+    make_one_pass_step,
     proxy_pass,
     split_state,
 )
@@ -38,6 +41,64 @@ def small_step(**options: Any) -> tuple[ApartStep, dict[str, Tensor], dict[str, 
 
 def assert_same(one: StepOutput, other: StepOutput) -> None:
     torch.testing.assert_close(one._asdict(), other._asdict(), **ROUNDING)
+
+
+# Sample i is in group i mod G, whoever looks.
+
+GROUPS = 3
+LAYER = nn.Sequential(nn.BatchNorm1d(2)).double()
+SHIFTS = {"0": Perturbation(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.1, 0.4]).double())}
+
+
+def square(output: Tensor, target: Any) -> Tensor:
+    return output.square().mean()
+
+
+def shifted(x: Tensor, groups: int) -> Tensor:
+    """The output of one perturbed layer."""
+    batch = x, torch.zeros(len(x))
+    return adversarial_pass(functionalize(LAYER), square, *split_state(LAYER), batch, SHIFTS, groups=groups).output
+
+
+def grouped_output(x: Tensor) -> Tensor:
+    return shifted(x, GROUPS)
+
+
+def group_by_group(x: Tensor) -> Tensor:
+    """The same for each group by itself."""
+    y = torch.empty_like(x)
+    for g in range(GROUPS):
+        y[g::GROUPS] = shifted(x[g::GROUPS], 1)
+    return y
+
+
+def grouped_rows(samples: int = 12, seed: int = 0) -> Tensor:
+    return torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
+
+
+def test_groups_are_of_every_gth_sample_eagerly() -> None:
+    torch.testing.assert_close(grouped_output(grouped_rows()), group_by_group(grouped_rows()), **ROUNDING)
+
+
+def test_groups_are_of_every_gth_sample_under_vmap() -> None:
+    batches = [grouped_rows(seed=seed) for seed in range(2)]
+    for mapped, x in zip(vmap(grouped_output)(torch.stack(batches)), batches, strict=True):
+        torch.testing.assert_close(mapped, group_by_group(x), **ROUNDING)
+
+
+def test_groups_are_of_every_gth_sample_under_grad() -> None:
+    x, (i, channel) = grouped_rows(), (4, 1)
+    slopes = grad(lambda x: grouped_output(x)[i, channel])(x)
+    reached = [(row, column) for row in range(len(x)) for column in range(2) if slopes[row, column] != 0]
+    assert reached == [(row, channel) for row in range(i % GROUPS, len(x), GROUPS)]
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_groups_are_of_every_gth_sample_in_a_compiled_graph() -> None:
+    fmodel, state, x = functionalize(LAYER), split_state(LAYER), grouped_rows()
+    run = torch.compile(partial(adversarial_pass, fmodel, square, groups=GROUPS), backend="eager", fullgraph=True)
+    output = run(*state, (x, torch.zeros(len(x))), SHIFTS).output
+    torch.testing.assert_close(output, group_by_group(x), **ROUNDING)
 
 
 # torch.func
@@ -173,16 +234,38 @@ def test_a_compiled_vmapped_step_equals_the_models_one_by_one() -> None:
         assert_same(tree_map(lambda t, i=i: t[i], together), one)
 
 
+def small_model(width: int) -> nn.Module:
+    """Little to trace: one layer, of some width."""
+    torch.manual_seed(width)
+    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, 3)).double()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
-def test_a_compiled_step_is_traced_once_more_for_a_second_batch_size_and_never_again() -> None:
-    step, params, buffers = small_step(groups=2)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    for samples in (8, 12, 6, 16):
-        batch = images(samples)
-        assert_same(compiled(params, buffers, batch), step(params, buffers, batch))
-    assert counter.frame_count == 2
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_symbolic_sizes(kind: str) -> None:
+    """Without `dynamic=False`: Dynamo would make symbols of what differs, and Inductor minutes of algebra of these."""
+    graphs: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append([value for value in inputs if not isinstance(value, Tensor)])
+        return graph
+
+    expected_graphs = 0
+    for width, side in ((3, 4), (5, 6)):
+        model = small_model(width)
+        arguments = () if kind == "two passes" else (init_perturbation(model),)
+        make = make_apart_step if kind == "two passes" else make_one_pass_step
+        step = make(model, F.cross_entropy, epsilon=0.1, groups=2)
+        compiled = torch.compile(step, backend=backend, fullgraph=True)
+        for samples in (8, 12, 8, 12):
+            x = torch.randn(samples, 2, side, side, dtype=torch.float64)
+            batch = x, torch.arange(samples) % 3
+            assert_same(compiled(*split_state(model), batch, *arguments), step(*split_state(model), batch, *arguments))
+        expected_graphs += 2
+        assert len(graphs) == expected_graphs, f"{len(graphs)} graphs of {expected_graphs} models and batch sizes"
+    assert not any(graphs), "a graph takes numbers that are no tensors: symbolic sizes"
 
 
 @pytest.mark.usefixtures("dynamo")

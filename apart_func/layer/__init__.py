@@ -7,7 +7,7 @@ With batch mean μ, biased variance σ², s = sqrt(σ² + eps), x̂ = (x − μ)
 for every channel of every ghost group. A perturbation acts on vectors (`affine.py`), and three forms compute the same:
 
     arithmetic_layer    under transforms and compilers, on any device      formula.py
-    native_layer        eagerly, few activations, or float64               native.py
+    native_layer        eagerly, few activations, or float64 in one layout  native.py
     KernelLayer         eagerly, many activations                          kernels.py
 
 At δ = 0 and in one group, eagerly, `clean_batch_norm` is PyTorch's own.
@@ -20,10 +20,10 @@ from apart_func._torch import is_traced
 from apart_func.layer.affine import Affine, Clean
 from apart_func.layer.formula import Reduce, arithmetic_layer
 from apart_func.layer.kernels import KernelLayer, outruns_batch_norm
-from apart_func.layer.native import KERNEL_DEVICES, native_layer
+from apart_func.layer.native import KERNEL_DEVICES, is_strided, native_layer
 from apart_func.trees import BatchStats
 
-# Below this many activations, it costs more to start operators than to run them: benchmarks/layer_cost.py --sizes
+# Below this many activations, it costs more to start operators than to run them: benchmarks/layer_cost.py --forms
 SMALL = 2**15
 
 
@@ -70,7 +70,7 @@ def perturbed_batch_norm(
     if reduce is not None or x.device.type not in KERNEL_DEVICES:
         y, mean, var = arithmetic_layer(x, *vectors, eps, groups, reduce)
         return y, BatchStats(mean.detach(), var.detach())
-    few = x.dtype == torch.float64 or (x.dtype == torch.float32 and x.numel() < SMALL)
+    few = x.numel() < SMALL or (x.dtype == torch.float64 and not is_strided(x, groups))
     return _with_stats((native_layer if few else KernelLayer.apply)(x, *vectors, eps, groups))
 
 

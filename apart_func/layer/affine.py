@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_traced, parts
 from apart_func.layer.formula import statistics_dtype
 from apart_func.trees import BatchStats, Perturbation, StatGrads
 
@@ -174,7 +174,7 @@ def _perturbed(channels: tuple[int, ...], groups: int, clean: int, device: torch
 
 
 @_kept
-def _spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def spread(values: tuple[float, ...], sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number of each layer for all of its channels."""
     parts = zip(values, sizes, strict=True)
     return torch.cat([torch.full((size,), value, dtype=dtype, device=device) for value, size in parts])
@@ -228,7 +228,8 @@ def clean_of_layers(
     mean, unbiased = torch.zeros_like(weight, requires_grad=False), torch.zeros_like(weight, requires_grad=False)
     together = Clean(weight, bias, mean, unbiased)
     lengths = list(channels.values())
-    return together, dict(zip(channels, map(Clean, *(vector.split(lengths) for vector in together)), strict=True))
+    split = (*(tap.split(lengths) for tap in taps), *(parts(vector, lengths) for vector in (mean, unbiased)))
+    return together, dict(zip(channels, map(Clean, *split), strict=True))
 
 
 class Tapped(NamedTuple):
@@ -262,11 +263,11 @@ class Tapped(NamedTuple):
 def together(vectors: Clean, calls: Sequence[Tapped]) -> Tapped:
     """One call of every layer as one call of all."""
     sizes = tuple(call.vectors.mean.shape[0] for call in calls)
-    spread = (
-        _spread(tuple(column), sizes, like=vectors.mean)
+    numbers = (
+        spread(tuple(column), sizes, like=vectors.mean)
         for column in zip(*((call.unbias, call.eps) for call in calls), strict=True)
     )
-    return Tapped(vectors, *spread)
+    return Tapped(vectors, *numbers)
 
 
 def over_layers(

@@ -18,7 +18,7 @@ from torch import Tensor
 from apart_func.layer.formula import statistics_dtype
 from apart_func.layer.native import fold, is_strided, moments, native_layer, unfold
 
-# From this many activations on, summing them faster is worth the few operators more: benchmarks/layer_cost.py --sizes
+# From this many activations on, summing them faster is worth the few operators more: benchmarks/layer_cost.py --forms
 MANY = 2**16
 
 # channels_last activations by group: the memory of a sample is one vector of its positions and channels

@@ -66,9 +66,10 @@ def grouped_batch_norm(
     Raises:
         BatchError: the rows cannot be grouped by sample, or a group has no variance; the layer is named.
     """
-    groups, samples, _rows = grouping
+    groups, samples, rows = grouping
     count, size = x.shape[0], x.numel() // x.shape[1]
-    if size <= groups or (count != samples and groups > 1) or count % groups:  # seldom: an error, or a setting of rows
+    rows_alike = groups == 1 or (count == samples and not callable(rows))
+    if size <= groups or not rows_alike or count % groups:  # seldom: an error, or a setting of rows
         return _other_rows(name, x, vectors, eps, grouping, reduce)
     y, stats = perturbed_batch_norm(x, vectors, eps, groups, reduce)
     return Normed(y, stats, size // groups)
@@ -104,12 +105,12 @@ def rows_per_sample(name: str, x: Tensor, grouping: Grouping) -> int | None:
     """
     groups, samples, rows = grouping
     count = x.shape[0]
+    if callable(rows) and groups > 1:
+        return None
     if groups == 1 or samples is None or count == samples:
         if count % groups:
             raise BatchError(f"layer {name!r} sees {count} rows, which groups={groups} does not divide. Use a divisor.")
         return 1
-    if callable(rows):
-        return None
     if rows is None:
         raise BatchError(
             f"layer {name!r} sees {count} rows of {samples} samples, and ghost groups are groups of samples. Say how "

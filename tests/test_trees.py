@@ -1,0 +1,507 @@
+"""Trees: whatever holds tensors as input, target and output; layers that come and go; and `all_finite`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import convolutional, images
+from torch import Tensor, nn
+from torch.func import vmap
+
+from apart_func import (
+    APART,
+    Perturbation,
+    StatGrads,
+    StepOutput,
+    adversarial_pass,
+    all_finite,
+    functionalize,
+    init_perturbation,
+    make_apart_step,
+    make_one_pass_step,
+    multi_step,
+    sign_perturbation,
+    split_state,
+)
+from apart_func.trees import FEW
+
+X, Y = images()
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def both_steps(model: nn.Module, batch: Any, loss_fn: Any = F.cross_entropy, **options: Any) -> list[StepOutput]:
+    """A step of two passes and one of one pass."""
+    return [
+        make_apart_step(model, loss_fn, epsilon=0.1, groups=2, ratio=0.5, **options)(*split_state(model), batch),
+        make_one_pass_step(model, loss_fn, epsilon=0.1, groups=2, **options)(
+            *split_state(model), batch, init_perturbation(model)
+        ),
+    ]
+
+
+def numbers(out: StepOutput) -> list[Any]:
+    """What a step computes, without the names of a wrapper around the model."""
+    trees = out.grads, out.buffers, out.stats, out.stat_grads, out.perturbation
+    return [out.loss, out.adversarial_loss, *(list(tree.values()) for tree in trees)]
+
+
+# Inputs and targets.
+
+
+class Keyed(nn.Module):
+    """A model of keywords, of which one is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutional()
+
+    def forward(self, images: Tensor, name: str = "") -> Tensor:
+        assert isinstance(images, Tensor)
+        return self.body(images)
+
+
+class Cache(UserDict[str, Any]):
+    """As `BatchEncoding` and `BatchFeature` are."""
+
+
+INPUTS = {
+    "tensor": X,
+    "tuple": (X,),
+    "list": [X],
+    "dict": {"images": X},
+    "OrderedDict": OrderedDict(images=X),
+    "UserDict": UserDict(images=X),
+    "a subclass of UserDict": Cache(images=X),
+    "with a string": {"images": X, "name": "batch 3"},
+    "with None": {"images": X, "name": None},
+    "a mapping that cannot be written to": MappingProxyType({"images": X}),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping_it_is(
+    kind: str, microbatches: int
+) -> None:
+    plain = both_steps(convolutional(), (X, Y), microbatches=microbatches)
+    found = both_steps(Keyed(), (INPUTS[kind], Y), microbatches=microbatches)
+    for one, other in zip(found, plain, strict=True):
+        assert_equal(numbers(one), numbers(other))
+
+
+@dataclass
+class Labels:
+    """A target as a dataclass."""
+
+    classes: Tensor
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class Frozen:
+    classes: Tensor
+    smoothing: float = 0.1
+
+
+class Named(NamedTuple):
+    classes: Tensor
+    smoothing: float = 0.1
+
+
+def smoothed(output: Tensor, target: Any) -> Tensor:
+    if isinstance(target, Labels | Frozen | Named):
+        return F.cross_entropy(output, target.classes, label_smoothing=target.smoothing)
+    if isinstance(target, list | tuple):
+        return F.cross_entropy(output, target[0], label_smoothing=target[1])
+    return F.cross_entropy(output, target["classes"], label_smoothing=target["smoothing"])
+
+
+TARGETS = {
+    "dataclass": Labels(Y),
+    "frozen dataclass": Frozen(Y),
+    "namedtuple": Named(Y),
+    "list": [Y, 0.1],
+    "tuple": (Y, 0.1),
+    "dict": {"classes": Y, "smoothing": 0.1},
+    "UserDict": UserDict(classes=Y, smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_target_is_cut_like_the_input_whatever_it_is_and_keeps_its_type(kind: str, microbatches: int) -> None:
+    def plain(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, label_smoothing=0.1)
+
+    def typed(output: Tensor, target: Any) -> Tensor:
+        assert type(target) is type(TARGETS[kind])
+        return smoothed(output, target)
+
+    expected = both_steps(convolutional(), (X, Y), plain, microbatches=microbatches)
+    found = both_steps(convolutional(), (X, TARGETS[kind]), typed, microbatches=microbatches)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(numbers(one), numbers(other))
+
+
+def test_no_container_that_the_caller_passes_is_changed() -> None:
+    inputs, target = Cache(images=X, name="batch"), Labels(Y)
+    both_steps(Keyed(), (inputs, target), smoothed, microbatches=2)
+    assert inputs["images"] is X
+    assert inputs["name"] == "batch"
+    assert target.classes is Y
+
+
+# Outputs.
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    name: str = "head"
+    hidden: Any = None
+
+
+Pair = namedtuple("Pair", "logits name")
+
+
+class Wrapped(nn.Module):
+    """A model that returns its logits in some container."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.body, self.wrap = convolutional(), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.body(x))
+
+
+OUTPUTS: dict[str, tuple[Any, Any]] = {
+    "dataclass": (Output, lambda o: o.logits),
+    "nested dataclass": (lambda z: Output(z, hidden={"z": [2 * z]}), lambda o: o.hidden["z"][0] / 2),
+    "namedtuple": (lambda z: Pair(z, 3), lambda o: o.logits),
+    "dict with a string": (lambda z: {"z": z, "k": "v"}, lambda o: o["z"]),
+    "list with None": (lambda z: [None, z], lambda o: o[1]),
+    "UserDict": (lambda z: UserDict(z=z, k=None), lambda o: o["z"]),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str, microbatches: int) -> None:
+    wrap, logits = OUTPUTS[kind]
+    expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
+    found = both_steps(Wrapped(wrap), (X, Y), lambda o, t: F.cross_entropy(logits(o), t), microbatches=microbatches)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(numbers(one), numbers(other))
+        assert type(one.output) is type(wrap(Y))
+        assert_equal(logits(one.output), other.output)
+        assert not logits(one.output).requires_grad
+    strings = {"dataclass": lambda o: o.name, "namedtuple": lambda o: o.name, "dict with a string": lambda o: o["k"]}
+    if kind in strings:
+        assert strings[kind](found[0].output) == strings[kind](wrap(Y))
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "namedtuple", "dict with a string"])
+def test_containers_pass_through_transforms(kind: str) -> None:
+    wrap, logits = OUTPUTS[kind]
+    model = Wrapped(wrap)
+    step = make_apart_step(model, lambda o, t: F.cross_entropy(logits(o), t))
+    eager = step(*split_state(model), (X, Y))
+    mapped = vmap(lambda x: step(*split_state(model), (x, Y)).grads)(X[None])
+    torch.testing.assert_close({k: g[0] for k, g in mapped.items()}, eager.grads, rtol=1e-9, atol=1e-12)
+
+
+# Layers that the forward calls now and then.
+
+
+class Skipping(nn.Module):
+    """One of two layers sees a batch, by the sign of its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.a if x.mean() > 0 else self.b
+        return self.head(layer(x).mean((2, 3)) + x.square().mean((2, 3)))
+
+
+SKIPPING_X = torch.cat([X.abs(), -X.abs()])
+SKIPPING_Y = torch.cat([Y, Y])
+
+
+def carried(model: nn.Module) -> dict[str, Perturbation]:
+    return {name: Perturbation(shift.mean + 0.1, shift.scale - 0.1) for name, shift in init_perturbation(model).items()}
+
+
+def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> None:
+    model = Skipping().double()
+    step = make_apart_step(model, F.cross_entropy, microbatches=4)
+    out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y))
+    for name, part in (("a", SKIPPING_X[:8]), ("b", SKIPPING_X[8:])):
+        halves = torch.stack([half.mean((0, 2, 3)) for half in part.split(4)])
+        torch.testing.assert_close(out.stats[name].mean, halves)
+        assert out.buffers[f"{name}.num_batches_tracked"] == 2
+        assert out.perturbation[name].mean.shape == (4, 2)  # zero where the layer was not called
+    assert not out.perturbation["a"].mean[2:].any()
+    assert not out.perturbation["b"].scale[:2].any()
+    assert out.perturbation["a"].scale[:2].all()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatches: int) -> None:
+    model = Skipping().double()
+    given = carried(model)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=microbatches)
+    out = step(*split_state(model), (X.abs(), Y), given)
+    assert_equal(out.perturbation["b"], given["b"])
+    assert torch.equal(out.perturbation["a"].scale.abs(), torch.full((2,), 0.3, dtype=torch.float64))
+    assert "b" not in out.stats
+    assert not out.stat_grads["b"].mean.any()
+
+
+def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -> None:
+    model = Skipping().double()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=2)
+    out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y), carried(model))
+    for name in ("a", "b"):
+        assert torch.equal(out.perturbation[name].scale, 0.3 * out.stat_grads[name].scale.sum(0).sign())
+
+
+def test_the_drop_in_keeps_the_perturbation_of_a_layer_that_one_pass_does_not_call() -> None:
+    model = Skipping().double()
+    apart = APART(model, 0.3, 2)
+    given = carried(model)
+    apart.load_state_dict({"perturbation": {name: tuple(shift) for name, shift in given.items()}})
+    with apart.one_pass():
+        F.cross_entropy(model(X.abs()), Y).backward()
+    after = apart.state_dict()["perturbation"]
+    assert_equal(after["b"], tuple(given["b"]))
+    assert torch.equal(after["a"][1].abs(), torch.full((2,), 0.3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
+def test_a_rule_sees_no_layer_that_was_skipped_nor_needs_to(rule: Any) -> None:
+    model = Skipping().double()
+    seen: list[set[str]] = []
+
+    def by_statistics(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        seen.append(set(stat_grads))
+        assert stats.keys() == stat_grads.keys()  # so a rule may look up the statistics of every layer
+        return sign_perturbation(stats, stat_grads, epsilon)
+
+    out = make_apart_step(model, F.cross_entropy, rule=by_statistics)(*split_state(model), (X.abs(), Y))
+    assert seen == [{"a"}]
+    assert not out.perturbation["b"].mean.any()
+    again = make_apart_step(model, F.cross_entropy, rule=rule)(*split_state(model), (X.abs(), Y))
+    assert again.all_finite
+    assert not again.perturbation["b"].scale.any()
+
+
+# Names.
+
+
+def test_a_shift_of_the_scale_also_goes_by_the_name_of_the_variance() -> None:
+    for kind in (Perturbation, StatGrads):
+        pair = kind(torch.zeros(2), torch.ones(2))
+        assert pair.var is pair.scale
+        assert pair._fields == ("mean", "scale")
+        with pytest.raises(AttributeError):
+            pair.var = torch.zeros(2)  # type: ignore[misc]
+
+
+# all_finite.
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("size", [1, 7, FEW, FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
+    bad: float, size: int, dtype: torch.dtype
+) -> None:
+    for place in {0, size // 2, size - 1}:
+        tensor = torch.ones(size, dtype=dtype)
+        others = [torch.ones(3), torch.ones(FEW + 3, dtype=torch.float64)]
+        assert all_finite([others[0], tensor, others[1]])
+        tensor[place] = complex(0, bad) if dtype.is_complex else bad
+        assert not all_finite([others[0], tensor, others[1]])
+        assert not vmap(lambda t: all_finite([torch.ones(1), t]))(tensor[None]).any()
+
+
+def test_the_largest_numbers_of_a_dtype_are_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        limit = torch.finfo(dtype).max
+        for size in (2, FEW + 2):
+            assert all_finite([torch.full((size,), limit, dtype=dtype), torch.full((size,), -limit, dtype=dtype)])
+
+
+def test_of_tensors_with_both_infinities_neither_hides_the_other() -> None:
+    for size in (2, FEW + 2):
+        tensor = torch.zeros(size)
+        tensor[0], tensor[1] = float("inf"), float("-inf")
+        assert not all_finite([tensor])
+
+
+@pytest.mark.parametrize("tensors", [[], [torch.zeros(0)], [torch.zeros(0, 3), torch.zeros(2, 0, dtype=torch.cfloat)]])
+def test_nothing_at_all_is_finite(tensors: list[Tensor]) -> None:
+    assert all_finite(tensors)
+    assert all_finite(tensors).shape == ()
+    assert all_finite(iter(tensors)).dtype == torch.bool
+    assert vmap(lambda x: all_finite([*tensors, x[:0]]))(torch.ones(2, 1)).all()
+
+
+def test_it_has_no_graph() -> None:
+    found = all_finite([torch.ones(2, requires_grad=True)])
+    assert not found.requires_grad
+
+
+def rule_that_hides(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+    """A finite perturbation whatever the gradients are."""
+    return {layer: Perturbation(0 * g.mean.nan_to_num(), 0 * g.scale.nan_to_num()) for layer, g in stat_grads.items()}
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient for the bias of a batch norm is NaN where nothing else's is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.full_like(grad, float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+def test_statistic_gradients_that_are_not_finite_are_seen_where_all_else_is(kind: str) -> None:
+    """Parameters before the layer are frozen, so that its own NaN reaches no gradient but that of its statistics."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2, affine=False)
+            self.body = convolutional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(X[: len(x)]) + 0 * Poisoned.apply(self.norm(x).mean((1, 2, 3)))[:, None]
+
+    model = Frozen().double()
+    params, buffers = split_state(model)
+    if kind == "two passes":
+        out = make_apart_step(model, F.cross_entropy, rule=rule_that_hides)(params, buffers, (X, Y))
+    else:
+        step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule_that_hides)
+        out = step(params, buffers, (X, Y), init_perturbation(model))
+    finite = [out.loss, out.adversarial_loss, *out.grads.values(), *out.perturbation["norm"]]
+    assert all(tensor.isfinite().all() for tensor in finite)
+    assert not out.stat_grads["norm"].mean.isfinite().all()
+    assert not out.all_finite
+    assert_equal(out.buffers, buffers)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_perturbation_that_is_not_finite_is_seen_and_never_carried(bad: float) -> None:
+    model = convolutional()
+    given = carried(model)
+    wrong = [True]
+
+    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        found = sign_perturbation(stats, stat_grads, epsilon)
+        return {**found, "4": replace_mean(found["4"], bad)} if wrong[0] else found
+
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
+    out = step(*split_state(model), (X, Y), given)
+    assert not out.all_finite
+    assert_equal(out.perturbation, given)
+    assert_equal(out.buffers, split_state(model)[1])
+    wrong[0] = False
+    after = step(*split_state(model), (X, Y), out.perturbation)
+    assert after.all_finite
+
+    two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "4": bad_pair(bad)})
+    assert not two_passes(*split_state(model), (X, Y)).all_finite
+
+
+def replace_mean(shift: Perturbation, value: float) -> Perturbation:
+    return Perturbation(torch.full_like(shift.mean, value), shift.scale)
+
+
+def bad_pair(value: float) -> Perturbation:
+    return Perturbation(torch.full((5,), value).double(), torch.zeros(5).double())
+
+
+def test_the_drop_in_carries_no_perturbation_that_is_not_finite() -> None:
+    model = convolutional()
+    wrong = [False]
+
+    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        found = sign_perturbation(stats, stat_grads, epsilon)
+        return {**found, "4": replace_mean(found["4"], float("nan"))} if wrong[0] else found
+
+    apart = APART(model, 0.1, 2, rule=rule)
+    for seed in range(4):
+        wrong[0] = seed in (1, 2)
+        with apart.one_pass():
+            F.cross_entropy(model(images(seed=seed)[0]), images(seed=seed)[1]).backward()
+        apart.state_dict()  # finds the perturbation
+        assert all_finite(part for shift in apart.perturbation.values() for part in shift)
+
+
+# Radii of which some are none.
+
+
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+@pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
+def test_a_radius_of_one_or_more_under_a_rule_of_signs_is_seen_where_it_cannot_be_refused(kind: str, rule: Any) -> None:
+    if kind == "one pass" and rule is not sign_perturbation:
+        rule = sign_perturbation
+    model = convolutional()
+    state = split_state(model)
+    radii = torch.tensor([0.5, 0.999, 1.0, 1.5, float("nan"), float("inf"), -0.1]).double()
+    if kind == "two passes":
+        step = make_apart_step(model, F.cross_entropy, rule=rule)
+        out = vmap(lambda e: step(*state, (X, Y), epsilon=e))(radii)
+    else:
+        one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
+        given = carried(model)
+        out = vmap(lambda e: one_pass(*state, (X, Y), given, epsilon=e))(radii)
+        assert_equal(out.perturbation["4"].mean[2:], given["4"].mean.expand(5, -1))
+    assert out.all_finite.tolist() == [True, True, False, False, False, False, False]
+    assert_equal(out.buffers["1.running_mean"][2:], state[1]["1.running_mean"].expand(5, -1))
+
+
+def test_of_another_rule_any_radius_is_taken() -> None:
+    model = convolutional()
+
+    def halved(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
+        return sign_perturbation(stats, stat_grads, epsilon / 100)
+
+    step = make_apart_step(model, F.cross_entropy, epsilon=30.0, rule=halved)
+    assert step(*split_state(model), (X, Y)).all_finite
+    assert vmap(lambda e: step(*split_state(model), (X, Y), epsilon=e))(torch.tensor([40.0])).all_finite
+
+
+def test_the_pass_itself_takes_any_perturbation() -> None:
+    """|δσ| < 1 is a promise of rules; what a user shifts by hand is theirs."""
+    model = convolutional()
+    shifts = {name: Perturbation(shift.mean + 2, shift.scale - 3) for name, shift in init_perturbation(model).items()}
+    out = adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), (X, Y), shifts)
+    assert out.loss.isfinite()
+
+
+def test_a_dataclass_can_be_replaced_and_compared_after_a_step() -> None:
+    model = Wrapped(Output)
+    out = make_apart_step(model, lambda o, t: F.cross_entropy(o.logits, t))(*split_state(model), (X, Y))
+    assert replace(out.output, name="other").name == "other"

@@ -339,7 +339,7 @@ class _Mixed(NamedTuple):
 
 
 class _ProxyLayers:
-    """Batch norm at δ = 0. Compilers differentiate by arguments, so there zero shifts are one; also over several ranks."""
+    """Batch norm at δ = 0. Compilers differentiate by arguments, so there zero shifts are one; also for other ranks."""
 
     def __init__(self, channels: dict[str, int], like: Tensor) -> None:
         self.channels = channels

@@ -39,6 +39,7 @@ QUESTIONS = {
     "compile": "Compilation",
     "functionalize_cost": "Making a model functional",
     "scaling": "Growth",
+    "distributed": "Several ranks",
 }
 
 

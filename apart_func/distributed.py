@@ -6,7 +6,8 @@
     agree                 settings, model, state and batch are compared                         once
 
 Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is
-left: at once where a rank is gone, after the timeout of the process group where one hangs.
+left: at once where a rank is gone, after the timeout of the process group where one hangs. (With NCCL, PyTorch's
+watchdog may end the process before, and says why.)
 """
 
 import hashlib

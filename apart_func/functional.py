@@ -176,15 +176,16 @@ class FunctionalModel:
 
     def modules(self) -> list[nn.Module]:
         """The BN layers that the method perturbs, of a copy that holds no tensor."""
-        return [self._module.get_submodule(name) for name in self.layers]
+        return self._modules
 
     def _prepare(self) -> None:
         register_einops()
         self._fixed = _Template(self._module, self._aliases, self._momenta, eager=False)
         self._of_threads = threading.local()
+        self._modules = [self._module.get_submodule(name) for name in self.layers]
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = ("_fixed", "_of_threads", "_of_caller")
+        made_anew = ("_fixed", "_of_threads", "_of_caller", "_modules")
         return {key: value for key, value in vars(self).items() if key not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def functional(make: Callable[..., Any], synchronised: bool = False) -> Callable
 WAYS: dict[str, Callable[[nn.Module, Batch, int], Step]] = {
     PLAIN: plain,
     "APART drop-in, DDP": two_drop_in,
-    "the same, no_sync in the proxy pass": lambda *case: two_drop_in(*case, reduces_once=True),
+    "the same, no_sync in the proxy pass": partial(two_drop_in, reduces_once=True),
     "one pass drop-in, DDP": one_drop_in,
     "APART": functional(make_apart_step),
     "one pass": functional(make_one_pass_step),
@@ -236,7 +237,7 @@ def modelled(way: str, gpus: int, settings: Mapping[str, Any], shape: Shape = RE
     bandwidth = settings["bandwidths"][gpus > 8]
 
     def seconds(call: Call) -> float:
-        return call.times * latency + 2 * (gpus - 1) / gpus * call.size / bandwidth
+        return float(call.times * latency + 2 * (gpus - 1) / gpus * call.size / bandwidth)
 
     backward, last_bucket = 2 / 3 * settings["seconds"], Call(25 * 2**20)
     return sum(
@@ -257,7 +258,7 @@ class Counted(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[str, int] = {}
         self.size: dict[str, int] = {}
 

@@ -1,9 +1,10 @@
 """APART, adversarially perturbed batch normalization, as pure functions on pytrees of tensors."""
 
+from apart_func.autodiff import grad_and_value
 from apart_func.errors import ApartError, BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
 from apart_func.module import APART
-from apart_func.one_pass import OnePassStep, init_perturbation, make_one_pass_step
+from apart_func.one_pass import OnePassStep, clean_stat_grads, init_perturbation, make_one_pass_step
 from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
 from apart_func.perturbation import (
     IterativeRule,
@@ -15,9 +16,19 @@ from apart_func.perturbation import (
     random_sign_perturbation,
     sign_perturbation,
 )
-from apart_func.pytrees import AdversarialOutput, BatchStats, MixedOutput, Perturbation, ProxyOutput, StepOutput
-from apart_func.sam import make_apart_sam_step
-from apart_func.step import ApartStep, make_apart_step
+from apart_func.pytrees import (
+    AdversarialOutput,
+    BatchStats,
+    MixedOutput,
+    Perturbation,
+    PerturbationTree,
+    ProxyOutput,
+    StatTree,
+    StepOutput,
+    Tensors,
+)
+from apart_func.sam import climb, make_apart_sam_step
+from apart_func.step import ApartStep, all_finite, make_apart_step
 
 __version__ = "0.1.0"
 
@@ -34,17 +45,24 @@ __all__ = [
     "ModelError",
     "OnePassStep",
     "Perturbation",
+    "PerturbationTree",
     "PerturbedStats",
     "Precision",
     "ProxyOutput",
     "Rule",
     "SettingError",
+    "StatTree",
     "StateError",
     "StepOutput",
+    "Tensors",
     "UsageError",
     "adversarial_pass",
+    "all_finite",
     "assign_grads_",
+    "clean_stat_grads",
+    "climb",
     "functionalize",
+    "grad_and_value",
     "gradients_at",
     "init_perturbation",
     "l2_perturbation",

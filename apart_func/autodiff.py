@@ -6,7 +6,7 @@ fresh leaves, and from `torch.func.grad_and_value` otherwise. `is_traced` is the
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -131,3 +131,25 @@ def gradient_traced(run: Pass, *inputs: dict[str, Any]) -> Gradient:
             ) from error
         raise
     return Gradient(grads, aux, [])
+
+
+def grad_and_value(
+    function: Callable[[dict[str, Tensor]], tuple[Tensor, Any]], params: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor, Any]:
+    """Differentiate a function with respect to a dict of tensors, eagerly or under a transform or compiler.
+
+    Args:
+        function: from the tensors to a 0-d loss and a pytree of further results.
+        params: where it is differentiated.
+
+    Returns:
+        Gradients, zero where the loss does not depend on the tensor; the loss, detached; the further results.
+    """
+
+    @contextmanager
+    def run(leaves: dict[str, Tensor]) -> Iterator[Opened]:
+        loss, aux = function(leaves)
+        yield Opened(loss, (loss.detach(), aux))
+
+    (grads,), (loss, aux), _ = (gradient_traced if is_traced() else gradient_eager)(run, params)
+    return grads, loss, aux

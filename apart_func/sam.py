@@ -58,11 +58,11 @@ def make_apart_sam_step(
     if not (math.isfinite(rho) and rho >= 0):
         raise SettingError(f"rho={rho}; expected a finite radius ≥ 0, such as 0.05.")
 
-    point = partial(climbed, rho=rho)
+    point = partial(climb, rho=rho)
     return make_step_at(point, model, loss_fn, epsilon, groups, ratio, remainder, microbatches, rule, autocast_dtype)
 
 
-def climbed(params: Tensors, grads: Tensors, rho: float) -> Tensors:
+def climb(params: Tensors, grads: Tensors, rho: float) -> Tensors:
     """θ + ρ g/‖g‖, with the norm over all tensors together, or θ where the gradient is zero."""
     norm = global_norm(grads)
     length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))

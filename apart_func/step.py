@@ -8,7 +8,7 @@
 `make_apart_step` puts the four lines into one function; everything it does can be done by hand with these parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -219,7 +219,7 @@ def _interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
     return dict(zip(start, torch._foreach_lerp(list(start.values()), ends, weight), strict=True))
 
 
-def all_finite(tensors: list[Tensor]) -> Tensor:
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether no tensor holds an infinity or NaN, as a 0-d bool."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if is_traced():

@@ -32,8 +32,8 @@ from torch.utils.benchmark import Measurement, Timer, timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from compare_report import write_json
-from environment import environment
+from experiments.environment import environment
+from experiments.figures import write_json
 
 import apart_func
 

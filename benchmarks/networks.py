@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from models import cifar_resnet
+from experiments.networks import torchvision_resnet, wide_resnet
+from experiments.resnets import cifar_resnet
 from torch import Tensor, nn
-from training.networks import torchvision_resnet, wide_resnet
 
 CLASSES = 10
 

@@ -13,6 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiments.datasets import (
+    BUNDLED,
+    HOW_TO_GET,
+    NAMES,
+    DataError,
+    DataSet,
+    evaluation_batches,
+    load_dataset,
+    steps_per_epoch,
+    training_batches,
+)
+from experiments.splits import InMemory, crop_and_flip, read_image
 from folders_on_disk import (
     CIFAR10_FILES,
     WNIDS,
@@ -27,18 +39,6 @@ from folders_on_disk import (
     write_tiny_imagenet,
 )
 from PIL import Image
-from training.datasets import (
-    BUNDLED,
-    HOW_TO_GET,
-    NAMES,
-    DataError,
-    DataSet,
-    evaluation_batches,
-    load_dataset,
-    steps_per_epoch,
-    training_batches,
-)
-from training.splits import InMemory, crop_and_flip, read_image
 
 WRITERS = {
     "cifar10": write_cifar10,
@@ -651,7 +651,7 @@ def test_workers_end_with_a_program_that_fails():
     """The traceback keeps the iterator alive, so that nothing but the parent's SIGTERM tells them."""
     program = """
 import multiprocessing
-from training.datasets import load_dataset, training_batches
+from experiments.datasets import load_dataset, training_batches
 batches = training_batches(load_dataset("digits", None), batch_size=2, seed=0, epoch=0, workers=1)
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)

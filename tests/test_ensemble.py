@@ -12,7 +12,7 @@ import ensemble
 import pytest
 import torch
 import torch.nn.functional as F
-from data import Split
+from experiments.bundled import Split
 
 from apart_func import assign_grads_, load_state_, make_apart_step, split_state
 

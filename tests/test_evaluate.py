@@ -9,16 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import robustness
 import torch
-from corruptions import CORRUPTIONS, SEVERITIES, blur, contrast, noise
-from evaluate import EVALUATION, Options, evaluate_all, evaluate_run, load_data, load_network, read_evaluation, scores
-from groups import group_runs
+from experiments import robustness
+from experiments.corruptions import CORRUPTIONS, SEVERITIES, blur, contrast, noise
+from experiments.evaluate import (
+    EVALUATION,
+    Options,
+    evaluate_all,
+    evaluate_run,
+    load_data,
+    load_network,
+    read_evaluation,
+    scores,
+)
+from experiments.groups import group_runs
+from experiments.loop import read_config, train
+from experiments.runs import FolderError, find_finished, read_run
+from experiments.settings import PRESETS
 from PIL import Image
 from test_report import method, write_run
-from training.loop import read_config, train
-from training.runs import FolderError, find_finished, read_run
-from training.settings import PRESETS
 
 from apart_func import SettingError
 

@@ -7,15 +7,14 @@ import math
 import re
 from pathlib import Path
 
-import evaluate
-import evidence
 import numpy as np
 import pytest
-from corruptions import CORRUPTIONS, SEVERITIES
-from groups import group_runs
-from paired import Share, difference_by_seed, estimate, paired_share
+from experiments import evaluate, evidence
+from experiments.corruptions import CORRUPTIONS, SEVERITIES
+from experiments.groups import group_runs
+from experiments.paired import Share, difference_by_seed, estimate, paired_share
+from experiments.runs import FolderError, find_finished, read_run
 from test_report import PAGE, epochs, method, read_table, write_run
-from training.runs import FolderError, find_finished, read_run
 
 RADII = (0, 0.1, 0.3)
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}

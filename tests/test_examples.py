@@ -11,18 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import compare
-import data
 import functional_loop
 import mnist1d.data as mnist1d_package
-import models
 import numpy as np
 import pytest
 import torch
-from compare_report import Run, gain, summarise, verdict
-from data import Split
-from paired import PairedDifference, estimate, paired_difference
+from experiments import bundled as data
+from experiments import resnets as models
+from experiments.bundled import Split
+from experiments.figures import Run, gain, summarise, verdict
+from experiments.paired import PairedDifference, estimate, paired_difference
+from experiments.workers import run_in_workers
 from scipy import stats
-from workers import run_in_workers
 
 COMPARE = Path(compare.__file__)
 TINY = compare.Settings(seeds=2, epochs=2)

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from experiments.datasets import DataSet
+from experiments.networks import NAMES, NetworkError, make_network
+from experiments.splits import InMemory
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from training.datasets import DataSet
-from training.networks import NAMES, NetworkError, make_network
-from training.splits import InMemory
 
 IMAGES = ("small_resnet", "mnist_resnet", "preact_resnet18", "wrn_40_2", "resnet18", "resnet50")
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import report
-from paired import estimate, paired_difference
-from training.runs import FolderError
-from training.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
+from experiments import report
+from experiments.paired import estimate, paired_difference
+from experiments.runs import FolderError
+from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
 PAGE = Path(report.__file__).parent / "RESULTS.md"

@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sweep
 import torch
+from experiments import sweep
+from experiments.logs import COLUMNS, TIMING_COLUMNS
+from experiments.loop import RunError, train
+from experiments.sweep import Grid, SweepError, jobs_of, plan
 from safetensors.torch import load_file
-from sweep import Grid, SweepError, jobs_of, plan
-from training.logs import COLUMNS, TIMING_COLUMNS
-from training.loop import RunError, train
 
 SWEEP = Path(sweep.__file__)
 DIGITS = ["--data", "digits", "--no-tensorboard"]

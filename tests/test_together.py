@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from experiments import together
+from experiments.interrupts import Interrupted
+from experiments.logs import COLUMNS, TIMING_COLUMNS
+from experiments.loop import train
+from experiments.nonfinite import NonFiniteError
+from experiments.settings import PRESETS, Settings, SettingsError
+from experiments.together import TOGETHER, train_together
 from safetensors.torch import load_file
-from training import together
-from training.interrupts import Interrupted
-from training.logs import COLUMNS, TIMING_COLUMNS
-from training.loop import train
-from training.nonfinite import NonFiniteError
-from training.settings import PRESETS, Settings, SettingsError
-from training.together import TOGETHER, train_together
 
 SEEDS = (0, 3, 4)
 

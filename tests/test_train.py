@@ -18,19 +18,19 @@ from typing import Any
 
 import pytest
 import torch
-import train as program
+from experiments import loop
+from experiments import train as program
+from experiments.datasets import NAMES, load_dataset
+from experiments.interrupts import Interrupted
+from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.loop import RunError, read_config, train
+from experiments.networks import make_network
+from experiments.nonfinite import NonFiniteError
+from experiments.settings import PRESETS, Settings, SettingsError, as_json, from_json
 from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from training import loop
-from training.datasets import NAMES, load_dataset
-from training.interrupts import Interrupted
-from training.logs import COLUMNS, TIMING_COLUMNS, Progress
-from training.loop import RunError, read_config, train
-from training.networks import make_network
-from training.nonfinite import NonFiniteError
-from training.settings import PRESETS, Settings, SettingsError, as_json, from_json
 
 PROGRAM = Path(program.__file__)
 WRITERS = {

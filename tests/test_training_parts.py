@@ -13,16 +13,15 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from training import interrupts
-from training.checkpoints import CheckpointError, Checkpoints, write_whole
-from training.datasets import NAMES
-from training.interrupts import noted_signals
-from training.learner import Learner, LossScale
-from training.loop import learning_rate
-from training.methods import PASSES, initially_carried, make_step, passes_of
-from training.nonfinite import NonFiniteError, Start, first_nonfinite
-from training.settings import (
+from experiments import interrupts
+from experiments.checkpoints import CheckpointError, Checkpoints, write_whole
+from experiments.datasets import NAMES
+from experiments.interrupts import noted_signals
+from experiments.learner import Learner, LossScale
+from experiments.loop import learning_rate
+from experiments.methods import PASSES, initially_carried, make_step, passes_of
+from experiments.nonfinite import NonFiniteError, Start, first_nonfinite
+from experiments.settings import (
     PRESETS,
     DataName,
     MethodName,
@@ -33,6 +32,7 @@ from training.settings import (
     as_json,
     from_json,
 )
+from torch import Tensor, nn
 
 from apart_func import (
     ApartError,

@@ -30,9 +30,10 @@ def main(arguments: Sequence[str]) -> int | str | None:
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    warnings.showwarning = _one_line  # type: ignore[assignment]
     try:
-        importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line  # type: ignore[assignment]
+            importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
     except KeyboardInterrupt:
         return "stopped: the same command goes on."
     except Exception as error:

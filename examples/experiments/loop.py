@@ -54,7 +54,8 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
-    check_fit(runs)
+    if len(runs) > 1:
+        check_fit(runs)
     complete = [is_complete(run, resume) for run in runs]  # each looks at its folder, and may refuse it
     if all(complete):
         return

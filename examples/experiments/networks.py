@@ -195,7 +195,7 @@ def _check_size(make: Callable[[int, int, int], nn.Module], channels: int, class
     needed = 4 * 4 * count  # float32: weights, gradients, momenta, and one copy
     if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise NetworkError(
-            f"at width {width} the network has {count:.1e} parameters, more than fit: take a smaller one"
+            f"at width {width} the network has {count:.1e} parameters, more than fit into memory"
         )
 
 
@@ -219,5 +219,5 @@ ANY_WIDTH = {
     "cifar_resnet": Choice(lambda channels, classes, width: cifar_resnet(width, 1, classes, channels), 16),
 }
 WIDE = {"wideresnet16_2": (16, 2), "wideresnet40_1": (40, 1), "wideresnet40_2": (40, 2), "wideresnet28_10": (28, 10)}
-RESNETS = tuple(torchvision.models.list_models(module=torchvision.models.resnet))
+RESNETS = tuple(torchvision.models.list_models(torchvision.models, include=("resn*", "wide_resnet*")))
 NAMES = (*ANY_WIDTH, *WIDE, *RESNETS)

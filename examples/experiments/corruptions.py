@@ -8,9 +8,11 @@ about as bad on all of these sets. Signals have no limits, and nothing is clippe
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torchvision.transforms.v2 import functional as images_to
@@ -92,8 +94,12 @@ def _brightness(pixels: Tensor, severity: int) -> Tensor:
 
 
 def _jpeg(pixels: Tensor, severity: int) -> Tensor:
-    whole = (255 * pixels).round().to(torch.uint8)
-    return torch.stack([images_to.jpeg(image, QUALITY[severity - 1]) for image in whole]).float() / 255
+    coded = []
+    for image in (255 * pixels).round().to(torch.uint8):
+        with io.BytesIO() as file:
+            images_to.to_pil_image(image).save(file, "jpeg", quality=QUALITY[severity - 1])
+            coded.append(images_to.pil_to_tensor(Image.open(file)))
+    return torch.stack(coded).float() / 255
 
 
 def _pixelate(pixels: Tensor, severity: int) -> Tensor:

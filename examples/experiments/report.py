@@ -35,8 +35,8 @@ COLUMNS = (
 EXPLANATION = (
     "Means over runs, ± standard error. A gain is by how many points the error is lower, within seeds, with its 95 % "
     "interval (over splits, where there are several), in bold where that excludes zero. Passes are forward-backward "
-    "passes over the training data; the time of a step is this machine's, as a multiple of plain training's on the same "
-    "seed (median). The training loss is that of the last epoch, without perturbation."
+    "passes over the training data; the time of a step is this machine's, as a multiple of plain training's on the "
+    "same seed (median). The training loss is that of the last epoch, without perturbation."
 )
 
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 import tyro
-from experiments.batches import evaluation_batches, training_batches
-from experiments.datasets import DataSet, load_dataset
+from experiments.datasets import DataSet, evaluation_batches, load_dataset, training_batches
 from experiments.resnets import small_resnet
 from experiments.settings import DataSettings
 from torch import Tensor, nn
@@ -37,15 +36,10 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn
 
 
 def apart_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    criterion: nn.Module,
-    epsilon: float = 0.1,
-    groups: int = 4,
-    ratio: float = 1.0,
+    model: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, epsilon: float = 0.1, groups: int = 4
 ) -> Step:
     """The loop's body with APART: both contexts, and the weights of both losses."""
-    apart = APART(model, epsilon=epsilon, groups=groups)
+    apart, ratio = APART(model, epsilon=epsilon, groups=groups), 1.0
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         chosen = int(ratio * len(x))  # N of the M samples
@@ -63,18 +57,7 @@ def apart_step(
 
 
 def train(name: str, initial: nn.Module, data: DataSet, epochs: int, seed: int) -> float:
-    """Train a copy of a network, and print what became of it.
-
-    Args:
-        name: of the method, plain or APART.
-        initial: its weights.
-        data: what it is trained on.
-        epochs: passes over the training images.
-        seed: of the batches.
-
-    Returns:
-        The accuracy on the test images, from 0 to 1.
-    """
+    """Train a copy of a network by a method, print what became of it, and return its accuracy, from 0 to 1."""
     model, criterion, start = copy.deepcopy(initial), nn.CrossEntropyLoss(), time.perf_counter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from experiments.batches import evaluation_batches, training_batches
-from experiments.datasets import load_dataset
+from experiments.datasets import evaluation_batches, load_dataset, training_batches
 from experiments.resnets import small_resnet
 from experiments.settings import DataSettings
 from torch import Tensor, nn

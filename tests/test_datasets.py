@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 import torch
 from experiments import datasets
-from experiments.batches import evaluation_batches, steps_per_epoch, training_batches
-from experiments.datasets import BUNDLED, HOW_TO_GET, NAMES, DataSet
+from experiments.datasets import (
+    BUNDLED,
+    HOW_TO_GET,
+    NAMES,
+    DataSet,
+    evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
 from experiments.settings import DataSettings
 from experiments.splits import DataError, InMemory, crop_and_flip, read_image
 from folders_on_disk import (
@@ -708,7 +715,7 @@ def test_workers_end_with_a_program_that_fails():
     """The traceback keeps the iterator alive, so that nothing but the parent's SIGTERM tells them."""
     program = """
 import multiprocessing
-from experiments.batches import training_batches
+from experiments.datasets import training_batches
 from experiments.datasets import load_dataset
 from experiments.settings import DataSettings
 batches = training_batches(load_dataset(DataSettings("digits")), batch_size=2, seed=0, epoch=0, workers=1)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from experiments import robustness
-from experiments.batches import evaluation_batches
 from experiments.corruptions import (
     COLOUR_CORRUPTIONS,
     CORRUPTIONS,
@@ -21,6 +20,7 @@ from experiments.corruptions import (
     corruptions_of,
     noise,
 )
+from experiments.datasets import evaluation_batches
 from experiments.evaluate import (
     EVALUATION,
     Options,

@@ -158,15 +158,14 @@ def test_the_radius_rises_to_epsilon_or_falls_from_it():
 
 def test_a_scheduled_radius_is_the_one_of_the_step():
     settings = MethodSettings("apart", epsilon=0.2, epsilon_schedule="rising", groups=4)
-    out = Learner(network(), Settings(method=settings)).train([batch_of()], 0.1, 1, done=0.25).out
+    out = Learner([network()], [Settings(method=settings)]).train([batch_of()], 0.1, 1, done=0.25).out
     assert out.perturbation["1"][0].abs().max() == pytest.approx(0.05)
 
 
 def test_a_step_that_is_skipped_is_plain():
-    learners = [
-        Learner(network(), Settings(method=MethodSettings(name, every=2, groups=4))) for name in ("apart", "plain")
-    ]
+    methods = [MethodSettings(name, every=2, groups=4) for name in ("apart", "plain")]
+    learners = [Learner([network()], [Settings(method=method)]) for method in methods]
     for learner in learners:
         learner.train([batch_of()], 0.1, 1)
-    for name, param in learners[0].params.items():
-        assert torch.equal(param, learners[1].params[name])
+    for name, param in learners[0].state["params"].items():
+        assert torch.equal(param, learners[1].state["params"][name])

@@ -21,9 +21,8 @@ import torch
 from experiments import __main__ as program
 from experiments import loop
 from experiments import train as command_line
-from experiments.batches import evaluation_batches
 from experiments.checkpoints import CheckpointError
-from experiments.datasets import NAMES, load_dataset
+from experiments.datasets import NAMES, evaluation_batches, load_dataset
 from experiments.interrupts import Interrupted
 from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
 from experiments.networks import make_network

@@ -22,11 +22,7 @@ COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness")
 
 
 def main(arguments: Sequence[str]) -> int | str | None:
-    """Run a command.
-
-    Returns:
-        What `sys.exit` takes: every error that a user can mend is one line.
-    """
+    """Run a command."""
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2

@@ -23,12 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Args:
-        folder: where they lie; it is made when the first one is saved.
-        keep: how many of the newest are kept.
-    """
+    """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
@@ -46,11 +41,7 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> State | None:
-        """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so.
-
-        Raises:
-            CheckpointError: all of them are damaged.
-        """
+        """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so."""
         for interrupted in self.folder.glob("*.tmp"):
             interrupted.unlink()
         paths = self._paths()

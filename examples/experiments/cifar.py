@@ -19,15 +19,7 @@ from experiments.splits import DataError, locate
 
 
 class Form(NamedTuple):
-    """What the files of a data set are called.
-
-    Attributes:
-        folder: its official name.
-        train: files of training images.
-        test: file of test images.
-        labels: key of the labels in each file.
-        classes: number of classes.
-    """
+    """What the files of a data set are called."""
 
     folder: str
     train: tuple[str, ...]
@@ -44,13 +36,7 @@ FORMS = {
         labels="labels",
         classes=10,
     ),
-    "cifar100": Form(
-        folder="cifar-100-python",
-        train=("train",),
-        test="test",
-        labels="fine_labels",
-        classes=100,
-    ),
+    "cifar100": Form(folder="cifar-100-python", train=("train",), test="test", labels="fine_labels", classes=100),
 }
 
 Share = tuple[Tensor, Tensor]
@@ -61,9 +47,6 @@ def read_cifar(name: str, folder: Path) -> tuple[Share, Share]:
 
     Returns:
         Images (N, 3, 32, 32), uint8, and labels (N,), int64; of training and of testing.
-
-    Raises:
-        DataError: a file is missing, damaged, or holds something else.
     """
     form = FORMS[name]
     root = locate(folder, form.folder, (*form.train, form.test))
@@ -75,11 +58,7 @@ def read_cifar(name: str, folder: Path) -> tuple[Share, Share]:
 
 
 def read_file(path: Path, form: Form) -> Share:
-    """Read one file of images.
-
-    Raises:
-        DataError: it is damaged, or holds something else.
-    """
+    """Read one file of images."""
     try:
         with path.open("rb") as file:
             content = ArrayUnpickler(file, encoding="bytes").load()
@@ -102,11 +81,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads numbers, strings, plain containers and numpy arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may call.
-
-        Raises:
-            pickle.UnpicklingError: it is none that rebuilds arrays.
-        """
+        """What a pickle may call."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it calls {module}.{name}, where only numpy arrays are expected")
         return _ALLOWED[module, name]

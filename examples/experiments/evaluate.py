@@ -24,10 +24,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from apart_func import SettingError, load_state_
 from apart_func.robustness import area, check_radii, robustness
-from experiments.batches import evaluation_batches
 from experiments.checkpoints import write_whole
 from experiments.corruptions import SEVERITIES, corruptions_of
-from experiments.datasets import DataSet, load_dataset
+from experiments.datasets import DataSet, evaluation_batches, load_dataset
 from experiments.networks import make_network
 from experiments.runs import CONFIG, MODEL, FolderError, find_finished, read_config
 from experiments.settings import DataSettings, Settings
@@ -71,16 +70,7 @@ class Options:
 
 
 def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
-    """Measure a network.
-
-    Args:
-        model: in evaluation mode, on the CPU.
-        data: what it was trained on. Where it has no validation samples, shifts are found on training samples.
-        options: from the command line.
-
-    Returns:
-        What `evaluation.json` holds; errors, accuracies, areas and the calibration error are in percent.
-    """
+    """Measure a network."""
     test_scores, labels = scores(model, data, data.test)
     few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
     held_out = data.train if data.validation is None else data.validation
@@ -142,11 +132,7 @@ def error_percent(scores: Tensor, labels: Tensor) -> float:
 
 
 def load_network(folder: Path, settings: Settings, data: DataSet) -> nn.Module:
-    """The network that a run has left, in evaluation mode, on the CPU.
-
-    Raises:
-        ValueError: what lies there does not fit the settings.
-    """
+    """The network that a run has left, in evaluation mode, on the CPU."""
     model = make_network(settings.model.name, data, settings.model.width)
     load_state_(model, {}, load_file(folder / MODEL))
     return model.eval()
@@ -159,11 +145,7 @@ def load_data(settings: DataSettings) -> DataSet:
 
 
 def evaluate_run(folder: Path, options: Options) -> str | None:
-    """Measure the network of a run and write its `evaluation.json`, in a worker.
-
-    Returns:
-        What went wrong, if anything did: other runs need not suffer from it.
-    """
+    """Measure the network of a run and write its `evaluation.json`, in a worker."""
     try:
         settings = read_config(folder / CONFIG)
         data = load_data(replace(settings.data, folder=options.data_dir or settings.data.folder))
@@ -177,11 +159,7 @@ def evaluate_run(folder: Path, options: Options) -> str | None:
 
 
 def evaluate_all(folders: Sequence[Path], options: Options) -> None:
-    """Measure the runs that have not been measured yet, under a progress bar.
-
-    Raises:
-        FolderError: some could not be measured; all others have been.
-    """
+    """Measure the runs that have not been measured yet, under a progress bar."""
     left = [folder for folder in folders if options.again or not (folder / EVALUATION).is_file()]
     print(f"{len(folders)} finished runs, {len(folders) - len(left)} of them measured already")
     with Progress(disable=not left) as progress:
@@ -194,11 +172,7 @@ def evaluate_all(folders: Sequence[Path], options: Options) -> None:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What was measured on a run: the content of its `evaluation.json`.
-
-    Raises:
-        FolderError: there is none.
-    """
+    """What was measured on a run: the content of its `evaluation.json`."""
     path = folder / EVALUATION
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

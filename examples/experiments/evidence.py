@@ -20,9 +20,20 @@ import tyro
 
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.families import Family, equal_compute, equal_epochs, find_families, plain_of
 from experiments.figures import format_error, format_gain
-from experiments.groups import Group, by_data, by_key, group_runs, shared_settings, unconverged
+from experiments.groups import (
+    Family,
+    Group,
+    by_data,
+    by_key,
+    equal_compute,
+    equal_epochs,
+    find_families,
+    group_runs,
+    plain_of,
+    shared_settings,
+    unconverged,
+)
 from experiments.paired import Key, Values, difference_by_key, estimate, over_images
 from experiments.runs import FolderError, find_finished, read_run
 from experiments.tables import Cell, ResultTable, gain, write_results
@@ -98,12 +109,7 @@ def wrong_labels(group: Group) -> dict[Key, Values]:
 
 
 def pairs(data: str, families: Sequence[Family]) -> ResultTable:
-    """Every two methods, compared directly.
-
-    Args:
-        data: name of the data set.
-        families: methods that were trained for as many epochs; all have been measured.
-    """
+    """Every two methods, compared directly."""
     rows = []
     wrong = {family.label: wrong_labels(family.group) for family in families}
     for first, second in itertools.combinations(families, 2):
@@ -162,11 +168,7 @@ def choices(families: Sequence[Family]) -> list[list[Cell]]:
 
 
 def measure(data: str, families: Sequence[Family], options: Options) -> None:
-    """See to it that the chosen runs have been measured.
-
-    Raises:
-        FolderError: some have not been, and are not to be now.
-    """
+    """See to it that the chosen runs have been measured."""
     folders = [run.folder for family in families for run in family.group.runs.values()]
     if options.evaluate:
         evaluate_all(folders, Measurement(tuple(folders), samples=options.samples, processes=options.processes))
@@ -236,11 +238,7 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Report on every data set among the runs.
-
-    Raises:
-        FolderError: nothing can be compared.
-    """
+    """Report on every data set among the runs."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments evidence", description=__doc__)
     folders = find_finished(options.folders)
     test, validation = (by_data(read_run(folder, split) for folder in folders) for split in ("test", "validation"))

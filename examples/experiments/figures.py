@@ -54,13 +54,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Curve]], error_name: str) -> None:
-    """Draw the mean error of each method against the passes it has cost, with a band of one standard error.
-
-    Args:
-        axes: where to.
-        runs: for every method its runs, measured at the same points of training.
-        error_name: what the error was measured on, as in `test error`.
-    """
+    """Draw the mean error of each method against the passes it has cost, with a band of one standard error."""
     axes.set_prop_cycle(STYLES)
     for method, trained in runs.items():
         passes, errors = trained[0].passes, np.array([run.errors for run in trained])

@@ -63,11 +63,7 @@ def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
 
 
 def find_tiny_imagenet(folder: Path) -> Folders:
-    """List the images of Tiny-ImageNet; its validation images, whose classes are in a file, are for testing.
-
-    Raises:
-        DataError: a file is missing, or an annotation makes no sense.
-    """
+    """List the images of Tiny-ImageNet; its validation images, whose classes are in a file, are for testing."""
     root = locate(folder, "tiny-imagenet-200", ("wnids.txt", "train", "val/images", "val/val_annotations.txt"))
     classes = sorted(_read_text(root / "wnids.txt").split())
     if len(classes) < 2:

@@ -14,12 +14,7 @@ PATIENCE = 3.0
 
 
 class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no error
-    """A run was asked to stop, and did after it had written a checkpoint.
-
-    Attributes:
-        signal_number: of the signal that asked.
-        advice: how to go on.
-    """
+    """A run was asked to stop, and did after it had written a checkpoint."""
 
     advice = "a checkpoint is written, and --resume goes on."
 

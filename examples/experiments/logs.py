@@ -1,15 +1,17 @@
-"""What a run tells: `metrics.csv`, TensorBoard, and a progress bar.
+"""What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
 
-`Metrics` is a row an epoch. `Scalars` is TensorBoard: losses, accuracies, and the size of the statistic gradients of
-every layer. `progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`, which `Metrics` writes. `Scalars`
+is TensorBoard: losses, accuracies, and the size of the statistic gradients of every layer. `progress_bar` yields a
+function that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,10 +20,96 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from apart_func import StepOutput
-from experiments.rows import Row
+from experiments.settings import Settings, TrainingSettings
+
+Row = dict[str, float | None]
+
+
+@dataclass
+class Place:
+    """How far runs have come, and what they have counted since the last row of their metrics.
+
+    Attributes:
+        epoch: epochs that are complete.
+        batch: steps of the epoch that comes after them.
+        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4).
+        seconds: the time they took, of all runs.
+        waiting_seconds: of it, for data.
+        rows: of the metrics, of every run.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    rows: list[list[Row]] = field(default_factory=lambda: [[]])
+
+    def next_epoch(self) -> Place:
+        """The place before the first step of the epoch that comes after this one."""
+        return Place(self.epoch + 1, sums=torch.zeros_like(self.sums), rows=self.rows)
+
+    def of_run(self, number: int) -> Place:
+        """What of the counted belongs to one run; time is shared."""
+        count = len(self.sums)
+        return replace(
+            self,
+            sums=self.sums[number],
+            seconds=self.seconds / count,
+            waiting_seconds=self.waiting_seconds / count,
+            rows=self.rows[number : number + 1],
+        )
+
+
+def learning_rate(training: TrainingSettings, done: float) -> float:
+    """The learning rate at a point of the run.
+
+    Args:
+        training: the schedule and where it starts.
+        done: share of the run's steps that lie behind, from 0 to 1.
+    """
+    if training.schedule == "cosine":
+        return training.lr * (1 + math.cos(math.pi * done)) / 2
+    return training.lr * 0.1 ** sum(done >= milestone for milestone in training.milestones)
+
+
+def is_measured(training: TrainingSettings, epoch: int) -> bool:
+    """Whether errors are measured after the epoch that comes after so many."""
+    return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+
+
+def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
+    """Loss, second loss where the method has one, and error in percent, over the steps of this epoch of one run."""
+    loss, second_loss, wrong, counted = place.sums.tolist()
+    if not counted:
+        return None, None, None
+    error = 100 * wrong / (counted * training.batch_size)
+    return loss / counted, None if math.isnan(second_loss) else second_loss / counted, error
+
+
+def epoch_row(
+    settings: Settings, steps: int, place: Place, errors: Sequence[float | None], measuring_seconds: float
+) -> Row:
+    """What an epoch came to."""
+    loss, second_loss, error = means(place, settings.training)
+    step = steps * (place.epoch + 1)
+    return {
+        "epoch": place.epoch + 1,
+        "step": step,
+        "lr": learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs)),
+        "train_loss": loss,
+        "adversarial_loss": second_loss,
+        "train_error": error,
+        **dict(zip(("validation_error", "test_error", "test_top5_error"), errors, strict=True)),
+        "images_per_second": steps * settings.training.batch_size / place.seconds,
+        "data_wait": place.waiting_seconds / place.seconds,
+        "seconds": place.seconds + measuring_seconds,
+    }
+
 
 COLUMNS = (
     "epoch",
@@ -105,12 +193,7 @@ def progress_bar() -> Iterator[Show]:
 
 
 class Metrics:
-    """`metrics.csv`, a row an epoch.
-
-    Args:
-        path: the file. It is written anew with the rows that a resumed run already has.
-        rows: these rows.
-    """
+    """`metrics.csv`, a row an epoch."""
 
     def __init__(self, path: Path, rows: Sequence[Row]) -> None:
         self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
@@ -130,12 +213,7 @@ class Metrics:
 
 
 class Scalars:
-    """TensorBoard's view of a run.
-
-    Args:
-        folder: where TensorBoard looks; None writes nothing.
-        step: the first to come. What an interrupted run has written from there on is hidden.
-    """
+    """TensorBoard's view of a run."""
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=step)

@@ -20,19 +20,27 @@ import torch
 from torch import Tensor, nn
 
 from apart_func import split_state
-from experiments.batches import evaluation_batches, steps_per_epoch, training_batches
 from experiments.checkpoints import CheckpointError, Checkpoints, State
-from experiments.datasets import DataSet, load_dataset
+from experiments.datasets import DataSet, evaluation_batches, load_dataset, steps_per_epoch, training_batches
 from experiments.interrupts import Interrupted, noted_signals
-from experiments.learner import Learner, Learns
-from experiments.logs import Metrics, Progress, Scalars, Show, progress_bar
+from experiments.learner import Learner
+from experiments.logs import (
+    Metrics,
+    Place,
+    Progress,
+    Scalars,
+    Show,
+    epoch_row,
+    is_measured,
+    learning_rate,
+    means,
+    progress_bar,
+)
 from experiments.methods import Batch
 from experiments.networks import NetworkError, make_network
-from experiments.rows import Place, epoch_row, is_measured, learning_rate, means
 from experiments.runs import CHECKPOINTS, METRICS, TOGETHER, RunError, harm, is_complete, write_config, write_network
 from experiments.settings import MachineSettings, Settings, SettingsError, as_json, differences, from_json
 from experiments.splits import Split
-from experiments.together import Together, check_fit
 
 SHOW_SECONDS = 0.2
 EVALUATION_FACTOR = 4  # an evaluation batch needs less memory than a training batch of the same size
@@ -42,11 +50,6 @@ TOP5_CLASSES = 50  # from so many on, the error of the five best guesses is meas
 def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> None:
     """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
 
-    Args:
-        runs: settings. Those of an interrupted run must be the same, but for `machine` and where things are.
-        show: is told a few times a second how it gets on; None shows a progress bar.
-        resume: go on with what is in the folder, if there is something; else that is an error.
-
     Raises:
         RunError: the folder holds another run, or the disk is full.
         CheckpointError: its checkpoints are damaged, or those of another run.
@@ -54,8 +57,6 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
-    if len(runs) > 1:
-        check_fit(runs)
     complete = [is_complete(run, resume) for run in runs]  # each looks at its folder, and may refuse it
     if all(complete):
         return
@@ -71,12 +72,8 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
                 print(f"warning: {message}", file=sys.stderr)
 
 
-def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learns]:
-    """Find the data and make the networks. Whatever does not fit is refused here, before there is a run.
-
-    Raises:
-        ValueError: something does not fit.
-    """
+def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learner]:
+    """Find the data and make the networks. Whatever does not fit is refused here, before there is a run."""
     settings = runs[0]
     device = prepared_device(settings.machine)
     data = load_dataset(settings.data)
@@ -85,7 +82,7 @@ def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learns]:
     if settings.training.channels_last and len(data.sample_shape) != 3:
         raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
     models = [initial_network(run, data).to(device) for run in runs]
-    learner = Learner(models[0], settings)
+    learner = Learner(models, runs)
     blank = torch.zeros(size, *data.sample_shape), torch.zeros(size, dtype=torch.int64)
     try:
         learner.rehearse(blank)
@@ -95,7 +92,7 @@ def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learns]:
             f"{settings.model.name} cannot take a step on {size} samples {data.sample_shape} of {data.name}: "
             f"{problem}. Choose another network, batch size or crop."
         ) from error
-    return data, learner if len(runs) == 1 else Together(models, runs)
+    return data, learner
 
 
 def initial_network(settings: Settings, data: DataSet) -> nn.Module:
@@ -105,22 +102,13 @@ def initial_network(settings: Settings, data: DataSet) -> nn.Module:
 
 
 class _Running:
-    """Runs under way.
-
-    Args:
-        runs: their settings.
-        data: what they train and measure on.
-        learner: what they train.
-        show: is told how they get on.
-        noted: the signal that asks them to stop, or None.
-        stack: closes what this opens.
-    """
+    """Runs under way."""
 
     def __init__(
         self,
         runs: Sequence[Settings],
         data: DataSet,
-        learner: Learns,
+        learner: Learner,
         show: Show,
         noted: Callable[[], int | None],
         stack: ExitStack,
@@ -181,7 +169,6 @@ class _Running:
                 self._save()
             before, clock = clock, time.perf_counter()
             self.place.seconds += clock - before
-        self.learner.settle()
 
     def _take_step(self, batches: Sequence[Batch]) -> None:
         """Train every network on its batch, and count what came of it."""
@@ -189,7 +176,7 @@ class _Running:
         counted = self.learner.train(batches, lr, self.step + 1, self.done)
         self.place.batch += 1
         self.place.sums += counted.sums
-        if counted.out is not None and self.step % self.machine.log_steps == 0:
+        if len(self.runs) == 1 and self.step % self.machine.log_steps == 0:
             self.scalars.add_step(self.step, counted.out, lr)
 
     def _add_rows(self) -> None:
@@ -271,7 +258,6 @@ class _Running:
 
     def _save(self) -> None:
         """Write a checkpoint of this moment, between two steps."""
-        self.learner.settle()
         state = {
             "settings": [as_json(run) for run in self.runs],
             "place": vars(self.place),
@@ -321,11 +307,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def prepared_device(machine: MachineSettings) -> torch.device:
-    """Find the device, and set what torch has of global switches.
-
-    Raises:
-        SettingsError: there is no such device, or it computes nothing.
-    """
+    """Find the device, and set what torch has of global switches."""
     name = machine.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,11 +325,7 @@ def prepared_device(machine: MachineSettings) -> torch.device:
 
 @contextmanager
 def full_disk_explained(out: os.PathLike[str]) -> Iterator[None]:
-    """Say of a full disk what it means for the run.
-
-    Raises:
-        RunError: in place of the operating system's error.
-    """
+    """Say of a full disk what it means for the run."""
     try:
         yield
     except OSError as error:

@@ -82,13 +82,7 @@ class Step(Protocol):
     """One training step as a pure function."""
 
     def __call__(
-        self,
-        params: Tensors,
-        buffers: Tensors,
-        batch: Batch,
-        carried: Carried,
-        *,
-        epsilon: Tensor | None = None,
+        self, params: Tensors, buffers: Tensors, batch: Batch, carried: Carried, *, epsilon: Tensor | None = None
     ) -> tuple[StepOutput, Carried]:
         """Take one step.
 
@@ -139,18 +133,9 @@ def radius(settings: MethodSettings, done: float) -> float | None:
 
 
 def make_step(
-    model: nn.Module,
-    settings: MethodSettings,
-    autocast_dtype: torch.dtype | None = None,
-    momentum: float = 0.9,
+    model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None, momentum: float = 0.9
 ) -> Step:
     """Make the training step of a method, with cross-entropy as the loss.
-
-    Args:
-        model: the network, in training mode. It is not changed.
-        settings: which method, and its parameters.
-        autocast_dtype: dtype of an autocast region around each forward; None opens none.
-        momentum: of the optimizer, which Momentum-SAM repeats.
 
     Raises:
         ApartError: a setting is out of range, or the network has no batch norm to perturb.

@@ -27,11 +27,6 @@ class NetworkError(ValueError):
 def make_network(name: str, data: DataSet, width: int | None = None) -> nn.Module:
     """Make a network for a data set.
 
-    Args:
-        name: one of `NAMES`, or of timm's.
-        data: says how many channels come in, how many classes go out, and how large its images are.
-        width: channels of the first stage, for the networks of `ANY_WIDTH`; None takes the usual ones.
-
     Raises:
         NetworkError: there is no such network, or it does not fit the data.
     """
@@ -60,40 +55,19 @@ def preact_resnet18(in_channels: int = 3, classes: int = 10, width: int = 64) ->
     """ResNet-18 with pre-activation (He et al., arXiv 1603.05027) in its CIFAR form.
 
     The published experiments have batch norm after the stem, and none at the end.
-
-    Args:
-        in_channels: channels of the images.
-        classes: number of classes.
-        width: channels of the first stage; each of the other three has twice as many as the one before.
     """
     widths = [width, 2 * width, 4 * width, 8 * width]
     return PreActResNet(in_channels, classes, width, widths, blocks_per_stage=2, norm_at_end=False)
 
 
 def wide_resnet(depth: int, widen: int, in_channels: int = 3, classes: int = 10) -> PreActResNet:
-    """The wide residual network of Zagoruyko and Komodakis (arXiv 1605.07146): WRN-`depth`-`widen`.
-
-    Args:
-        depth: number of convolutions, those of the three shortcuts included, 6n + 4.
-        widen: width, as a multiple of that of the original residual network.
-        in_channels: channels of the images.
-        classes: number of classes.
-    """
+    """The wide residual network of Zagoruyko and Komodakis (arXiv 1605.07146): WRN-`depth`-`widen`."""
     assert depth % 6 == 4, "every block has two convolutions, in three stages of as many blocks"
     return PreActResNet(in_channels, classes, 16, [16 * widen, 32 * widen, 64 * widen], (depth - 4) // 6)
 
 
 class PreActResNet(nn.Module):
-    """A 3 × 3 stem and stages of residual blocks, with batch norm and ReLU before each convolution.
-
-    Args:
-        in_channels: channels of the images.
-        classes: number of classes.
-        stem: channels of the stem.
-        widths: channels of the stages; each after the first halves the resolution.
-        blocks_per_stage: residual blocks in each stage.
-        norm_at_end: whether the last batch norm and ReLU stand after the blocks, or after the stem.
-    """
+    """A 3 × 3 stem and stages of residual blocks, with batch norm and ReLU before each convolution."""
 
     def __init__(
         self,
@@ -127,13 +101,7 @@ class PreActResNet(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU, added to what comes in.
-
-    Args:
-        in_channels: channels that come in.
-        channels: channels that go out.
-        stride: step of the first convolution. Where the shape changes, a 1 × 1 convolution adapts the activated input.
-    """
+    """Two convolutions, each after batch norm and ReLU, added to what comes in."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -194,9 +162,7 @@ def _check_size(make: Callable[[int, int, int], nn.Module], channels: int, class
         count = sum(param.numel() for param in make(channels, classes, width).parameters())
     needed = 4 * 4 * count  # float32: weights, gradients, momenta, and one copy
     if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise NetworkError(
-            f"at width {width} the network has {count:.1e} parameters, more than fit into memory"
-        )
+        raise NetworkError(f"at width {width} the network has {count:.1e} parameters, more than fit into memory")
 
 
 class Choice(NamedTuple):

@@ -1,7 +1,6 @@
 """What becomes of a step that is not finite: training stops, and says where the first infinity or NaN came up.
 
-`Watch` notices such a step, and keeps what it began with. `first_nonfinite` then runs it again on a copy of the network
-that looks at the output and the gradient of every layer.
+`first_nonfinite` runs it again on a copy of the network that looks at the output and the gradient of every layer.
 """
 
 from __future__ import annotations
@@ -24,17 +23,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Start(NamedTuple):
-    """What a step began with.
-
-    Attributes:
-        number: of the step in the run.
-        params: trained tensors.
-        buffers: all others.
-        batch: samples and labels.
-        carried: from the step before.
-        random_state: of torch's default generator.
-        is_plain: whether it was a plain step, whatever the method.
-    """
+    """What a step began with: its number in the run, all its arguments, and the state of torch's default generator."""
 
     number: int
     params: Tensors
@@ -42,47 +31,6 @@ class Start(NamedTuple):
     batch: Batch
     carried: Carried
     random_state: Tensor
-    is_plain: bool = False
-
-
-class Watch:
-    """Looks at whether a step was finite once the next one begins, so that the host need not wait for the device.
-
-    Args:
-        explain: makes the error for a step that was not.
-    """
-
-    def __init__(self, explain: Callable[[Start], NonFiniteError]) -> None:
-        self._explain = explain
-        self._params: Tensors = {}
-        self._waiting: tuple[Start, Tensor, torch.cuda.Event | None] | None = None
-
-    def expect(self, start: Start, all_finite: Tensor) -> None:
-        """Fetch the flag of a step without waiting for it, and copy the parameters, which its update will move."""
-        if not self._params:
-            self._params = {name: torch.empty_like(param) for name, param in start.params.items()}
-        torch._foreach_copy_(list(self._params.values()), list(start.params.values()))
-        flag = all_finite.to("cpu", non_blocking=True)
-        event = None
-        if all_finite.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._waiting = (start._replace(params=self._params), flag, event)
-
-    def settle(self) -> None:
-        """Make sure that the last step was finite.
-
-        Raises:
-            NonFiniteError: it was not.
-        """
-        if self._waiting is None:
-            return
-        start, flag, event = self._waiting
-        self._waiting = None
-        if event is not None:
-            event.synchronize()
-        if not flag:
-            raise self._explain(start)
 
 
 def nonfinite_error(
@@ -99,17 +47,11 @@ def nonfinite_error(
 def first_nonfinite(
     model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None, start: Start
 ) -> str | None:
-    """Run a step again, and find the first thing in it that is not finite.
-
-    Returns:
-        What it is, and in which pass and layer, or None where this time everything is finite.
-    """
+    """Run a step again, and find the first thing in it that is not finite."""
     for kind, tensors in (("samples", {"": start.batch[0]}), ("weights", start.params)):
         for name, tensor in tensors.items():
             if not _is_finite(tensor):
                 return f"the {kind} it began with" + (f", in {name!r}" if name else "")
-    if start.is_plain:
-        settings = MethodSettings("plain", label_smoothing=settings.label_smoothing)
     search = _Search(passes_of(settings))
     step = make_step(search.copy_of(model), settings, autocast_dtype)
     with torch.random.fork_rng(devices=[]):
@@ -122,11 +64,7 @@ def first_nonfinite(
 
 
 class _Search:
-    """Looks at what the layers of a network compute, forwards and backwards, until something is not finite.
-
-    Args:
-        passes: names of the passes of a step, in their order.
-    """
+    """Looks at what the layers of a network compute, forwards and backwards, until something is not finite."""
 
     def __init__(self, passes: tuple[str, ...]) -> None:
         self.passes, self.begun = passes, 0

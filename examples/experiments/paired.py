@@ -21,12 +21,7 @@ Key = tuple[int, int]  # split of the data, and seed
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-        mean: the mean.
-        standard_error: its standard error; nan for a single value.
-    """
+    """A mean over seeds."""
 
     mean: float
     standard_error: float
@@ -34,14 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean difference within pairs and its confidence interval.
-
-    Attributes:
-        mean: mean of first − second.
-        low: lower end of the interval; nan for a single pair, as is the upper end.
-        high: upper end of the interval.
-        confidence: the interval's level.
-    """
+    """The mean of first − second within pairs and the ends of its confidence interval, nan for a single pair."""
 
     mean: float
     low: float
@@ -67,11 +55,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], confidenc
 
 
 def difference_by_key(first: Mapping[Key, float], second: Mapping[Key, float]) -> PairedDifference | None:
-    """The mean of first − second over the runs that both have, with Student's interval: over seeds, or over splits.
-
-    Returns:
-        The mean difference and its interval, or None without a run in common.
-    """
+    """The mean of first − second over the runs that both have, with Student's interval: over seeds, or over splits."""
     keys = sorted(first.keys() & second.keys())
     if not keys:
         return None

@@ -100,15 +100,7 @@ def draw(path: Path, groups: Sequence[Group], title: str) -> None:
 
 
 def report(data: str, runs: Sequence[FinishedRun], measure_on: str, stem: Path, page: Path | None = None) -> None:
-    """Print and write the table of one data set, and draw its curves.
-
-    Args:
-        data: its name.
-        runs: all runs on it.
-        measure_on: whose error they have.
-        stem: of the files.
-        page: see `Options`.
-    """
+    """Print and write the table of one data set, and draw its curves."""
     groups = group_runs(runs)
     title = f"{data}: {measure_on} error"
     errors = [{"label": each.label, "settings": each.settings, "errors": by_key(each.errors)} for each in groups]

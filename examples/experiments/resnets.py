@@ -13,13 +13,7 @@ from torch import Tensor, nn
 
 
 class Layers(NamedTuple):
-    """The kinds of layer that the number of dimensions decides.
-
-    Attributes:
-        convolution: with weights and stride.
-        batch_norm: over channels.
-        pool: an average over all positions.
-    """
+    """The kinds of layer that the number of dimensions decides."""
 
     convolution: type[nn.Conv1d | nn.Conv2d]
     batch_norm: type[nn.BatchNorm1d | nn.BatchNorm2d]
@@ -35,63 +29,27 @@ def small_resnet(in_channels: int, classes: int, width: int = 8, blocks: int = 2
 
     The default has two blocks, of width 8 and 16. On 8 × 8 digits they work on 8 × 8 and 4 × 4 positions, with 5122
     parameters.
-
-    Args:
-        in_channels: channels of the images.
-        classes: number of classes.
-        width: channels of the first block.
-        blocks: residual blocks; each after the first halves the resolution and doubles the width.
     """
     return ResNet(in_channels, classes, width, stages=blocks, blocks_per_stage=1)
 
 
 def mnist_resnet(in_channels: int, classes: int, width: int = 16) -> ResNet:
-    """A ResNet for 28 × 28 images whose stem halves them, so that it costs a quarter; each of its stages is one block.
-
-    Args:
-        in_channels: channels of the images.
-        classes: number of classes.
-        width: channels of the first block; the other two have twice and four times as many.
-    """
+    """A ResNet for 28 × 28 images whose stem halves them, which saves much; each of its three stages is one block."""
     return ResNet(in_channels, classes, width, stages=3, blocks_per_stage=1, stem_stride=2)
 
 
 def cifar_resnet(width: int = 16, blocks_per_stage: int = 2, classes: int = 10, in_channels: int = 3) -> ResNet:
-    """The CIFAR form of ResNet: three stages, on 32 × 32, 16 × 16 and 8 × 8 positions.
-
-    Args:
-        width: channels of the first stage; the others have twice and four times as many.
-        blocks_per_stage: residual blocks in each stage; n of them make a ResNet of 6n + 2 layers.
-        classes: number of classes.
-        in_channels: channels of the images.
-    """
+    """The CIFAR form of ResNet: three stages, on 32 × 32, 16 × 16 and 8 × 8 positions."""
     return ResNet(in_channels, classes, width, stages=3, blocks_per_stage=blocks_per_stage)
 
 
 def resnet1d(in_channels: int, classes: int, width: int = 16, blocks: int = 3) -> ResNet:
-    """A small ResNet for signals: every stage is a single block.
-
-    Args:
-        in_channels: channels of the signals.
-        classes: number of classes.
-        width: channels of the first block.
-        blocks: residual blocks; each after the first halves the length and doubles the width.
-    """
+    """A small ResNet for signals: every stage is a single block."""
     return ResNet(in_channels, classes, width, stages=blocks, blocks_per_stage=1, layers=SIGNALS)
 
 
 class ResNet(nn.Module):
-    """A 3 × 3 stem, stages of residual blocks, global average pooling and a linear classifier.
-
-    Args:
-        in_channels: channels of the images.
-        classes: number of classes.
-        width: channels of the stem and the first stage.
-        stages: number of stages; each after the first halves the resolution and doubles the width.
-        blocks_per_stage: residual blocks in each stage.
-        layers: those for images, or for signals.
-        stem_stride: step of the first convolution.
-    """
+    """A 3 × 3 stem, stages of residual blocks, global average pooling and a linear classifier."""
 
     def __init__(
         self,
@@ -120,14 +78,7 @@ class ResNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions with batch normalization, added to their input.
-
-    Args:
-        layers: those for images, or for signals.
-        in_channels: channels that come in.
-        channels: channels that go out.
-        stride: step of the first convolution. Where the shape changes, a 1 × 1 convolution adapts the input.
-    """
+    """Two 3 × 3 convolutions with batch normalization, added to their input."""
 
     def __init__(self, layers: Layers, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()

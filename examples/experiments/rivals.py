@@ -34,14 +34,7 @@ NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class Pass(NamedTuple):
-    """What an ordinary forward and backward yields.
-
-    Attributes:
-        loss: 0-d.
-        output: of the network.
-        grads: of the loss, keyed as `params`.
-        buffers: the new ones.
-    """
+    """What an ordinary forward and backward yields."""
 
     loss: Tensor
     output: Tensor
@@ -78,11 +71,7 @@ class Gradient(NamedTuple):
 
 
 def make_rival_step(gradient: Gradient, settings: MethodSettings, momentum: float) -> Step:
-    """Make the step of a method that is not APART's.
-
-    Raises:
-        SettingsError: ghost noise does not know a batch norm of this kind.
-    """
+    """Make the step of a method that is not APART's."""
     if settings.name == "ghost_noise":
         gradient = gradient._replace(model=with_ghost_noise(gradient.model, settings.ghost_size))
     moved = {"sam": climb, "sam_on": _normalisation_moved(gradient.model, settings.norm)}.get(settings.name)

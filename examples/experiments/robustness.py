@@ -48,14 +48,7 @@ class Options:
 
 
 class Measured(NamedTuple):
-    """What was measured on runs that differ in split and seed alone.
-
-    Attributes:
-        label: what sets them apart from the others.
-        is_plain: whether it is ordinary training.
-        is_apart: whether statistics were perturbed in training.
-        evaluations: of `evaluate`, one a run.
-    """
+    """What was measured on runs that differ in split and seed alone."""
 
     label: str
     is_plain: bool
@@ -73,20 +66,12 @@ class Measured(NamedTuple):
 
 
 def measured_groups(groups: Sequence[Group]) -> list[Measured]:
-    """What was measured on each group of runs.
-
-    Raises:
-        FolderError: runs were measured at different radii.
-    """
-    measured = [
-        Measured(
-            group.label,
-            group.is_plain,
-            bool(group.settings.get("method.epsilon")),
-            [read_evaluation(run.folder) for run in group.runs.values()],
-        )
-        for group in groups
-    ]
+    """What was measured on each group of runs."""
+    measured = []
+    for group in groups:
+        evaluations = [read_evaluation(run.folder) for run in group.runs.values()]
+        is_apart = bool(group.settings.get("method.epsilon"))
+        measured.append(Measured(group.label, group.is_plain, is_apart, evaluations))
     radii = {tuple(evaluation["radii"]) for group in measured for evaluation in group.evaluations}
     if len(radii) > 1:
         listed = " and ".join(map(str, sorted(radii)))
@@ -109,12 +94,9 @@ def draw(path: Path, data: str, groups: Sequence[Measured]) -> None:
     figure.suptitle(f"{data}: what trained networks withstand (mean over seeds ± standard error)", fontsize=14)
     shifted = curves.subplots(1, 2, sharey=True)
     draw_shifts(shifted, groups)
-    for axes, kind in zip(shifted, SHIFTS, strict=True):
-        areas = [f"{group.label}: area {group.values('area', kind).mean():.1f} %" for group in groups]
-        axes.legend(axes.lines, areas, frameon=False, fontsize="small")
+    shifted[0].legend(frameon=False, fontsize="small")
     corrupted = errors.subplots(1, len(groups[0].corruptions), sharey=True, squeeze=False)[0]
     draw_corruptions(corrupted, groups)
-    corrupted[0].legend(frameon=False, fontsize="small")
     _draw_heat_maps(layers.subplots(1, 2, squeeze=False)[0], heat_map_groups(groups))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=75)
@@ -162,19 +144,11 @@ def _draw_heat_maps(axes: Sequence[Axes], groups: Sequence[Measured]) -> None:
         place.set_xticks(range(accuracies.shape[1]), [f"{radius:g}" for radius in group.evaluations[0]["radii"]])
         place.set_yticks(range(len(names)), names, fontsize=8)
         place.set(title=f"{group.label}: single layers shifted", xlabel="radius ε")
-        if len(names) <= 20:
-            for (row, column), accuracy in np.ndenumerate(accuracies):
-                colour = "black" if accuracy > 60 else "white"
-                place.text(column, row, f"{accuracy:.0f}", ha="center", va="center", color=colour, fontsize=8)
         place.figure.colorbar(image, ax=place, label="test accuracy (%)")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, and draw a figure for each data set.
-
-    Raises:
-        FolderError: there is nothing to draw, or a run cannot be measured.
-    """
+    """Measure, and draw a figure for each data set."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments robustness", description=__doc__)
     folders = find_finished(options.folders)
     evaluate_all(folders, Measurement(tuple(folders), samples=options.samples, processes=options.processes))

@@ -1,10 +1,12 @@
 """Run folders: what the runner leaves in them, and what is read from them.
 
-config.json          the settings, and the machine
-metrics.csv          a row an epoch
-checkpoints/         the last two
-tensorboard/
-model.safetensors    parameters and buffers; written last, so a run has finished where it lies, whole
+    config.json          the settings, and the machine
+    metrics.csv          a row an epoch
+    checkpoints/         the last two
+    tensorboard/
+    model.safetensors    parameters and buffers
+
+The network is written last, so a run has finished where it lies, whole.
 """
 
 from __future__ import annotations
@@ -103,11 +105,7 @@ def write_network(out: Path, params: Mapping[str, Tensor], buffers: Mapping[str,
 
 
 def read_config(path: Path) -> Settings:
-    """The settings of a run, from its `config.json`.
-
-    Raises:
-        SettingsError: they cannot be read.
-    """
+    """The settings of a run, from its `config.json`."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
@@ -124,17 +122,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Look for run folders.
-
-    Args:
-        paths: run folders and folders of run folders; anything else may be among them, as in a shell's `runs/*`.
-
-    Returns:
-        The run folders, each once, and the paths that neither are nor hold one.
-
-    Raises:
-        FolderError: a path does not exist.
-    """
+    """Look for run folders."""
     found: dict[str, Path] = {}
     without = []
     for path in paths:
@@ -149,11 +137,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def find_finished(paths: Iterable[Path]) -> list[Path]:
-    """Look for run folders of finished runs, and say which others are left out.
-
-    Raises:
-        FolderError: there is none.
-    """
+    """Look for run folders of finished runs, and say which others are left out."""
     paths = list(paths)
     folders, without = find_runs(paths)
     finished = [folder for folder in folders if is_finished(folder)]
@@ -223,13 +207,7 @@ def passes_per_epoch(settings: Settings) -> float:
 
 
 def is_fitted(loss: float, smoothing: float, classes: int) -> bool:
-    """Whether a training loss is that of a network that has fitted its samples.
-
-    Args:
-        loss: mean cross-entropy of the last epoch.
-        smoothing: of the labels; the least loss that they allow does not count.
-        classes: number of classes.
-    """
+    """Whether a training loss is that of a network that has fitted its samples."""
     shares = [1 - smoothing + smoothing / classes, *[smoothing / classes] * (classes - 1)]
     least = -sum(share * math.log(share) for share in shares if share)
     return loss - least <= FITTED * math.log(classes)

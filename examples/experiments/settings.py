@@ -235,14 +235,7 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 
 def from_json(stored: Any) -> Settings:
-    """Settings from what `as_json` made of them.
-
-    Args:
-        stored: the content of a `config.json`; entries that are no settings are left out.
-
-    Raises:
-        SettingsError: an entry is missing, unknown, or of the wrong type.
-    """
+    """Settings from what `as_json` made of them."""
     if not isinstance(stored, Mapping):
         raise SettingsError(f"the stored settings are a {type(stored).__name__}; expected an object of sections.")
     names = {part.name for part in fields(Settings)}
@@ -254,11 +247,7 @@ def from_json(stored: Any) -> Settings:
 
 
 def differences(settings: Settings, stored: Settings) -> list[str]:
-    """Where two runs differ in what decides their result.
-
-    Returns:
-        A line for each setting, as in `training.epochs: 100, stored 200`; places and the machine do not count.
-    """
+    """Where two runs differ in what decides their result."""
     ours, theirs = (_flat(as_json(_result_only(each))) for each in (settings, stored))
     return [f"{name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 

@@ -29,16 +29,7 @@ class DataError(ValueError):
 
 
 def locate(folder: Path, official: str, parts: Sequence[str]) -> Path:
-    """Find the official folder of a data set.
-
-    Args:
-        folder: that folder under any name, or the one that it lies in.
-        official: its name.
-        parts: files and folders that are in it.
-
-    Raises:
-        DataError: some of the parts are missing.
-    """
+    """Find the official folder of a data set."""
     inner = folder / official
     root = inner if inner.is_dir() else folder
     missing = [part for part in parts if not (root / part).exists()]
@@ -154,20 +145,7 @@ class Shares(NamedTuple):
 
 
 def shares_of(pool: Split, test: Split, settings: DataSettings, validation_samples: int = 0) -> Shares:
-    """Divide a set that has test samples of its own.
-
-    Args:
-        pool: what is trained and validated on.
-        test: what is tested on.
-        settings: how many of each, and the seed that decides which.
-        validation_samples: how many are set aside where the settings do not say.
-
-    Returns:
-        The shares. The same seed has the same validation samples, whatever the number of training samples is.
-
-    Raises:
-        DataError: there are too few samples.
-    """
+    """Divide a set that has test samples of its own."""
     asked = settings.validation_samples
     train, validation = divided(pool, validation_samples if asked is None else asked, settings.split_seed)
     if settings.train_samples is not None:
@@ -176,16 +154,7 @@ def shares_of(pool: Split, test: Split, settings: DataSettings, validation_sampl
 
 
 def divided(split: Self, count: int, seed: int) -> tuple[Self, Self]:
-    """Set samples aside, with the same share of every class.
-
-    Args:
-        split: the samples to divide.
-        count: how many to set aside.
-        seed: decides which; the global random generators are neither read nor changed.
-
-    Raises:
-        DataError: there are too few.
-    """
+    """Set samples aside, with the same share of every class."""
     if count in (0, len(split)):
         kept, nothing = split, split.subset(torch.arange(0))
         return (nothing, kept) if count else (kept, nothing)
@@ -199,11 +168,7 @@ def divided(split: Self, count: int, seed: int) -> tuple[Self, Self]:
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file.
-
-    Raises:
-        DataError: it is not an image, or a damaged one.
-    """
+    """Decode an image file."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tyro
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from experiments.interrupts import Interrupted
 from experiments.loop import train
@@ -87,13 +87,7 @@ class Grid:
 
 
 class Planned(NamedTuple):
-    """A run of the sweep.
-
-    Attributes:
-        name: of its folder.
-        arguments: of train, all of them.
-        settings: what train reads from them.
-    """
+    """A run of the sweep."""
 
     name: str
     arguments: list[str]
@@ -106,11 +100,7 @@ class Planned(NamedTuple):
 
 
 def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
-    """All runs of a sweep. Seed comes after seed, so that an unfinished sweep has full pairs.
-
-    Raises:
-        SweepError: an option is the sweep's to set.
-    """
+    """All runs of a sweep. Seed comes after seed, so that an unfinished sweep has full pairs."""
     own = [name for name in (option.partition("=")[0] for option in options) if name in OWN]
     if own:
         raise SweepError(f"{own[0]} is set by the sweep: use --methods, --epsilons, --seeds, --first-seed")
@@ -169,11 +159,7 @@ def _as_arguments(option: str, value: str) -> list[str]:
 
 
 class Job(NamedTuple):
-    """What a worker does at a time: one run, or several that differ in their seed alone.
-
-    Attributes:
-        runs: all of them.
-    """
+    """What a worker does at a time: one run, or several that differ in their seed alone."""
 
     runs: tuple[Planned, ...]
 
@@ -204,11 +190,7 @@ def jobs_of(runs: Sequence[Planned], together: int) -> list[Job]:
 
 
 def train_job(job: Job) -> str | None:
-    """Train runs from where they stand, in a worker.
-
-    Returns:
-        What went wrong, if anything did: other jobs need not suffer from it.
-    """
+    """Train runs from where they stand, in a worker."""
     settings = [run.settings for run in job.runs]
     try:
         train(settings, show=lambda progress: tell((job.name, progress.step / progress.steps)))
@@ -229,32 +211,17 @@ def train_all(jobs: Sequence[Job], processes: int) -> dict[str, str]:
 
 @contextmanager
 def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[list[tuple[str, float]]], None]]:
-    """A bar over all jobs, with the time left.
-
-    Yields:
-        A function that takes (name of a job, share of it that is done) pairs and moves the bar.
-    """
-    columns = (
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.description}"),
-    )
+    """A bar over all jobs, with the time left; it is moved by (name of a job, share of it that is done) pairs."""
     passes = {job.name: job.passes for job in jobs}
-    runs = {job.name: len(job.runs) for job in jobs}
     done = dict.fromkeys(passes, 0.0)
-    with Progress(*columns, expand=True, speed_estimate_period=600) as progress:
+    with Progress(expand=True, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=sum(passes.values()))
 
         def show(news: list[tuple[str, float]]) -> None:
             done.update(news)
-            running = [name for name, share in done.items() if 0 < share < 1]
-            finished = sum(runs[name] for name, share in done.items() if share == 1)
-            progress.update(
-                task,
-                completed=sum(passes[name] * share for name, share in done.items()),
-                description=", ".join([f"{finished} of {sum(runs.values())} runs", *running]),
-            )
+            finished = sum(share == 1 for share in done.values())
+            completed = sum(passes[name] * share for name, share in done.items())
+            progress.update(task, completed=completed, description=f"{finished} of {len(jobs)} jobs")
 
         show([])
         yield show

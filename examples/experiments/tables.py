@@ -20,26 +20,14 @@ FILE_WIDTH = 180  # of the printed table where there is no terminal
 
 
 class Cell(NamedTuple):
-    """A cell of the table.
-
-    Attributes:
-        text: what it says.
-        bold: whether it stands out.
-    """
+    """A cell of the table."""
 
     text: str
     bold: bool = False
 
 
 class ResultTable(NamedTuple):
-    """What is printed, and written as Markdown.
-
-    Attributes:
-        title: above it.
-        columns: their names; the first is that of the rows' labels.
-        rows: its cells.
-        notes: below it.
-    """
+    """What is printed, and written as Markdown; the first column is that of the rows' labels."""
 
     title: str
     columns: Sequence[str]
@@ -49,10 +37,6 @@ class ResultTable(NamedTuple):
 
 def gain(plain: Mapping[Key, float], other: Mapping[Key, float]) -> Cell:
     """By how many points an error lies below that of plain training, over the runs that both have.
-
-    Args:
-        plain: error of plain training, by split and seed.
-        other: error of what is compared with it, by split and seed.
 
     Returns:
         The difference and its interval, and the number of pairs where it is not that of the seeds; nothing without
@@ -102,11 +86,7 @@ def write_results(stem: Path, tables: Sequence[ResultTable], numbers: Mapping[st
 
 
 def show_on_page(page: Path, name: str, table: str) -> None:
-    """Replace a table on a page.
-
-    Raises:
-        FolderError: the page has no place for it.
-    """
+    """Replace a table on a page."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
     if not place.search(text):

@@ -91,7 +91,7 @@ class Learner:
         self._mapped: dict[bool, Callable[..., Any]] = {}
 
     def rehearse(self, batch: Batch) -> None:
-        """Compute a step of each kind and forget it, so that settings that do not fit are refused before a run begins.
+        """Compute one step and forget it, so that settings that do not fit are refused before a run begins.
 
         Raises:
             ApartError: they do not fit the network or the batch.
@@ -99,8 +99,7 @@ class Learner:
         batch = self.placed([batch])
         params, buffers, carried, _ = self._of_run(0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            for step in self._steps.values():
-                step(params, buffers, batch, carried)
+            self._steps[False](params, buffers, batch, carried)  # a plain one fits wherever this one does
 
     def placed(self, batches: Sequence[Batch]) -> Batch:
         """The batches of all runs, stacked if there are several, on the device and in the network's memory order."""

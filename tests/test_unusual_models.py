@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -443,7 +444,7 @@ def test_under_one_autocast_region_the_second_pass_computes_with_the_weights_of_
         model = convolutional(dtype=torch.float32)
         apart = APART(model, 0.2, 2)
         r, rest = weights(16, 16)
-        with torch.autocast("cpu", dtype=dtype, enabled=around_both):
+        with torch.autocast("cpu", dtype=dtype) if around_both else nullcontext():
             with apart.to_proxy():
                 with torch.autocast("cpu", dtype=dtype):
                     loss = r * F.cross_entropy(model(x), y)
@@ -468,7 +469,7 @@ def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 2.0}
     inner = None if around_both else torch.bfloat16
     step = make_apart_sam_step(model, F.cross_entropy, autocast_dtype=inner, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around_both):
+    with torch.autocast("cpu", dtype=torch.bfloat16) if around_both else nullcontext():
         out = step(*split_state(model), batch)
     exact = oracle_sam_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
     still = oracle_step(model, F.cross_entropy, batch, epsilon=0.2, groups=2, ratio=1.0, perturbation=out.perturbation)

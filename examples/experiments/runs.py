@@ -36,7 +36,7 @@ CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
 CHECKPOINTS, TOGETHER = "checkpoints", "checkpoints-together"
 SECTIONS = ("data", "model", "method", "training")
 METHODS: tuple[str, ...] = get_args(MethodName)
-FITTED = 0.1  # of the loss of guessing: above it, a network has not fitted its training samples
+FITTED = 0.05  # of the loss of guessing: above it, a network has not fitted its training samples
 
 
 class RunError(RuntimeError):

@@ -4,10 +4,15 @@ RUN := .venv/bin/python
 # One thread a process: the tests and the demo run small models, which two threads only slow down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format bench gpu clean
+# Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
+EXPERIMENTS := train sweep report evaluate evidence robustness
+.PHONY: demo test lint format bench gpu clean $(EXPERIMENTS)
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
+
+$(EXPERIMENTS): .venv/ready
+	cd examples && ../$(RUN) -m experiments $@ $(ARGS)
 
 test: .venv/ready
 	$(RUN) -m pytest -n 2 --cov=apart_func --cov-report=term --cov-fail-under=95

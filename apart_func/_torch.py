@@ -85,6 +85,11 @@ def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Te
     return list(torch._foreach_lerp(starts, ends, weight))
 
 
+def counted(counters: list[Tensor]) -> Sequence[Tensor]:
+    """Counters, one more each, in one call. Not under a transform or compiler."""
+    return torch._foreach_add(counters, 1)
+
+
 def parts(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     """The parts of a vector, of which one may be changed in place without a word to those who have saved another."""
     return torch.unsafe_split_with_sizes(joined, sizes)

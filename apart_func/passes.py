@@ -287,7 +287,8 @@ class _Pass:
         if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
             raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
         self._fmodel, self.layers, self.loss_fn, self._criterion = fmodel, fmodel.layers, loss_fn, loss_fn
-        self._tensors = fmodel.check_state(params, buffers)
+        # A compiler traces the checks as well: there a step makes them once, and its passes do not.
+        self._tensors = {**params, **buffers} if is_compiling() else fmodel.check_state(params, buffers)
         specialize([*self._tensors.values(), *tensors_of(batch)])
         self._inputs, self._target = input_and_target(_laid_out(batch, self._tensors))
         self.samples = batch_size(batch)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apart_func._torch import counted
 from apart_func.intercept import Route, Site
 from apart_func.layer.affine import spread
 from apart_func.trees import BatchStats, StatTree, stacked
@@ -89,7 +90,7 @@ def advance_together(moves: Sequence[Move]) -> None:
     old_mean, old_var, mean, unbiased = (torch.cat(column) for column in columns)
     weight = momenta[0] if len(set(momenta)) == 1 else spread(momenta, tuple(sizes), like=mean)
     new = (torch.lerp(old, now, weight).split(sizes) for old, now in ((old_mean, mean), (old_var, unbiased)))
-    for layer, count, moved_mean, moved_var in zip(layers, torch._foreach_add(counts, 1), *new, strict=True):
+    for layer, count, moved_mean, moved_var in zip(layers, counted(counts), *new, strict=True):
         layer._buffers.update(num_batches_tracked=count, running_mean=moved_mean, running_var=moved_var)
 
 

@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer, timer
 
 # The programs in examples/ have the models, and know the machine.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from environment import environment
+from experiments.environment import environment
 
 import apart_func
 

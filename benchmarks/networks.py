@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from models import ResNet, cifar_resnet, small_resnet
+from experiments.resnets import ResNet, cifar_resnet, small_resnet
 from torch import Tensor, nn
 
 CLASSES = 10

@@ -25,7 +25,7 @@ from common import (
     time_columns,
     timing_row,
 )
-from models import cifar_resnet, small_resnet
+from experiments.resnets import cifar_resnet, small_resnet
 from networks import CLASSES, case_of
 from steps import METHODS, ONE_GRAPH, RADIUS, Step, Variant
 from torch.func import stack_module_state, vmap

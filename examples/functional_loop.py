@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 import tyro
-from data import load, shuffled_batches
-from models import small_resnet
+from experiments.datasets import evaluation_batches, load_dataset, training_batches
+from experiments.resnets import small_resnet
+from experiments.settings import DataSettings
 from rich.progress import Progress
-from torch import Tensor
 
 from apart_func import assign_grads_, load_state_, make_apart_step, split_state
 
@@ -28,19 +28,18 @@ def main(epochs: int = 60, seed: int = 0) -> float:
         The accuracy on the test images, from 0 to 1.
     """
     torch.manual_seed(seed)
-    digits = load("digits")
+    digits = load_dataset(DataSettings("digits"))
     model = small_resnet(in_channels=1, classes=digits.classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    batches = torch.Generator().manual_seed(seed)
 
     params, buffers = split_state(model)  # the model's own tensors: the optimizer's updates show in `params`
     apart_step = make_apart_step(model, F.cross_entropy, epsilon=0.1, groups=4)
     with Progress() as progress:
         task = progress.add_task("training", total=epochs)
-        for _ in range(epochs):
-            for images, labels in shuffled_batches(digits.train, 64, batches):
-                out = apart_step(params, buffers, (images, labels))
+        for epoch in range(epochs):
+            for batch in training_batches(digits, batch_size=64, seed=seed, epoch=epoch):
+                out = apart_step(params, buffers, batch)
                 buffers = out.buffers
                 assign_grads_(model, out.grads)
                 optimizer.step()
@@ -50,9 +49,10 @@ def main(epochs: int = 60, seed: int = 0) -> float:
 
     model.eval()
     with torch.no_grad():
-        scores: Tensor = model(digits.test.images)
-    accuracy = (scores.argmax(dim=1) == digits.test.labels).float().mean().item()
-    print(f"test accuracy: {accuracy:.2%} of {len(digits.test.labels)} images")
+        batches = list(evaluation_batches(digits, digits.test, batch_size=256))
+        right = sum(int((model(images).argmax(dim=1) == labels).sum()) for images, labels in batches)
+    accuracy = right / len(digits.test)
+    print(f"test accuracy: {accuracy:.2%} of {len(digits.test)} images")
     return accuracy
 
 

@@ -85,6 +85,8 @@ class Architecture:
         return self._sample_of_rows if self.rows in ("function", "uneven") else self.rows
 
     def _sample_of_rows(self, layer: str, x: Tensor) -> Tensor:
+        if int(layer.split(".")[1]) >= self.pooled_from:
+            return torch.arange(len(x))
         return samples_of_points(self.samples, self.points, self.rows)[: len(x)]
 
     def build(self) -> tuple[nn.Module, tuple[Tensor, Tensor]]:

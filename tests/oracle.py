@@ -44,7 +44,8 @@ class Shift(NamedTuple):
 StatTree = dict[str, Stats]  # keyed by layer name
 ShiftTree = dict[str, Shift]
 
-# Which sample a row of a layer's input belongs to, where there are more rows than samples.
+# Which sample a row of a layer's input belongs to. A function is always asked; else a row is a sample where there are
+# no more rows than samples.
 Rows = Literal["consecutive", "in_turn"] | Callable[[str, Tensor], Tensor] | None
 Grouped = Callable[[Tensor], list[list[int]]]  # from a layer's input to the rows of every group
 
@@ -134,10 +135,10 @@ def proxy_forward(layer: _BatchNorm, delta: Shift, calls: list[Stats], x: Tensor
 def groups_of_rows(name: str, x: Tensor, groups: int, samples: int, rows: Rows) -> list[list[int]]:
     """The rows of a layer's input in each group; sample i is in group i mod G."""
     per_sample = len(x) // samples
-    if len(x) == samples:
-        sample_of = list(range(samples))
-    elif callable(rows):
+    if callable(rows):
         sample_of = rows(name, x).tolist()
+    elif len(x) == samples:
+        sample_of = list(range(samples))
     elif rows == "consecutive":
         sample_of = [row // per_sample for row in range(len(x))]
     else:

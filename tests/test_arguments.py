@@ -168,7 +168,9 @@ CALLS = {
     "clean_stat_grads": Call(clean_stat_grads, {"stat_grads": MIXED.stat_grads, "clean": 1}, {}),
     "climb": Call(climb, {"params": PARAMS, "grads": PROXY.grads, "rho": 0.1}, {"rho": {"a number"}}),
     "grad_and_value": Call(
-        grad_and_value, {"function": lambda p: (p["a"].sum(), None), "params": {"a": torch.ones(2)}}, {}
+        grad_and_value,
+        {"function": lambda p: (p["a"].sum(), None), "params": {"a": torch.ones(2)}},
+        {"function": {"a module", "a class"}},  # what these raise, called with params, is their own
     ),
     "multi_step": Call(multi_step, {"steps": 2, "step_size": 0.5}, {"step_size": NOTHING | {"a number"}}),
     "perturbed_stats": Call(

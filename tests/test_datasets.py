@@ -13,6 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiments import datasets
+from experiments.datasets import (
+    BUNDLED,
+    HOW_TO_GET,
+    NAMES,
+    DataSet,
+    evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
+from experiments.settings import DataSettings
+from experiments.splits import DataError, InMemory, crop_and_flip, read_image
 from folders_on_disk import (
     CIFAR10_FILES,
     WNIDS,
@@ -27,18 +39,6 @@ from folders_on_disk import (
     write_tiny_imagenet,
 )
 from PIL import Image
-from training.datasets import (
-    BUNDLED,
-    HOW_TO_GET,
-    NAMES,
-    DataError,
-    DataSet,
-    evaluation_batches,
-    load_dataset,
-    steps_per_epoch,
-    training_batches,
-)
-from training.splits import InMemory, crop_and_flip, read_image
 
 WRITERS = {
     "cifar10": write_cifar10,
@@ -47,6 +47,10 @@ WRITERS = {
     "imagenet": write_class_folders,
     "folder": write_class_folders,
 }
+
+
+def load_dataset(name: str, folder: Path | None, crop: int | None = None, **changes) -> DataSet:
+    return datasets.load_dataset(DataSettings(name, folder, crop, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +139,7 @@ def test_an_empty_folder_is_refused_with_what_was_looked_for(name, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(
-        DataError, match=r"'svhn'.*cifar10, cifar100, tiny-imagenet, imagenet, folder, digits, digits640"
-    ):
+    with pytest.raises(DataError, match=r"'svhn'.*cifar10, cifar100, tiny-imagenet, imagenet, folder, digits, mnist5k"):
         load_dataset("svhn", Path())
 
 
@@ -148,7 +150,6 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     ("name", "sizes", "shape"),
     [
         ("digits", (256, 300, 1241), (1, 8, 8)),
-        ("digits640", (640, 300, 857), (1, 8, 8)),
         ("mnist5k", (1000, 1000, 3000), (1, 28, 28)),
         ("mnist1d", (3000, 1000, 1000), (1, 40)),
     ],
@@ -159,6 +160,69 @@ def test_bundled_sets_have_validation_samples_and_are_not_varied(name, sizes, sh
     assert data.sample_shape == shape
     assert data.classes == 10
     assert_same(batches_of(data), batches_of(data, augment=False))
+
+
+def labels_of(split) -> list[int]:
+    return sorted(split.labels.tolist())
+
+
+def members(split) -> set[bytes]:
+    return {sample.numpy().tobytes() for sample in split.samples}
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_another_split_seed_has_other_samples_of_as_many_of_each_class(name):
+    one, other = (load_dataset(name, None, split_seed=seed) for seed in (0, 1))
+    for share in ("train", "validation", "test"):
+        first, second = getattr(one, share), getattr(other, share)
+        assert labels_of(first) == pytest.approx(labels_of(second), abs=1)
+        assert members(first) != members(second)
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist5k", "mnist1d"])
+def test_no_sample_is_in_two_shares(name):
+    data = load_dataset(name, None, train_samples=200, validation_samples=100)
+    assert (len(data.train), len(data.validation)) == (200, 100)
+    assert not members(data.train) & members(data.validation)
+    assert not members(data.test) & (members(data.train) | members(data.validation))
+
+
+def test_part_of_the_training_samples_has_the_same_share_of_every_class_and_the_same_validation_samples(tmp_path):
+    folder = write_cifar10(tmp_path, per_file=20)
+    whole = load_dataset("cifar10", folder, validation_samples=30)
+    part = load_dataset("cifar10", folder, train_samples=20, validation_samples=30)
+    assert part.train.labels.bincount().tolist() == [2] * 10
+    assert torch.equal(part.validation.samples, whole.validation.samples)
+    assert len(part.test) == len(whole.test)
+    assert part.train.vary is crop_and_flip
+
+
+def test_a_folder_can_be_taken_in_part_too(folders):
+    data = load_dataset("tiny-imagenet", folders["tiny-imagenet"], train_samples=6, validation_samples=3)
+    assert (len(data.train), len(data.validation)) == (6, 3)
+    assert not {*data.train.paths} & {*data.validation.paths}
+    assert data.train.labels.bincount().tolist() == [2, 2, 2]
+
+
+def test_more_samples_than_there_are_are_refused():
+    with pytest.raises(DataError, match="4001 of 4000 samples cannot be set aside"):
+        load_dataset("mnist1d", None, validation_samples=4001)
+
+
+def test_validation_images_are_not_asked_for_where_a_folder_has_its_own(tmp_path):
+    folder = write_class_folders(tmp_path, ["train", "val", "test"])
+    with pytest.raises(DataError, match="has validation images of its own"):
+        load_dataset("folder", folder, validation_samples=2)
+
+
+def test_loops_of_symbolic_links_end_and_each_image_is_read_once(tmp_path):
+    folder = write_class_folders(tmp_path)
+    before = len(load_dataset("folder", folder).train)
+    one, *_ = sorted((folder / "train").iterdir())
+    (one / "again").symlink_to(one)
+    (one / "below").mkdir()
+    (one / "below" / "up").symlink_to(one)
+    assert len(load_dataset("folder", folder).train) == before
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -651,8 +715,10 @@ def test_workers_end_with_a_program_that_fails():
     """The traceback keeps the iterator alive, so that nothing but the parent's SIGTERM tells them."""
     program = """
 import multiprocessing
-from training.datasets import load_dataset, training_batches
-batches = training_batches(load_dataset("digits", None), batch_size=2, seed=0, epoch=0, workers=1)
+from experiments.datasets import training_batches
+from experiments.datasets import load_dataset
+from experiments.settings import DataSettings
+batches = training_batches(load_dataset(DataSettings("digits")), batch_size=2, seed=0, epoch=0, workers=1)
 next(batches)
 print(multiprocessing.active_children()[0].pid, flush=True)
 raise SystemExit("failed")

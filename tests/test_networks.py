@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from experiments.datasets import DataSet
+from experiments.networks import ANY_WIDTH, NetworkError, make_network
+from experiments.splits import InMemory
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from training.datasets import DataSet
-from training.networks import NAMES, NetworkError, make_network
-from training.splits import InMemory
 
-IMAGES = ("small_resnet", "mnist_resnet", "preact_resnet18", "wrn_40_2", "resnet18", "resnet50")
+IMAGES = ("small_resnet", "mnist_resnet", "preact_resnet18", "wideresnet40_2", "resnet18", "resnet50")
 
 
 def data_of(*sample_shape: int, classes: int = 10) -> DataSet:
@@ -32,14 +32,18 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
 @pytest.mark.parametrize(
     ("name", "classes", "count", "batch_norms"),
     [
-        ("wrn_40_2", 10, 2_243_546, 37),  # 2.2 M in arXiv 1605.07146
-        ("wrn_40_2", 100, 2_255_156, 37),
-        ("preact_resnet18", 10, 11_172_170, 17),  # 11.2 M
-        ("preact_resnet18", 100, 11_218_340, 17),
+        ("wideresnet40_2", 10, 2_243_546, 37),  # 2.2 M in arXiv 1605.07146
+        ("wideresnet40_2", 100, 2_255_156, 37),
+        ("wideresnet16_2", 10, 691_674, 13),  # 0.7 M
+        ("wideresnet40_1", 10, 563_930, 37),  # 0.6 M
+        ("wideresnet28_10", 10, 36_479_194, 25),  # 36.5 M
+        ("preact_resnet18", 10, 11_171_274, 17),  # 11.2 M
+        ("preact_resnet18", 100, 11_217_444, 17),
         ("resnet18", 10, 11_173_962, 20),
         ("resnet18", 100, 11_220_132, 20),
         ("resnet50", 10, 23_520_842, 53),
         ("small_resnet", 10, 5_266, 6),
+        ("cifar_resnet", 10, 78_042, 9),
     ],
 )
 def test_networks_for_cifar_have_the_published_size(name, classes, count, batch_norms):
@@ -50,7 +54,9 @@ def test_networks_for_cifar_have_the_published_size(name, classes, count, batch_
 
 def test_the_depth_is_that_of_the_name():
     """Wide networks count all convolutions; the others those of 3 × 3, without shortcuts, and the classifier."""
-    wide, preact = (convolutions(make_network(name, data_of(3, 32, 32))) for name in ("wrn_40_2", "preact_resnet18"))
+    wide, preact = (
+        convolutions(make_network(name, data_of(3, 32, 32))) for name in ("wideresnet40_2", "preact_resnet18")
+    )
     assert len(wide) == 40
     assert sum(module.kernel_size == (3, 3) for module in preact) + 1 == 18
 
@@ -75,7 +81,9 @@ def test_networks_give_a_score_for_every_class_and_every_parameter_takes_part(na
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "last"), [("preact_resnet18", 4), ("wrn_40_2", 8), ("resnet18", 4), ("resnet50", 4)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("preact_resnet18", 4), ("wideresnet40_2", 8), ("resnet18", 4), ("resnet50", 4)]
+)
 def test_cifar_forms_keep_the_resolution_in_their_stem(name, last):
     """The first convolution sees and gives 32 × 32 positions; the last one gives the stated few."""
     model = make_network(name, data_of(3, 32, 32))
@@ -95,9 +103,11 @@ def test_torchvision_networks_have_the_stem_for_small_images_up_to_64_pixels(nam
     assert isinstance(model.maxpool, nn.Identity) == (kernel == 3)
 
 
-def test_preactivation_normalises_before_every_convolution_but_the_first_and_before_the_end():
+def test_preactivation_normalises_after_the_stem_and_before_every_other_convolution():
     """Scaling what a block receives scales what its shortcut passes on, and leaves its residual alone."""
     model = make_network("preact_resnet18", data_of(3, 32, 32), width=4)
+    assert [type(module) for module in model.stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.head)
     block = model.blocks[1]
     assert block.adapt is None
     x = torch.randn(8, 4, 8, 8)
@@ -113,7 +123,7 @@ def test_signals_go_through_resnet1d():
     assert parameters(model) == 28_506
 
 
-@pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("wrn_40_2", (1, 40)), ("resnet26", (1, 40))])
+@pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("resnet18", (1, 40)), ("resnet26", (1, 40))])
 def test_a_network_for_another_kind_of_data_is_refused(name, shape):
     with pytest.raises(NetworkError, match=rf"{name} does not fit .*resnet1d is the one for signals"):
         make_network(name, data_of(*shape))
@@ -131,13 +141,20 @@ def test_the_width_is_that_of_the_first_stage(name, shape):
         make_network(name, data_of(*shape), width=0)
 
 
-@pytest.mark.parametrize("name", ["wrn_40_2", "resnet18", "resnet26"])
+@pytest.mark.parametrize("name", ["wideresnet40_2", "resnet18", "resnet26"])
 def test_a_width_is_refused_where_the_name_settles_it(name):
     with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, resnet1d, preact_resnet18"):
         make_network(name, data_of(3, 32, 32), width=8)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_network_that_no_machine_can_hold_is_refused_before_it_is_made():
+    with pytest.raises(
+        NetworkError, match=r"at width 1000000 the network has .* parameters, more than fit into memory"
+    ):
+        make_network("small_resnet", data_of(1, 8, 8), width=1_000_000)
+
+
+@pytest.mark.parametrize("name", [*ANY_WIDTH, "wideresnet16_2", "resnet18"])
 def test_the_default_generator_decides_the_weights(name):
     data = data_of(1, 40) if name == "resnet1d" else data_of(3, 32, 32)
 
@@ -159,7 +176,11 @@ def test_other_names_are_those_of_timm():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("preact_resnet_18", "preact_resnet18"), ("wrn_40_4", "wrn_40_2"), ("efficientnetb0", "efficientnet_b0")],
+    [
+        ("preact_resnet_18", "preact_resnet18"),
+        ("wideresnet40_3", "wideresnet40_2"),
+        ("efficientnetb0", "efficientnet_b0"),
+    ],
 )
 def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
     with pytest.raises(NetworkError, match=f"no network '{name}': did you mean .*{near}"):
@@ -168,7 +189,7 @@ def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
 
 def test_a_name_like_no_other_is_refused_with_those_that_are_here():
     with pytest.raises(
-        NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, mnist_resnet, wrn_40_2"
+        NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, mnist_resnet, cifar_resnet"
     ):
         make_network("???", data_of(3, 32, 32))
 

@@ -69,8 +69,7 @@ def assert_same(one: Any, other: Any) -> None:
 def test_a_step_of_any_architecture_is_what_the_definition_says(
     architecture: Architecture, data: st.DataObject
 ) -> None:
-    # A layer that evaluates by the statistics of the batch mixes clean and perturbed samples, and the clean loss then
-    # knows of δ: what a step in one pass means is not defined there.
+    # A layer that evaluates by the statistics of the batch mixes clean and perturbed samples, and is refused.
     assume(all(block.norm.training or block.norm.tracked for block in architecture.blocks))
     smallest = 2 if architecture.dtype is torch.float64 else 8
     positions = torch.Size(architecture.positions).numel()

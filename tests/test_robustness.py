@@ -14,7 +14,16 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apart_func import BatchError, BatchStats, ModelError, Perturbation, SettingError, StateError, UsageError, sign_perturbation
+from apart_func import (
+    BatchError,
+    BatchStats,
+    ModelError,
+    Perturbation,
+    SettingError,
+    StateError,
+    UsageError,
+    sign_perturbation,
+)
 from apart_func.robustness import (
     accuracy_under_shift,
     area,

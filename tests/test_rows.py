@@ -65,12 +65,13 @@ class PointCloud(nn.Module):
 
 
 def sample_of_nodes(layer: str, x: Tensor) -> Tensor:
-    assert layer == "of_points", "asked for a layer that sees a row a sample"
+    if layer == "of_samples":
+        return torch.arange(len(x))
     return torch.arange(SAMPLES).repeat_interleave(NODES)[: len(x)]
 
 
 def sample_of_points(layer: str, x: Tensor) -> Tensor:
-    return torch.arange(len(x)) // POINTS
+    return torch.arange(len(x)) // (POINTS if layer == "of_points" else 1)
 
 
 WAYS: dict[str, Any] = {

@@ -13,17 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sweep
 import torch
+from experiments import sweep
+from experiments.logs import COLUMNS, TIMING_COLUMNS
+from experiments.loop import train as train_runs
+from experiments.runs import RunError
+from experiments.settings import Settings
+from experiments.sweep import Grid, SweepError, jobs_of, plan
 from safetensors.torch import load_file
-from sweep import Grid, SweepError, jobs_of, plan
-from training.logs import COLUMNS, TIMING_COLUMNS
-from training.loop import RunError, train
 
-SWEEP = Path(sweep.__file__)
+EXAMPLES = Path(sweep.__file__).parents[1]
+SWEEP = [sys.executable, "-m", "experiments", "sweep"]
 DIGITS = ["--data", "digits", "--no-tensorboard"]
 TINY = [*DIGITS, "--epochs", "1", "--width", "2"]
 METHODS = ("plain", "apart-eps0.1")
+
+
+def train(settings: Settings) -> None:
+    train_runs([settings], show=lambda progress: None)
 
 
 def names(grid: Grid, options: list[str] = DIGITS) -> list[str]:
@@ -58,6 +65,34 @@ def test_any_option_can_be_varied_and_names_what_it_varies():
     assert names(grid)[:4] == [f"plain-epochs{e}-width{w}-2xepochs-seed0" for e in (3, 5) for w in (4, 8)]
     run = plan(grid, DIGITS)[3]
     assert (run.settings.training.epochs, run.settings.model.width) == (2 * 5, 8)
+
+
+def test_a_switch_is_varied_by_true_and_false():
+    grid = Grid(("plain",), factors=(1,), seeds=1, vary=("augment=true,false",))
+    runs = plan(grid, ["--data", "cifar10"])
+    assert {run.name: run.settings.data.augment for run in runs} == {
+        "plain-augmenttrue-seed0": True,
+        "plain-augmentfalse-seed0": False,
+    }
+    with pytest.raises(SweepError, match="--vary augment=yes: expected true or false"):
+        plan(replace(grid, vary=("augment=yes",)), DIGITS)
+
+
+def test_epochs_weight_decay_loaders_and_splits_are_reached_from_a_sweep():
+    grid = Grid(("plain",), factors=(1,), seeds=1, vary=("weight-decay=0.001,0.002", "split-seed=0,1"))
+    runs = plan(grid, [*DIGITS, "--workers", "3", "--epochs", "7", "--train-samples", "100"])
+    assert {(run.settings.training.weight_decay, run.settings.data.split_seed) for run in runs} == {
+        (0.001, 0),
+        (0.001, 1),
+        (0.002, 0),
+        (0.002, 1),
+    }
+    assert all(run.settings.machine.workers == 3 and run.settings.data.train_samples == 100 for run in runs)
+
+
+def test_every_so_manieth_second_pass_costs_its_share():
+    (run,) = plan(Grid(("apart",), seeds=1), [*DIGITS, "--epochs", "10", "--every", "5"])
+    assert run.passes == 12
 
 
 def test_a_run_that_two_ways_lead_to_is_one():
@@ -115,9 +150,10 @@ def test_the_longer_run_costs_more_and_a_second_pass_does_too():
     ("changes", "message"),
     [
         ({"seeds": 0}, "--seeds must be 1 or more, not 0"),
-        ({"workers": 0}, "--workers must be 1 or more, not 0"),
+        ({"processes": 0}, "--processes must be 1 or more, not 0"),
         ({"together": 0}, "--together must be 1 or more, not 0"),
         ({"factors": (1, 0)}, "--factors must be 1 or more, not 0"),
+        ({"first_seed": -1}, "--first-seed must be 0 or more, not -1"),
         ({"vary": ("lr",)}, "--vary lr: expected .* as in lr=0.05,0.1"),
         ({"vary": ("lr=0.1,",)}, "--vary lr=0.1,: expected"),
         ({"vary": ("seed=1,2",)}, "--vary seed=1,2: .*the sweep itself sets .*--seed"),
@@ -150,23 +186,23 @@ def written(out: Path) -> dict[Path, int]:
 
 
 def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys):
-    grid = Grid(seeds=1, factors=(1,), workers=1, out=tmp_path / "swept")
-    sweep.main(grid, TINY)
+    grid = Grid(seeds=1, factors=(1,), processes=1, out=tmp_path / "swept")
+    sweep.run(grid, TINY)
     for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
-        train(run.settings, show=lambda progress: None)
+        train(run.settings)
         assert metrics(grid.out / run.name) == metrics(run.settings.out)
 
     before = written(grid.out)
-    sweep.main(grid, TINY)
+    sweep.run(grid, TINY)
     assert f"2 runs in {grid.out}, 2 of them finished" in capsys.readouterr().out
     assert written(grid.out) == before
 
 
 def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
-    grid = Grid(("apart",), seeds=3, workers=1, together=2, out=tmp_path / "swept")
-    sweep.main(grid, TINY)
+    grid = Grid(("apart",), seeds=3, processes=1, together=2, out=tmp_path / "swept")
+    sweep.run(grid, TINY)
     for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
-        train(run.settings, show=lambda progress: None)
+        train(run.settings)
         together, alone = grid.out / run.name, run.settings.out
         assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
         (ours,), (theirs,) = metrics(together), metrics(alone)
@@ -174,36 +210,38 @@ def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-4)
 
     before = written(grid.out)
-    sweep.main(replace(grid, together=3), TINY)
+    sweep.run(replace(grid, together=3), TINY)
     assert "3 runs in" in capsys.readouterr().out
     assert written(grid.out) == before
 
 
 def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        sweep.main(Grid(("plain",), factors=(1,), seeds=2, together=2, workers=1, out=tmp_path), [*TINY, "--clip", "1"])
+        sweep.run(
+            Grid(("plain",), factors=(1,), seeds=2, together=2, processes=1, out=tmp_path), [*TINY, "--clip", "1"]
+        )
     printed = capsys.readouterr().out
     assert "failed: plain-seed0 and 1 more: SettingsError: runs with clip 1.0 cannot be trained together" in printed
     assert "alone: the same command with --together 1" in printed
 
 
 def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):
-    grid = Grid(("apart", "plain"), seeds=1, factors=(1,), workers=1, out=tmp_path)
+    grid = Grid(("apart", "plain"), seeds=1, factors=(1,), processes=1, out=tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(grid, [*TINY, "--groups", "5"])
+        sweep.run(grid, [*TINY, "--groups", "5"])
     assert stopped.value.code == 1
     printed = capsys.readouterr().out
     assert re.search(r"failed: apart-eps0.1-seed0: \w+: groups=5 does not divide", printed)
-    assert f"train.py {' '.join(TINY)} --groups 5 --method apart" in printed
+    assert f"experiments train {' '.join(TINY)} --groups 5 --method apart" in printed
     assert (tmp_path / "plain-seed0/model.safetensors").exists()
 
 
 def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_path):
     run = plan(Grid(seeds=1, out=tmp_path), TINY)[0]
-    train(run.settings, show=lambda progress: None)
+    train(run.settings)
     before = written(tmp_path)
     with pytest.raises(RunError, match="other settings"):
-        sweep.main(Grid(seeds=1, out=tmp_path), [*TINY, "--lr", "0.5"])
+        sweep.run(Grid(seeds=1, out=tmp_path), [*TINY, "--lr", "0.5"])
     assert written(tmp_path) == before
 
 
@@ -212,7 +250,7 @@ def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_pa
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(tmp_path, kind):
     arguments = [*DIGITS, "--epochs", "40", "--seeds", "2", "--checkpoint-epochs", "1"]
     out = tmp_path / "stopped"
-    process = subprocess.Popen([sys.executable, str(SWEEP), "--out", str(out), *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*SWEEP, "--out", str(out), *arguments], cwd=EXAMPLES, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not any(len(metrics(path.parent)) > 5 for path in out.glob("*/metrics.csv")):
         assert time.monotonic() < deadline
@@ -227,7 +265,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(tmp_path, kind):
     unfinished = [path.parent for path in out.glob("*/config.json") if not (path.parent / "model.safetensors").exists()]
     assert unfinished
     for folder in (out, tmp_path / "undisturbed"):
-        subprocess.run([sys.executable, str(SWEEP), "--out", str(folder), *arguments], check=True, timeout=300)
+        subprocess.run([*SWEEP, "--out", str(folder), *arguments], cwd=EXAMPLES, check=True, timeout=300)
     for run in (tmp_path / "undisturbed").iterdir():
         assert metrics(out / run.name) == metrics(run)
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / run.name, run))

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from experiments import learner, loop
+from experiments.interrupts import Interrupted
+from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.loop import train
+from experiments.nonfinite import NonFiniteError
+from experiments.presets import PRESETS
+from experiments.runs import TOGETHER
+from experiments.settings import DataSettings, Settings, SettingsError
+from folders_on_disk import write_cifar10
 from safetensors.torch import load_file
-from training import together
-from training.interrupts import Interrupted
-from training.logs import COLUMNS, TIMING_COLUMNS
-from training.loop import train
-from training.nonfinite import NonFiniteError
-from training.settings import PRESETS, Settings, SettingsError
-from training.together import TOGETHER, train_together
 
 SEEDS = (0, 3, 4)
 
@@ -34,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def told_every_step(monkeypatch):
-    monkeypatch.setattr(together, "SHOW_SECONDS", 0)
+    monkeypatch.setattr(loop, "SHOW_SECONDS", 0)
 
 
 def tiny(out: Path, seeds: tuple[int, ...] = SEEDS, **changes: Any) -> list[Settings]:
@@ -53,7 +55,7 @@ def tiny(out: Path, seeds: tuple[int, ...] = SEEDS, **changes: Any) -> list[Sett
 
 
 def quietly(runs: list[Settings]) -> None:
-    train_together(runs, show=lambda share: None)
+    train(runs, show=lambda progress: None)
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -67,11 +69,11 @@ def outcome(run: Settings) -> tuple[bytes, list[list[str]]]:
     return (run.out / "model.safetensors").read_bytes(), lines
 
 
-def stop_at(step: int) -> Callable[[float], None]:
-    """Ask runs of eight steps to stop once they have taken so many."""
+def stop_at(step: int) -> Callable[[Progress], None]:
+    """Ask runs to stop once they have taken so many steps."""
 
-    def show(share: float) -> None:
-        if round(8 * share) == step:
+    def show(progress: Progress) -> None:
+        if progress.step == step:
             signal.raise_signal(signal.SIGTERM)
 
     return show
@@ -79,7 +81,7 @@ def stop_at(step: int) -> Callable[[float], None]:
 
 def interrupted(runs: list[Settings], step: int) -> None:
     with pytest.raises(Interrupted, match="SIGTERM"):
-        train_together(runs, stop_at(step))
+        train(runs, stop_at(step))
 
 
 # what becomes of a run
@@ -95,6 +97,12 @@ METHODS = {
     "multi_step": {"name": "apart", "rule": "multi_step"},
     "one_pass, l2": {"name": "one_pass", "rule": "l2", "clean_fraction": 0.25},
     "micro-batches": {"name": "one_pass", "microbatches": 2},
+    "sam_on": {"name": "sam_on"},
+    "momentum_sam": {"name": "momentum_sam"},
+    "average carried": {"name": "one_pass", "carry": "average"},
+    "every other": {"name": "sam", "every": 2},
+    "falling": {"name": "apart", "epsilon_schedule": "falling"},
+    "label smoothing": {"name": "plain", "label_smoothing": 0.1},
     "half of the batch": {"name": "apart", "ratio": 0.5},
 }
 
@@ -105,7 +113,7 @@ def test_a_run_is_what_it_would_be_by_itself(changes, tmp_path):
     quietly(runs)
     for run in runs:
         alone = replace(run, out=tmp_path / f"alone{run.seed}")
-        train(alone, show=lambda progress: None)
+        train([alone], show=lambda progress: None)
         ours, theirs = load_file(run.out / "model.safetensors"), load_file(alone.out / "model.safetensors")
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
@@ -126,19 +134,21 @@ def test_a_run_is_what_it_would_be_by_itself(changes, tmp_path):
 @pytest.mark.parametrize("method", ["apart", "one_pass"])
 def test_random_signs_are_drawn_for_every_run_anew(method, tmp_path, monkeypatch):
     drawn = []
-    make_step = together.make_step
+    make_step = learner.make_step
 
     def make_observed_step(*arguments: Any) -> Any:
         step = make_step(*arguments)
 
         def observed(*inputs: Any) -> Any:
             out, carried = step(*inputs)
-            drawn.append(torch._C._functorch.get_unwrapped(out.perturbation["stem.1"].mean))
+            signs = out.perturbation.get("stem.1")
+            if signs is not None and torch._C._functorch.is_batchedtensor(signs.mean):
+                drawn.append(torch._C._functorch.get_unwrapped(signs.mean))
             return out, carried
 
         return observed
 
-    monkeypatch.setattr(together, "make_step", make_observed_step)
+    monkeypatch.setattr(learner, "make_step", make_observed_step)
     quietly(tiny(tmp_path, name=method, rule="random_sign", epochs=1))
     assert len(drawn) == 4
     for signs in drawn:
@@ -146,14 +156,24 @@ def test_random_signs_are_drawn_for_every_run_anew(method, tmp_path, monkeypatch
         assert not all(torch.equal(signs[0], others) for others in signs)
 
 
+def test_images_are_varied_for_every_run_as_they_are_by_itself(tmp_path):
+    data = DataSettings("cifar10", write_cifar10(tmp_path, per_file=16), train_samples=64)
+    runs = [replace(run, data=data) for run in tiny(tmp_path / "together", name="plain", epochs=1, batch_size=16)]
+    quietly(runs)
+    for run in runs:
+        train([replace(run, out=tmp_path / f"alone{run.seed}")], show=lambda progress: None)
+        (ours,), (theirs,) = rows(run.out), rows(tmp_path / f"alone{run.seed}")
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-4)
+
+
 def test_a_run_tells_its_folder_s_story_as_train_does(tmp_path):
     (run, *_) = runs = tiny(tmp_path / "together", name="plain", epochs=3, evaluate_every=2)
     quietly(runs)
-    train(replace(run, out=tmp_path / "alone"), show=lambda progress: None)
+    train([replace(run, out=tmp_path / "alone")], show=lambda progress: None)
     assert {path.name for path in run.out.iterdir()} == {path.name for path in (tmp_path / "alone").iterdir()}
     assert [bool(row["test_error"]) for row in rows(run.out)] == [False, True, True]
     assert all(float(row["seconds"]) > 0 for row in rows(run.out))
-    assert train(run, show=lambda progress: pytest.fail("it has finished")) == run.out
+    train([run], show=lambda progress: pytest.fail("it has finished"))
 
 
 @pytest.mark.slow
@@ -187,14 +207,14 @@ def test_runs_that_were_stopped_end_as_the_undisturbed_ones(changes, tmp_path):
 
 def test_runs_that_were_stopped_while_they_were_measured_go_on(tmp_path, monkeypatch):
     stopped, undisturbed = (tiny(tmp_path / name) for name in ("stopped", "undisturbed"))
-    measure = together._Group._errors
+    measure = loop._Running._errors
 
-    def stop_while_measuring(group: Any, number: int) -> Any:
+    def stop_while_measuring(running: Any, number: int) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return measure(group, number)
+        return measure(running, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(together._Group, "_errors", stop_while_measuring)
+        patch.setattr(loop._Running, "_errors", stop_while_measuring)
         with pytest.raises(Interrupted):
             quietly(stopped)
     assert [rows(run.out) for run in stopped] == [[]] * len(SEEDS)
@@ -217,9 +237,7 @@ def test_the_checkpoint_of_other_seeds_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"amp": "fp16"}, "runs with amp fp16 cannot be trained together. Leave it out, or train each by itself"),
-        ({"ema": 0.9}, "runs with ema 0.9 cannot"),
-        ({"clip": 1.0}, "runs with clip 1.0 cannot"),
+        ({"clip": 1.0}, "runs with clip 1.0 cannot be trained together. Leave it out, or train each by itself"),
         ({"channels_last": True}, "runs with channels_last True cannot"),
         ({"groups": 5}, "groups=5 does not divide"),
     ],
@@ -228,12 +246,6 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes
     with pytest.raises(ValueError, match=message):
         quietly(tiny(tmp_path, **changes))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_data_that_is_varied_at_random_is_refused(tmp_path):
-    runs = [replace(run, data=PRESETS["cifar10"].data) for run in tiny(tmp_path)]
-    with pytest.raises(SettingsError, match=r"runs on cifar10 cannot be trained together, those on digits, .* can"):
-        quietly(runs)
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_refused(tmp_path):
@@ -246,7 +258,7 @@ def test_a_step_that_is_not_finite_names_the_seed(tmp_path, monkeypatch):
         for number, (samples, labels) in enumerate(training_batches(data, seed=seed, **keywords)):
             yield (samples * torch.nan if (seed, number) == (3, 1) else samples), labels
 
-    training_batches = together.training_batches
-    monkeypatch.setattr(together, "training_batches", spoilt)
+    training_batches = loop.training_batches
+    monkeypatch.setattr(loop, "training_batches", spoilt)
     with pytest.raises(NonFiniteError, match=r"that of seed 3: step 2 is not finite.*the samples it began with"):
         quietly(tiny(tmp_path))

@@ -18,21 +18,24 @@ from typing import Any
 
 import pytest
 import torch
-import train as program
+from experiments import __main__ as program
+from experiments import loop
+from experiments import train as command_line
+from experiments.checkpoints import CheckpointError
+from experiments.datasets import NAMES, evaluation_batches, load_dataset
+from experiments.interrupts import Interrupted
+from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.networks import make_network
+from experiments.nonfinite import NonFiniteError
+from experiments.presets import PRESETS
+from experiments.runs import RunError, harm, read_config
+from experiments.settings import DataSettings, MethodSettings, Settings, SettingsError, as_json, from_json
 from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from training import loop
-from training.datasets import NAMES, load_dataset
-from training.interrupts import Interrupted
-from training.logs import COLUMNS, TIMING_COLUMNS, Progress
-from training.loop import RunError, read_config, train
-from training.networks import make_network
-from training.nonfinite import NonFiniteError
-from training.settings import PRESETS, Settings, SettingsError, as_json, from_json
 
-PROGRAM = Path(program.__file__)
+EXAMPLES = Path(program.__file__).parents[1]
 WRITERS = {
     "cifar10": write_cifar10,
     "cifar100": write_cifar100,
@@ -69,8 +72,13 @@ def tiny(out: Path, **changes: Any) -> Settings:
     return Settings(**parts)
 
 
+def train(settings: Settings, show: Callable[[Progress], None] | None, *, resume: bool = True) -> None:
+    loop.train([settings], show, resume=resume)
+
+
 def quietly(settings: Settings) -> Path:
-    return train(settings, show=lambda progress: None)
+    train(settings, show=lambda progress: None)
+    return settings.out
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -117,17 +125,17 @@ def test_metrics_have_a_row_an_epoch_with_all_columns(finished):
     assert [row["step"] for row in table] == ["4", "8"]
     assert tuple(table[0]) == COLUMNS
     for row in table:
-        assert all(row.values())
+        assert all(value for name, value in row.items() if name != "test_top5_error")
         assert 0 <= float(row["train_error"]) <= 100
         assert 0 <= float(row["data_wait"]) <= 1
         assert float(row["images_per_second"]) > 0
 
 
 def test_the_saved_network_has_the_test_error_of_the_last_row(finished):
-    data = load_dataset("digits", None)
+    data = load_dataset(DataSettings("digits"))
     model = make_network("small_resnet", data)
     model.load_state_dict(load_file(finished / "model.safetensors"))
-    images, labels = data.test.batch(range(len(data.test)))
+    ((images, labels),) = evaluation_batches(data, data.test, batch_size=len(data.test))
     wrong = int((model.eval()(images).argmax(dim=1) != labels).sum())
     assert float(rows(finished)[-1]["test_error"]) == pytest.approx(100 * wrong / len(labels))
 
@@ -167,7 +175,7 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
 
 
 def network() -> nn.Module:
-    return make_network("small_resnet", load_dataset("digits", None))
+    return make_network("small_resnet", load_dataset(DataSettings("digits")))
 
 
 def test_plain_training_has_no_adversarial_loss(tmp_path):
@@ -193,10 +201,10 @@ def test_a_run_tells_how_it_gets_on(tmp_path):
     assert [progress.step for progress in told] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert [progress.epoch for progress in told] == [0] * 4 + [1] * 5 + [2]
     assert told[0].steps == 8
-    assert told[3].error is None
+    assert told[3].test_error is None
     table = rows(tmp_path)
-    assert told[-1].error == float(table[1]["validation_error"])
-    assert told[-1].best == min(float(row["validation_error"]) for row in table)
+    assert told[-1].validation_error == float(table[1]["validation_error"])
+    assert told[-1].test_error == float(table[1]["test_error"])
     assert told[-1].loss == float(table[1]["train_loss"])
 
 
@@ -229,8 +237,10 @@ EXACT = {
     "one_pass": {"name": "one_pass"},
     "random signs": {"rule": "random_sign"},
     "several steps": {"rule": "multi_step", "ascent_steps": 2},
-    "averaged weights": {"ema": 0.9},
-    "float16": {"amp": "fp16"},
+    "momentum": {"name": "momentum_sam"},
+    "ghost noise": {"name": "ghost_noise"},
+    "average carried": {"name": "one_pass", "carry": "average"},
+    "every other": {"every": 2, "epsilon_schedule": "rising"},
     "bfloat16": {"amp": "bf16", "channels_last": True},
     "clipped": {"clip": 0.5},
     "micro-batches": {"microbatches": 2},
@@ -254,10 +264,9 @@ def test_what_draws_from_the_default_generator_goes_on_too(tmp_path, monkeypatch
         return model
 
     monkeypatch.setattr(loop, "make_network", with_dropout)
-    changes = {"ema": 0.5}
-    interrupted(tiny(tmp_path / "stopped", **changes), step=3)
+    interrupted(tiny(tmp_path / "stopped"), step=3)
     torch.manual_seed(1)
-    assert outcome(quietly(tiny(tmp_path / "stopped", **changes))) == outcome(quietly(tiny(tmp_path / "b", **changes)))
+    assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "b")))
 
 
 def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypatch):
@@ -283,7 +292,7 @@ def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypa
 
 
 def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path):
-    settings = tiny(tmp_path, checkpoint_epochs=1, ema=0.5)
+    settings = tiny(tmp_path, checkpoint_epochs=1)
     before = outcome(quietly(settings))
     (tmp_path / "model.safetensors").unlink()
     assert outcome(quietly(settings)) == before
@@ -311,7 +320,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     interrupted(settings, step=6)
     newest = settings.out / "checkpoints" / "step-000000006.pt"
     content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = slice(len(content) // 2, len(content) // 2 + 200)  # longer than what lies between two tensors
+    content[middle] = bytes(byte ^ 1 for byte in content[middle])
     newest.write_bytes(content)
     with pytest.warns(UserWarning, match=r"step-000000006\.pt is damaged"):
         quietly(settings)
@@ -368,6 +378,58 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(changes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epsilon": 0.2}])
+def test_a_checkpoint_of_another_run_is_refused(change, tmp_path):
+    interrupted(tiny(tmp_path / "one"), step=2)
+    interrupted(tiny(tmp_path / "other", **change), step=2)
+    ours, theirs = (tmp_path / name / "checkpoints" / "step-000000002.pt" for name in ("one", "other"))
+    ours.write_bytes(theirs.read_bytes())
+    name, value = next(iter(change.items()))
+    with pytest.raises(CheckpointError, match=rf"(?s)that of another run.*{name}: 0.*, stored {value}"):
+        quietly(tiny(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("content", [{}, {"settings": 3}, [1, 2], "text"])
+def test_a_checkpoint_that_is_none_of_this_program_is_refused(content, tmp_path):
+    interrupted(tiny(tmp_path), step=2)
+    torch.save(content, tmp_path / "checkpoints" / "step-000000002.pt")
+    with pytest.raises(CheckpointError, match="is none of this program"):
+        quietly(tiny(tmp_path))
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path):
+    interrupted(tiny(tmp_path), step=2)
+    path = tmp_path / "checkpoints" / "step-000000002.pt"
+    state = torch.load(path, weights_only=True)
+    state["learner"]["params"] = dict.fromkeys(state["learner"]["params"], 1)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="is none of this program"):
+        quietly(tiny(tmp_path))
+
+
+def test_a_network_that_was_cut_short_is_not_complete(tmp_path):
+    settings = tiny(tmp_path, checkpoint_epochs=1)
+    before = outcome(quietly(settings))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert outcome(quietly(settings)) == before
+
+
+def test_a_high_training_loss_under_a_perturbation_names_the_plain_run_to_compare_with(tmp_path, capsys):
+    train(tiny(tmp_path, epochs=1), None)
+    said = capsys.readouterr().err
+    assert "warning: the clean training loss is still 2." in said
+    assert (
+        f"python -m experiments train --data digits --method plain --seed 0 --epochs 1 --out {tmp_path}-plain" in said
+    )
+
+
+def test_a_low_loss_and_plain_training_are_no_harm():
+    assert harm(Settings(method=MethodSettings("apart")), 0.01, classes=10) is None
+    assert harm(Settings(method=MethodSettings("plain")), 2.0, classes=10) is None
+    assert harm(Settings(method=MethodSettings("sam", label_smoothing=0.1)), 0.6, classes=10) is None
+
+
 def test_channels_last_is_refused_for_signals(tmp_path):
     settings = replace(PRESETS["mnist1d"], out=tmp_path / "out")
     with pytest.raises(SettingsError, match=r"channels_last .* mnist1d"):
@@ -405,13 +467,15 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 
 def test_the_settings_start_from_the_preset_of_the_data_set():
-    settings = program.parse(["--data", "cifar100", "--epochs", "3"]).settings
+    settings = command_line.parse(["--data", "cifar100", "--epochs", "3"]).settings
     preset = PRESETS["cifar100"]
     assert settings == replace(preset, training=replace(preset.training, epochs=3))
 
 
 def test_another_preset_can_be_named():
-    settings = program.parse(["--data", "folder", "--data-dir", "x", "--preset", "cifar10", "--groups", "2"]).settings
+    settings = command_line.parse(
+        ["--data", "folder", "--data-dir", "x", "--preset", "cifar10", "--groups", "2"]
+    ).settings
     assert settings.training == PRESETS["cifar10"].training
     assert settings.data.name == "folder"
     assert settings.data.folder == Path("x")
@@ -421,28 +485,28 @@ def test_another_preset_can_be_named():
 def test_flags_are_flat():
     line = """
         --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
-        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last --ema 0.99
+        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
         --seed 3 --out runs/x --resume
     """
-    command = program.parse(line.split())
+    command = command_line.parse(line.split())
     assert command.resume
     stored = as_json(command.settings)
     assert stored["data"]["folder"] == "PATH"
     assert stored["model"]["name"] == "preact_resnet18"
     expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "microbatches": 2, "rho": 0.05}
     assert expected.items() <= stored["method"].items()
-    expected = {"epochs": 20, "batch_size": 64, "amp": "bf16", "compile": True, "clip": 1.0, "ema": 0.99}
+    expected = {"epochs": 20, "batch_size": 64, "amp": "bf16", "compile": True, "clip": 1.0}
     assert expected.items() <= stored["training"].items()
     assert (stored["seed"], stored["out"]) == (3, "runs/x")
 
 
 def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit, match="0"):
-        program.parse(["--data", "imagenet", "--help"])
+        command_line.parse(["--data", "imagenet", "--help"])
     shown = capsys.readouterr().out
     flags = re.findall(r"^\W+(--[a-z-]+)", shown, re.MULTILINE)
     assert {"--preset", "--resume", "--data", "--data-dir", "--amp", "--epsilon", "--checkpoint-seconds"} <= set(flags)
-    assert "(default: resnet50)" in shown
+    assert "(default: resnet18)" in " ".join(shown.replace("│", " ").split())
     assert "0.0001" in shown
 
 
@@ -453,22 +517,51 @@ def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
         (["--preset", "cifar"], "cifar100"),
         (["--lr", "-1"], "lr is -1"),
         (["--milestones", "0.5", "0.2"], "rising fractions"),
-        (["--ema", "1"], "expected a decay"),
         (["--clip", "0"], "a norm above 0"),
     ],
 )
 def test_a_bad_flag_is_refused_with_what_is_expected(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        program.parse(arguments)
+        command_line.parse(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_error_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_dataset", lambda *_: pytest.fail("it must not come to that"))
-    interrupted_out = tmp_path / "config.json"
-    interrupted_out.write_text("{", encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"error: .*config.json is no JSON"):
-        program.main(["--out", str(tmp_path), "--resume"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"seed": "none"}'])
+def test_an_error_is_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    message = program.main(["train", "--out", str(tmp_path), "--resume"])
+    assert re.match(rf"error: {tmp_path}/config\.json cannot be used: [^\n]+$", message)
+
+
+def test_without_a_command_the_program_lists_those_it_has(capsys):
+    assert program.main([]) == 2
+    assert program.main(["--help"]) == 0
+    assert "evidence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--width", "1000000"], "more than fit into memory"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--seed", "-1"], "seed is -1"),
+        (
+            ["--method", "plain", "--model", "vit_tiny_patch16_224"],
+            "vit_tiny_patch16_224 cannot take a step on 64 samples",
+        ),
+        (["--data", "cifar10"], "the folder that it lies in is needed"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line_and_leaves_nothing(flags, message, tmp_path):
+    said = program.main(["train", *flags, "--out", str(tmp_path / "out")])
+    assert said.startswith("error: ")
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert program.main(["train", "--out", str(tmp_path / "file"), "--epochs", "1"]).startswith("error: ")
 
 
 @pytest.mark.slow
@@ -484,9 +577,11 @@ def test_a_compiled_run_follows_the_eager_one(tmp_path):
 
 def start(out: Path, *flags: str) -> subprocess.Popen[str]:
     """The program in a process of its own, on epochs of 16 steps, with a checkpoint every few of them."""
-    command = [sys.executable, str(PROGRAM), "--data", "digits", "--batch-size", "16", "--epochs", "20"]
+    command = [sys.executable, "-m", "experiments", "train", "--data", "digits", "--batch-size", "16", "--epochs", "20"]
     command += ["--checkpoint-seconds", "0.05", "--no-tensorboard", "--out", str(out), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    return subprocess.Popen(
+        command, cwd=EXAMPLES, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
@@ -516,6 +611,18 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_undisturbed_one(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.0])
+def test_ctrl_c_in_the_first_seconds_is_one_line(delay, tmp_path):
+    with start(tmp_path / "out") as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=delay)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode != 0
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path):
     with start(tmp_path, "--workers", "1") as process:
@@ -523,7 +630,7 @@ def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tm
         process.send_signal(number)
         said = process.communicate()[1]
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python" in said
+    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python -m experiments train" in said
     assert said.rstrip().endswith("--workers 1 --resume")
     assert "Traceback" not in said
     assert checkpoints(tmp_path)

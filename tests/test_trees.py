@@ -434,6 +434,24 @@ def test_a_perturbation_that_is_not_finite_is_seen_and_never_carried(bad: float)
     assert not two_passes(*split_state(model), (X, Y)).all_finite
 
 
+def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer_is_used_by_nobody() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.body = nn.BatchNorm2d(2, affine=False), convolutional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x)
+            return self.body(x)
+
+    model = Unused().double()
+    bad = Perturbation(torch.tensor([0.1, float("nan")]).double(), torch.zeros(2).double())
+    step = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "norm": bad})
+    out = step(*split_state(model), (X, Y))
+    assert all(tensor.isfinite().all() for tensor in (out.loss, out.adversarial_loss, *out.grads.values()))
+    assert not out.all_finite
+
+
 def replace_mean(shift: Perturbation, value: float) -> Perturbation:
     return Perturbation(torch.full_like(shift.mean, value), shift.scale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -100,6 +101,55 @@ def test_a_forward_that_reads_running_statistics_reads_what_plain_training_would
     if take is drop_in_step:
         # the adversarial pass sees what the proxy pass has left, and moves nothing
         torch.testing.assert_close(model.seen, [plain.seen[0]] * 2, **ROUNDING)
+    options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "ratio": 1.0}
+    definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=out.perturbation, **options)
+    assert_agree(Comparison(out, definition, 0.2, 1e-9))
+
+
+def in_evaluation_mode(model: nn.Module) -> Tensor:
+    """The layer itself looks: called once more, in evaluation mode, as self-distillation does."""
+    layer = model[1]
+    layer.eval()
+    y = layer(torch.ones(2, 4, 2, 2).double())
+    layer.train()
+    return y
+
+
+# Ways to see the running mean of layer '1' and layer '4' after a forward.
+LOOKS: dict[str, Callable[[Any], Tensor]] = {
+    "attribute": lambda model: model[1].running_mean.sum() + model[4].running_var.sum(),
+    "getattr": lambda model: getattr(model[1], "running_var").sum(),  # noqa: B009
+    "get_buffer": lambda model: model.get_buffer("4.running_mean").sum(),
+    "buffers": lambda model: sum(buffer.double().sum() for buffer in model.buffers()),
+    "named_buffers": lambda model: dict(model.named_buffers())["1.running_mean"].sum(),
+    "state_dict": lambda model: model.state_dict()["4.running_mean"].sum(),
+    "register": lambda model: model[1]._buffers["running_mean"].sum(),
+    "counter": lambda model: model[4].num_batches_tracked / 2,
+    "in evaluation mode": in_evaluation_mode,
+}
+
+
+@both_forms
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far(
+    take: Callable[..., StepOutput], look: str
+) -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = convolutional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return y * LOOKS[look](self.body).detach().clone().mean()
+
+    model, untouched, plain = Looks(), Looks(), Looks()
+    output = plain(BATCH[0])
+    out = take(model, BATCH, epsilon=0.2, groups=2)
+    torch.testing.assert_close(out.output, output.detach(), **ROUNDING)
+    torch.testing.assert_close(out.buffers, dict(plain.named_buffers()), **ROUNDING)
+    if look == "in evaluation mode":
+        return  # the definition normalises whatever the mode is
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "ratio": 1.0}
     definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=out.perturbation, **options)
     assert_agree(Comparison(out, definition, 0.2, 1e-9))
@@ -394,7 +444,7 @@ def test_under_one_autocast_region_the_second_pass_computes_with_the_weights_of_
         model = convolutional(dtype=torch.float32)
         apart = APART(model, 0.2, 2)
         r, rest = weights(16, 16)
-        with torch.autocast("cpu", dtype=dtype, enabled=around_both):
+        with torch.autocast("cpu", dtype=dtype) if around_both else nullcontext():
             with apart.to_proxy():
                 with torch.autocast("cpu", dtype=dtype):
                     loss = r * F.cross_entropy(model(x), y)
@@ -419,7 +469,7 @@ def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 2.0}
     inner = None if around_both else torch.bfloat16
     step = make_apart_sam_step(model, F.cross_entropy, autocast_dtype=inner, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around_both):
+    with torch.autocast("cpu", dtype=torch.bfloat16) if around_both else nullcontext():
         out = step(*split_state(model), batch)
     exact = oracle_sam_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
     still = oracle_step(model, F.cross_entropy, batch, epsilon=0.2, groups=2, ratio=1.0, perturbation=out.perturbation)

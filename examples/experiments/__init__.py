@@ -1,0 +1,1 @@
+"""The experiments: training, sweeps, and what they show; `python -m experiments --help`."""

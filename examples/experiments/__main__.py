@@ -1,0 +1,64 @@
+"""The published experiments: `python -m experiments COMMAND ...`, from the folder above this one.
+
+    train        one network
+    sweep        a grid of methods, radii, settings and seeds, over the cores
+    report       a table and learning curves from finished runs
+    evaluate     what trained networks withstand
+    evidence     methods compared, with radii chosen on validation data
+    robustness   a picture of what networks withstand
+
+`python -m experiments COMMAND --help` lists what each takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness")
+
+
+def main(arguments: Sequence[str]) -> int | str | None:
+    """Run a command."""
+    if not arguments or arguments[0] not in COMMANDS:
+        print(__doc__)
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line  # type: ignore[assignment]
+            importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
+    except KeyboardInterrupt:
+        return "stopped: the same command goes on."
+    except Exception as error:
+        return _explained(error)
+    return None
+
+
+def _one_line(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _explained(error: Exception) -> int | str:
+    """An error that a user can mend, in one line; what is none is raised again."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    from experiments.checkpoints import CheckpointError
+    from experiments.interrupts import Interrupted
+    from experiments.nonfinite import NonFiniteError
+    from experiments.runs import RunError
+
+    if isinstance(error, Interrupted):
+        print(f"{error}; {error.advice}", file=sys.stderr)
+        return 128 + error.signal_number
+    if isinstance(error, BrokenProcessPool):
+        return "error: a worker was killed, by hand or for want of memory. The same command goes on."
+    if isinstance(error, (ValueError, OSError, RunError, CheckpointError, NonFiniteError)):
+        return f"error: {error}"
+    raise error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,246 @@
+"""Methods compared, with radii chosen on validation data: `python -m experiments evidence runs/* --evaluate`.
+
+Methods are compared at equal epochs, and at equal compute: as many forward-backward passes as two-pass training takes.
+Where a method was trained at several radii, the one of the lowest validation error is chosen; test data have no part in
+it. Every two methods are then compared directly, with intervals over seeds, and over test images as well. Only what was
+chosen is measured by `evaluate`. Each data set gets its tables and the numbers of every seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
+from experiments.evaluate import Options as Measurement
+from experiments.figures import format_error, format_gain
+from experiments.groups import (
+    Family,
+    Group,
+    by_data,
+    by_key,
+    equal_compute,
+    equal_epochs,
+    find_families,
+    group_runs,
+    plain_of,
+    shared_settings,
+    unconverged,
+)
+from experiments.paired import Key, Values, difference_by_key, estimate, over_images
+from experiments.runs import FolderError, find_finished, read_run
+from experiments.tables import Cell, ResultTable, gain, write_results
+
+Figures = Mapping[str, Mapping[str, Mapping[Key, float]]]  # by label of a family, name, split and seed
+
+BOTH = ("method", "chosen", "runs", "passes", "test error %")
+MEASURED = ("ECE %", "area, random %", "area, adversarial %", "corruption error %")
+CHOICE_COLUMNS = ("method", "chosen from", "runs", "validation error %", "test error %")
+PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds", "over seeds and test images")
+PAIR_EXPLANATION = (
+    "By how many points the test error of the first method is lower than that of the second, within seeds: Student's "
+    "95 % interval over seeds (over splits, where there are several), and a bootstrap over seeds and test images "
+    "(and splits). In bold where an interval excludes zero; nothing is corrected for the number of comparisons."
+)
+EXPLANATION = (
+    "The perturbation of the next step is found from the clean groups (no name), from *all* groups, or from a decayed "
+    "*average*; *alternating* steps are clean and perturbed; *refreshed* takes two passes every fourth step, which the "
+    "passes here do not count."
+)
+EXPLANATION = (
+    "Means over seeds, ± standard error. Of each method the radius of the lowest mean validation error after the last "
+    "epoch was chosen, in bold here; test data had no part in it. A gain is by how many points the test error is lower "
+    "than plain training's, within seeds, with its 95 % interval. Bold in the tables above are gains whose interval "
+    "excludes zero, and figures that differ as clearly from those of the same plain training, for better or worse. "
+    "Passes are forward-backward passes over the training data. ECE is the expected calibration error; an area is the "
+    "mean accuracy over the radii of a shift in the running statistics; the corruption error is the mean over all "
+    "corruptions and severities."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Attributes:
+        folders: run folders, and folders of run folders.
+        evaluate: first measure the chosen runs that have not been measured.
+        samples: test samples that accuracies under a shift are then measured on, at most.
+        processes: that then measure at the same time, with one thread each.
+        out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
+        page: Markdown file that shows the tables too, between `<!-- digits-evidence -->` and `<!-- end -->`.
+    """
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    evaluate: tyro.conf.FlagCreatePairsOff[bool] = False
+    samples: int = Measurement.samples
+    processes: int = Measurement.processes
+    out: Path = Path("runs/evidence")
+    page: Path | None = None
+
+
+def figures_of(group: Group) -> dict[str, dict[Key, float]]:
+    """What was measured on runs that differ in split and seed alone: each of `MEASURED`, by split and seed."""
+    figures: dict[str, dict[Key, float]] = {name: {} for name in MEASURED}
+    for key, run in group.runs.items():
+        found = read_evaluation(run.folder)
+        corrupted = float(np.mean(list(found["corruptions"].values())))
+        values = (found["ece"], found["area"]["random"], found["area"]["adversarial"], corrupted)
+        for name, value in zip(MEASURED, values, strict=True):
+            figures[name][key] = value
+    return figures
+
+
+def wrong_labels(group: Group) -> dict[Key, Values]:
+    """Which test images get a wrong label, 0 or 1 for each, by split and seed."""
+    found = {}
+    for key, run in group.runs.items():
+        evaluation = read_evaluation(run.folder)
+        found[key] = np.zeros(evaluation["test_samples"])
+        found[key][evaluation["wrong"]] = 1
+    return found
+
+
+def pairs(data: str, families: Sequence[Family]) -> ResultTable:
+    """Every two methods, compared directly."""
+    rows = []
+    wrong = {family.label: wrong_labels(family.group) for family in families}
+    for first, second in itertools.combinations(families, 2):
+        difference = difference_by_key(second.group.errors, first.group.errors)
+        keys = sorted(wrong[first.label].keys() & wrong[second.label].keys())
+        if difference is None or len(keys) < 2:
+            continue
+        low, high = over_images({key: wrong[second.label][key] - wrong[first.label][key] for key in keys})
+        over_both = f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        rows.append(
+            [
+                Cell(f"{first.label} against {second.label}"),
+                Cell(str(len(keys))),
+                Cell(format_gain(difference), difference.excludes_zero),
+                Cell(over_both, low > 0 or high < 0),
+            ]
+        )
+    return ResultTable(f"{data}: methods compared directly", PAIR_COLUMNS, rows, PAIR_EXPLANATION)
+
+
+def row(families: Sequence[Family], family: Family, epochs: int, figures: Figures) -> list[Cell]:
+    """A family's row of the comparison at equal epochs or equal compute."""
+    plain = plain_of(families, family, epochs)
+    cells = [*first_cells(family), gain_cell(plain, family)]
+    for name, values in figures[family.label].items():
+        of_plain = figures[plain.label][name] if plain and plain.label in figures else {}
+        difference = difference_by_key(of_plain, values)
+        is_clear = difference is not None and difference.excludes_zero
+        cells.append(Cell(format_error(estimate(list(values.values()))), bold=is_clear))
+    return cells
+
+
+def first_cells(family: Family) -> list[Cell]:
+    """Cells for `BOTH`."""
+    group = family.group
+    error = format_error(estimate(list(group.errors.values())))
+    texts = (family.label, family.best.chosen, str(len(group.runs)), f"{group.passes:g}", error)
+    return [Cell(text) for text in texts]
+
+
+def gain_cell(plain: Family | None, family: Family) -> Cell:
+    """By how many points the error is lower than plain training's."""
+    return gain(plain.group.errors, family.group.errors) if plain else Cell("")
+
+
+def choices(families: Sequence[Family]) -> list[list[Cell]]:
+    """What was chosen from: a row for each candidate of each family that has several."""
+    rows = []
+    for family in families:
+        for candidate in family.candidates if len(family.candidates) > 1 else ():
+            errors = [candidate.validation.errors, candidate.test.errors]
+            texts = [family.label, candidate.chosen, str(len(candidate.test.runs))]
+            texts += [format_error(estimate(list(each.values()))) for each in errors]
+            rows.append([Cell(text, bold=candidate is family.best) for text in texts])
+    return rows
+
+
+def measure(data: str, families: Sequence[Family], options: Options) -> None:
+    """See to it that the chosen runs have been measured."""
+    folders = [run.folder for family in families for run in family.group.runs.values()]
+    if options.evaluate:
+        evaluate_all(folders, Measurement(tuple(folders), samples=options.samples, processes=options.processes))
+    missing = [str(folder) for folder in folders if not (folder / EVALUATION).is_file()]
+    if missing:
+        raise FolderError(
+            f"{len(missing)} of {len(folders)} chosen runs on {data} have not been measured (no {EVALUATION}): "
+            f"--evaluate does it, and so does\n  python -m experiments evaluate {shlex.join(missing)}"
+        )
+
+
+def numbers(families: Sequence[Family], figures: Figures) -> list[dict[str, Any]]:
+    """Everything that the tables are made of, by seed."""
+    return [
+        {
+            "method": family.label,
+            "chosen": candidate.chosen,
+            "is_chosen": candidate is family.best,
+            "passes": candidate.test.passes,
+            "settings": candidate.test.settings,
+            "validation error %": by_key(candidate.validation.errors),
+            "test error %": by_key(candidate.test.errors),
+            **{name: by_key(values) for name, values in found.items()},
+        }
+        for family in families
+        for candidate in family.candidates
+        for found in [figures.get(family.label, {}) if candidate is family.best else {}]
+    ]
+
+
+def comparisons(data: str, families: Sequence[Family], epochs: int, figures: Figures) -> list[ResultTable]:
+    """The tables at equal epochs and at equal compute."""
+    found = []
+    for title, opponent, plain_epochs, members in (
+        ("equal epochs", "plain", epochs, equal_epochs(families, epochs)),
+        ("equal compute", "plain, 2× epochs", 2 * epochs, equal_compute(families, epochs)),
+    ):
+        columns = (*BOTH, f"gain on {opponent}", *MEASURED)
+        rows = [row(families, family, plain_epochs, figures) for family in members]
+        found.append(ResultTable(f"{data}: {title}", columns, rows, ""))
+    return found
+
+
+def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> None:
+    """Choose, measure, and print and write the tables of one data set.
+
+    Raises:
+        FolderError: there is no plain training, or chosen runs have not been measured.
+    """
+    families = find_families(test, validation)
+    machines = "; ".join(sorted({run.machine for group in test for run in group.runs.values()}))
+    notes = f"{EXPLANATION}{unconverged(test)} Shared settings: {shared_settings(test)}. Trained with {machines}."
+    chosen_from = ResultTable(f"{data}: what was chosen from", CHOICE_COLUMNS, choices(families), notes)
+
+    plain_epochs = [group.epochs for group in test if group.is_plain]
+    if not plain_epochs:
+        raise FolderError(f"no plain training among the runs on {data}: expected what every method is set against")
+    epochs = min(plain_epochs)
+    compared = [*equal_epochs(families, epochs), *equal_compute(families, epochs)]
+    shown = [family for family in families if family in compared]
+    measure(data, shown, options)
+    figures = {family.label: figures_of(family.group) for family in shown}
+    tables = [*comparisons(data, families, epochs, figures), pairs(data, equal_epochs(families, epochs)), chosen_from]
+    stem = options.out / f"{data}-evidence"
+    write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)}, options.page)
+    print(f"Written: {stem}.md, .json")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Report on every data set among the runs."""
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments evidence", description=__doc__)
+    folders = find_finished(options.folders)
+    test, validation = (by_data(read_run(folder, split) for folder in folders) for split in ("test", "validation"))
+    for data in test:
+        report(data, group_runs(test[data]), group_runs(validation[data]), options)

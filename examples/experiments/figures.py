@@ -1,0 +1,76 @@
+"""What tables and pictures of results share: how numbers are written, colours, and learning curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+
+from experiments.paired import Estimate, PairedDifference
+
+matplotlib.use("Agg")
+
+# Okabe and Ito, without their yellow, which is faint on white: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+
+
+class Curve(NamedTuple):
+    """How training went.
+
+    Attributes:
+        passes: forward-backward passes over the training data, at each point where the error was measured.
+        errors: error in percent at these points.
+    """
+
+    passes: Sequence[float]
+    errors: Sequence[float]
+
+
+def format_gain(difference: PairedDifference) -> str:
+    """A difference and its interval, as in `+1.26 [+0.91, +1.61]`; a single pair has no interval."""
+    if math.isnan(difference.low):
+        return f"{difference.mean:+.2f}"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def format_error(error: Estimate) -> str:
+    """An error and its standard error, as in `6.40 ± 0.28`; a single run has no standard error."""
+    return f"{error.mean:.2f}" + ("" if math.isnan(error.standard_error) else f" ± {error.standard_error:.2f}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping of plain values and paths as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Curve]], error_name: str) -> None:
+    """Draw the mean error of each method against the passes it has cost, with a band of one standard error."""
+    axes.set_prop_cycle(STYLES)
+    for method, trained in runs.items():
+        passes, errors = trained[0].passes, np.array([run.errors for run in trained])
+        mean = errors.mean(axis=0)
+        (line,) = axes.plot(passes, mean, label=method)
+        if len(errors) > 1:
+            standard_error = errors.std(axis=0, ddof=1) / len(errors) ** 0.5
+            band = (mean - standard_error, mean + standard_error)
+            axes.fill_between(passes, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set(
+        title="Learning curves: mean ± standard error",
+        xlabel="forward-backward passes over the training data",
+        ylabel=f"{error_name} (%)",
+    )
+    axes.legend(frameon=False)

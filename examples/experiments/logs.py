@@ -1,0 +1,251 @@
+"""What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
+
+`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`, which `Metrics` writes. `Scalars`
+is TensorBoard: losses, accuracies, and the size of the statistic gradients of every layer. `progress_bar` yields a
+function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from apart_func import StepOutput
+from experiments.settings import Settings, TrainingSettings
+
+Row = dict[str, float | None]
+
+
+@dataclass
+class Place:
+    """How far runs have come, and what they have counted since the last row of their metrics.
+
+    Attributes:
+        epoch: epochs that are complete.
+        batch: steps of the epoch that comes after them.
+        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4).
+        seconds: the time they took, of all runs.
+        waiting_seconds: of it, for data.
+        rows: of the metrics, of every run.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    rows: list[list[Row]] = field(default_factory=lambda: [[]])
+
+    def next_epoch(self) -> Place:
+        """The place before the first step of the epoch that comes after this one."""
+        return Place(self.epoch + 1, sums=torch.zeros_like(self.sums), rows=self.rows)
+
+    def of_run(self, number: int) -> Place:
+        """What of the counted belongs to one run; time is shared."""
+        count = len(self.sums)
+        return replace(
+            self,
+            sums=self.sums[number],
+            seconds=self.seconds / count,
+            waiting_seconds=self.waiting_seconds / count,
+            rows=self.rows[number : number + 1],
+        )
+
+
+def learning_rate(training: TrainingSettings, done: float) -> float:
+    """The learning rate at a point of the run.
+
+    Args:
+        training: the schedule and where it starts.
+        done: share of the run's steps that lie behind, from 0 to 1.
+    """
+    if training.schedule == "cosine":
+        return training.lr * (1 + math.cos(math.pi * done)) / 2
+    return training.lr * 0.1 ** sum(done >= milestone for milestone in training.milestones)
+
+
+def is_measured(training: TrainingSettings, epoch: int) -> bool:
+    """Whether errors are measured after the epoch that comes after so many."""
+    return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+
+
+def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
+    """Loss, second loss where the method has one, and error in percent, over the steps of this epoch of one run."""
+    loss, second_loss, wrong, counted = place.sums.tolist()
+    if not counted:
+        return None, None, None
+    error = 100 * wrong / (counted * training.batch_size)
+    return loss / counted, None if math.isnan(second_loss) else second_loss / counted, error
+
+
+def epoch_row(
+    settings: Settings, steps: int, place: Place, errors: Sequence[float | None], measuring_seconds: float
+) -> Row:
+    """What an epoch came to."""
+    loss, second_loss, error = means(place, settings.training)
+    step = steps * (place.epoch + 1)
+    return {
+        "epoch": place.epoch + 1,
+        "step": step,
+        "lr": learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs)),
+        "train_loss": loss,
+        "adversarial_loss": second_loss,
+        "train_error": error,
+        **dict(zip(("validation_error", "test_error", "test_top5_error"), errors, strict=True)),
+        "images_per_second": steps * settings.training.batch_size / place.seconds,
+        "data_wait": place.waiting_seconds / place.seconds,
+        "seconds": place.seconds + measuring_seconds,
+    }
+
+
+COLUMNS = (
+    "epoch",
+    "step",
+    "lr",
+    "train_loss",
+    "adversarial_loss",
+    "train_error",
+    "validation_error",
+    "test_error",
+    "test_top5_error",
+    "images_per_second",
+    "data_wait",
+    "seconds",
+)
+TIMING_COLUMNS = COLUMNS[-3:]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        out: its folder.
+        epoch: epochs that are complete.
+        epochs: of the whole run.
+        step: steps that were taken.
+        steps: of the whole run.
+        loss: mean clean loss of the epoch so far.
+        train_error: of the clean outputs in the epoch so far, in percent.
+        images_per_second: in the epoch so far.
+        validation_error: the last one measured, in percent; None where there are no such samples.
+        test_error: likewise.
+    """
+
+    out: Path
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float | None
+    train_error: float | None
+    images_per_second: float
+    validation_error: float | None
+    test_error: float | None
+
+    def __str__(self) -> str:
+        """All of it, for a person."""
+        parts = [f"epoch {self.epoch}/{self.epochs}", f"{self.images_per_second:.0f} images/s"]
+        if self.loss is not None and self.train_error is not None:
+            parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
+        for name, error in (("validation", self.validation_error), ("test", self.test_error)):
+            if error is not None:
+                parts.append(f"{name} error {error:.2f} %")
+        return ", ".join(parts)
+
+
+Show = Callable[[Progress], None]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Show]:
+    """A bar with the time left, or a line for every epoch where the output is no terminal."""
+    console = Console()
+    columns = [
+        BarColumn(bar_width=10),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    ]
+    with Bar(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        complete: set[int] = set()
+
+        def show(progress: Progress) -> None:
+            bar.update(task, completed=progress.step, total=progress.steps, description=str(progress))
+            if not console.is_terminal and progress.epoch not in complete | {0}:
+                print(progress, flush=True)
+            complete.add(progress.epoch)
+
+        yield show
+
+
+class Metrics:
+    """`metrics.csv`, a row an epoch."""
+
+    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
+        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._file.flush()
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Scalars:
+    """TensorBoard's view of a run."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=step)
+
+    def add_step(self, step: int, out: StepOutput, lr: float) -> None:
+        """Both losses of a step, and the Euclidean size of the gradient by the statistics of every layer."""
+        if self._writer is None:
+            return
+        sizes = {
+            f"{kind} gradient/{layer}": torch.linalg.vector_norm(part)
+            for layer, gradient in out.stat_grads.items()
+            for kind, part in zip(("mean", "scale"), gradient, strict=True)
+        }
+        named = {"loss/clean": out.loss, "loss/adversarial": out.adversarial_loss, **sizes}
+        values = torch.stack([value.float() for value in named.values()]).tolist()
+        for name, value in zip(named, values, strict=True):
+            if value == value:  # plain training has no second loss
+                self._writer.add_scalar(name, value, step)
+        self._writer.add_scalar("lr", lr, step)
+
+    def add_row(self, row: Row) -> None:
+        """What an epoch came to."""
+        if self._writer is None:
+            return
+        for split in ("train", "validation", "test", "test_top5"):
+            error = row[f"{split}_error"]
+            if error is not None:
+                self._writer.add_scalar(f"accuracy/{split}", 100 - error, row["step"])
+        for column in ("images_per_second", "data_wait"):
+            self._writer.add_scalar(column, row[column], row["step"])
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()

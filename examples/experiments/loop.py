@@ -1,0 +1,337 @@
+"""The runner: `train([settings])` runs a run, or goes on with one, and leaves its folder behind (see runs.py).
+
+Runs that differ in their seed alone can be trained at the same time: `train(many)`. Until all of them have finished,
+one checkpoint of all lies in the folder of the first. A checkpoint holds everything that the rest of the run depends
+on, so a resumed run is the undisturbed one, bit for bit; it holds the settings too, and goes on with no others.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apart_func import split_state
+from experiments.checkpoints import CheckpointError, Checkpoints, State
+from experiments.datasets import DataSet, evaluation_batches, load_dataset, steps_per_epoch, training_batches
+from experiments.interrupts import Interrupted, noted_signals
+from experiments.learner import Learner
+from experiments.logs import (
+    Metrics,
+    Place,
+    Progress,
+    Scalars,
+    Show,
+    epoch_row,
+    is_measured,
+    learning_rate,
+    means,
+    progress_bar,
+)
+from experiments.methods import Batch
+from experiments.networks import NetworkError, make_network
+from experiments.runs import CHECKPOINTS, METRICS, TOGETHER, RunError, harm, is_complete, write_config, write_network
+from experiments.settings import MachineSettings, Settings, SettingsError, as_json, differences, from_json
+from experiments.splits import Split
+
+SHOW_SECONDS = 0.2
+EVALUATION_FACTOR = 4  # an evaluation batch needs less memory than a training batch of the same size
+TOP5_CLASSES = 50  # from so many on, the error of the five best guesses is measured too
+
+
+def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> None:
+    """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
+
+    Raises:
+        RunError: the folder holds another run, or the disk is full.
+        CheckpointError: its checkpoints are damaged, or those of another run.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        NonFiniteError: a loss or gradient was infinite or not a number.
+        ValueError: the settings do not fit together; nothing has been written.
+    """
+    complete = [is_complete(run, resume) for run in runs]  # each looks at its folder, and may refuse it
+    if all(complete):
+        return
+    data, learner = prepared(runs)
+    with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:
+        for run in runs:
+            write_config(run)
+        running = _Running(runs, data, learner, show or stack.enter_context(progress_bar()), noted, stack)
+        running.to_the_end()
+        for run, rows in zip(runs, running.place.rows, strict=True):
+            message = harm(run, rows[-1]["train_loss"], data.classes)
+            if message and show is None:
+                print(f"warning: {message}", file=sys.stderr)
+
+
+def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learner]:
+    """Find the data and make the networks. Whatever does not fit is refused here, before there is a run."""
+    settings = runs[0]
+    device = prepared_device(settings.machine)
+    data = load_dataset(settings.data)
+    size = settings.training.batch_size
+    steps_per_epoch(data, size)  # refuses a batch that cannot be filled
+    if settings.training.channels_last and len(data.sample_shape) != 3:
+        raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
+    models = [initial_network(run, data).to(device) for run in runs]
+    learner = Learner(models, runs)
+    blank = torch.zeros(size, *data.sample_shape), torch.zeros(size, dtype=torch.int64)
+    try:
+        learner.rehearse(blank)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+        raise NetworkError(
+            f"{settings.model.name} cannot take a step on {size} samples {data.sample_shape} of {data.name}: "
+            f"{problem}. Choose another network, batch size or crop."
+        ) from error
+    return data, learner
+
+
+def initial_network(settings: Settings, data: DataSet) -> nn.Module:
+    """The network of a run before its first step. Torch's default generator is seeded, and goes on from there."""
+    torch.manual_seed(settings.seed)
+    return make_network(settings.model.name, data, settings.model.width)
+
+
+class _Running:
+    """Runs under way."""
+
+    def __init__(
+        self,
+        runs: Sequence[Settings],
+        data: DataSet,
+        learner: Learner,
+        show: Show,
+        noted: Callable[[], int | None],
+        stack: ExitStack,
+    ) -> None:
+        self.runs, self.data, self.learner, self.show, self.noted = runs, data, learner, show, noted
+        self.training, self.machine, out = runs[0].training, runs[0].machine, runs[0].out
+        self.steps = steps_per_epoch(data, self.training.batch_size)
+        is_single = len(runs) == 1
+        self.checkpoints = Checkpoints(out / (CHECKPOINTS if is_single else TOGETHER))
+        count = len(runs)
+        self.place = Place(sums=torch.zeros(count, 4, dtype=torch.float64), rows=[[] for _ in runs])
+        self._restore(self.checkpoints.load())
+        self.saved_at = self.shown_at = time.monotonic()
+        folder = out / "tensorboard" if self.machine.tensorboard and is_single else None
+        self.scalars = stack.enter_context(closing(Scalars(folder, self.step + 1)))
+        self.metrics = [
+            stack.enter_context(closing(Metrics(run.out / METRICS, rows)))
+            for run, rows in zip(runs, self.place.rows, strict=True)
+        ]
+
+    @property
+    def step(self) -> int:
+        """Steps that every run has taken."""
+        return self.place.epoch * self.steps + self.place.batch
+
+    @property
+    def done(self) -> float:
+        """Share of the steps that lie behind."""
+        return self.step / (self.steps * self.training.epochs)
+
+    def to_the_end(self) -> None:
+        """Train the epochs that are left, and write the networks."""
+        while self.place.epoch < self.training.epochs:
+            self._train_epoch()
+            self._add_rows()
+            self._tell()
+            every = self.machine.checkpoint_epochs
+            if every and self.place.epoch % every == 0:
+                self._save()
+        for number, run in enumerate(self.runs):
+            write_network(run.out, *split_state(self.learner.evaluated(number)))
+        if len(self.runs) > 1:
+            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+
+    def _train_epoch(self) -> None:
+        """Take the steps of the epoch that are left."""
+        self.place.sums = self.place.sums.to(self.learner.device)
+        each = [self._training_batches(run) for run in self.runs]
+        clock = time.perf_counter()
+        while self.place.batch < self.steps:
+            batches = [next(batches) for batches in each]
+            self.place.waiting_seconds += time.perf_counter() - clock
+            self._take_step(batches)
+            if time.monotonic() - self.shown_at > SHOW_SECONDS:
+                self._tell()
+            self._stop_if_asked()
+            if time.monotonic() - self.saved_at > self.machine.checkpoint_seconds:
+                self._save()
+            before, clock = clock, time.perf_counter()
+            self.place.seconds += clock - before
+
+    def _take_step(self, batches: Sequence[Batch]) -> None:
+        """Train every network on its batch, and count what came of it."""
+        lr = learning_rate(self.training, self.done)
+        counted = self.learner.train(batches, lr, self.step + 1, self.done)
+        self.place.batch += 1
+        self.place.sums += counted.sums
+        if len(self.runs) == 1 and self.step % self.machine.log_steps == 0:
+            self.scalars.add_step(self.step, counted.out, lr)
+
+    def _add_rows(self) -> None:
+        """Write down what the epoch came to. Errors are measured now, if it is their turn."""
+        start = time.perf_counter()
+        self.place.sums = self.place.sums.cpu()  # waits for the device
+        self.place.seconds += time.perf_counter() - start
+        new = []
+        for number, run in enumerate(self.runs):
+            start = time.perf_counter()
+            errors = self._errors(number) if is_measured(self.training, self.place.epoch) else [None, None, None]
+            measuring = time.perf_counter() - start
+            new.append(epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
+            self._stop_if_asked()
+        self.place = self.place.next_epoch()
+        for metrics, rows, row in zip(self.metrics, self.place.rows, new, strict=True):
+            rows.append(row)
+            metrics.add(row)
+        self.scalars.add_row(new[0])
+
+    def _errors(self, number: int) -> list[float | None]:
+        """Errors on validation samples, where there are some, and on test samples, in percent; see `epoch_row`."""
+        model = self.learner.evaluated(number).eval()
+        validation = None if self.data.validation is None else self._error(model, self.data.validation)[0]
+        errors = [validation, *self._error(model, self.data.test)]
+        model.train()
+        return errors
+
+    def _error(self, model: nn.Module, split: Split) -> tuple[float, float | None]:
+        """The share of samples whose best guess is wrong, and all five best guesses, in percent."""
+        five = self.data.classes >= TOP5_CLASSES
+        wrong = torch.zeros(2, dtype=torch.int64, device=self.learner.device)
+        size = EVALUATION_FACTOR * self.training.batch_size
+        for samples, labels in evaluation_batches(self.data, split, batch_size=size, **self._loading()):
+            guesses = self.learner.scores(model, samples).topk(5 if five else 1, dim=1).indices
+            misses = guesses != labels.to(guesses.device)[:, None]
+            wrong += torch.stack([misses[:, 0].sum(), misses.all(dim=1).sum()])
+            self._stop_if_asked()
+        one, all_five = (100 * wrong.double() / len(split)).tolist()
+        return one, all_five if five else None
+
+    def _training_batches(self, run: Settings) -> Iterator[Batch]:
+        """Those of the epoch that are left."""
+        return training_batches(
+            self.data,
+            batch_size=self.training.batch_size,
+            seed=run.seed,
+            epoch=self.place.epoch,
+            first=self.place.batch,
+            augment=run.data.augment,
+            **self._loading(),
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        return {"workers": self.machine.workers, "pin_memory": self.learner.device.type == "cuda"}
+
+    def _tell(self) -> None:
+        """Show how the runs get on: in this epoch, or in the last one where this one has not begun."""
+        place = self.place.of_run(0)
+        if place.batch:
+            loss, _, error = means(place, self.training)
+            speed: float | None = place.batch * self.training.batch_size / max(place.seconds, 1e-9)
+        else:
+            row = place.rows[0][-1]
+            loss, error, speed = row["train_loss"], row["train_error"], row["images_per_second"]
+        total = self.steps * self.training.epochs
+        measured = [row for row in place.rows[0] if row["test_error"] is not None]
+        last = measured[-1] if measured else {}
+        errors = last.get("validation_error"), last.get("test_error")
+        progress = (place.epoch, self.training.epochs, self.step, total, loss, error, speed or 0.0, *errors)
+        self.show(Progress(self.runs[0].out, *progress))
+        self.shown_at = time.monotonic()
+
+    def _stop_if_asked(self) -> None:
+        number = self.noted()
+        if number is not None:
+            self._save()
+            raise Interrupted(number)
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment, between two steps."""
+        state = {
+            "settings": [as_json(run) for run in self.runs],
+            "place": vars(self.place),
+            "learner": self.learner.state_dict(),
+            "random": random_state(self.learner.device),
+        }
+        self.checkpoints.save(self.step, state)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, state: State | None) -> None:
+        """Go on from a checkpoint, if there is one."""
+        if state is None:
+            return
+        where = self.checkpoints.folder
+        try:
+            stored = [from_json(each) for each in state["settings"]]
+            if [run.seed for run in stored] != [run.seed for run in self.runs] and len(self.runs) > 1:
+                return  # those that are trained together are now other ones
+            changed = [line for pair in zip(self.runs, stored, strict=True) for line in differences(*pair)]
+            if not changed:
+                self.learner.load_state_dict(state["learner"])
+                set_random_state(state["random"], self.learner.device)
+                self.place = Place(**state["place"])
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {where} is none of this program ({type(error).__name__}: {error}). "
+                "Delete the folder to start the run anew."
+            ) from error
+        if changed:
+            listed = "".join(f"\n  {line}" for line in changed)
+            raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that a step on a device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def prepared_device(machine: MachineSettings) -> torch.device:
+    """Find the device, and set what torch has of global switches."""
+    name = machine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()  # refused by a device that holds no data
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    torch.backends.cudnn.benchmark = not machine.deterministic
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+@contextmanager
+def full_disk_explained(out: os.PathLike[str]) -> Iterator[None]:
+    """Say of a full disk what it means for the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(
+            f"{error.strerror or error}, while writing to {out}. The checkpoints that are there are whole: make room, "
+            "and go on with --resume."
+        ) from error

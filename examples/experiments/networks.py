@@ -1,0 +1,189 @@
+"""Networks by name, made for a data set: `make_network("wideresnet40_2", data)`.
+
+Written here are those of the published experiments; `resnets.py` has the small ones, torchvision the ResNets, and timm
+everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from experiments.datasets import DataSet
+from experiments.resnets import cifar_resnet, initialise, mnist_resnet, resnet1d, small_resnet
+
+
+class NetworkError(ValueError):
+    """There is no such network, or it does not fit the data."""
+
+
+def make_network(name: str, data: DataSet, width: int | None = None) -> nn.Module:
+    """Make a network for a data set.
+
+    Raises:
+        NetworkError: there is no such network, or it does not fit the data.
+    """
+    channels, *size = data.sample_shape
+    if (len(size) == 1) != (name == "resnet1d"):
+        raise NetworkError(
+            f"{name} does not fit {data.name}, samples of shape {data.sample_shape}: resnet1d is the one "
+            "for signals, the others are for images"
+        )
+    if name in ANY_WIDTH:
+        make, usual = ANY_WIDTH[name]
+        if width is not None and width < 1:
+            raise NetworkError(f"a network needs at least one channel: width is {width}")
+        _check_size(make, channels, data.classes, width or usual)
+        return make(channels, data.classes, width or usual)
+    if width is not None:
+        raise NetworkError(f"{name} has a width of its own; width can be chosen for {', '.join(ANY_WIDTH)}")
+    if name in WIDE:
+        return wide_resnet(*WIDE[name], channels, data.classes)
+    if name in RESNETS:
+        return torchvision_resnet(name, channels, data.classes, small=max(size) <= 64)
+    return _from_timm(name, channels, data.classes)
+
+
+def preact_resnet18(in_channels: int = 3, classes: int = 10, width: int = 64) -> PreActResNet:
+    """ResNet-18 with pre-activation (He et al., arXiv 1603.05027) in its CIFAR form.
+
+    The published experiments have batch norm after the stem, and none at the end.
+    """
+    widths = [width, 2 * width, 4 * width, 8 * width]
+    return PreActResNet(in_channels, classes, width, widths, blocks_per_stage=2, norm_at_end=False)
+
+
+def wide_resnet(depth: int, widen: int, in_channels: int = 3, classes: int = 10) -> PreActResNet:
+    """The wide residual network of Zagoruyko and Komodakis (arXiv 1605.07146): WRN-`depth`-`widen`."""
+    assert depth % 6 == 4, "every block has two convolutions, in three stages of as many blocks"
+    return PreActResNet(in_channels, classes, 16, [16 * widen, 32 * widen, 64 * widen], (depth - 4) // 6)
+
+
+class PreActResNet(nn.Module):
+    """A 3 × 3 stem and stages of residual blocks, with batch norm and ReLU before each convolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        stem: int,
+        widths: Sequence[int],
+        blocks_per_stage: int,
+        norm_at_end: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, stem, kernel_size=3, padding=1, bias=False))
+        if not norm_at_end:
+            self.stem.extend([nn.BatchNorm2d(stem), nn.ReLU(inplace=True)])
+        self.blocks = nn.Sequential()
+        channels = stem
+        for number, width in enumerate(widths):
+            for block in range(blocks_per_stage):
+                self.blocks.append(PreActBlock(channels, width, stride=2 if number > 0 and block == 0 else 1))
+                channels = width
+        self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)) if norm_at_end else nn.Sequential()
+        self.head.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+        self.classifier = nn.Linear(channels, classes)
+        self.apply(initialise)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores, (N, classes), for images (N, C, H, W)."""
+        scores: Tensor = self.classifier(self.head(self.blocks(self.stem(images))))
+        return scores
+
+
+class PreActBlock(nn.Module):
+    """Two convolutions, each after batch norm and ReLU, added to what comes in."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.activate = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+        )
+        self.adapt: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.adapt = nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, with `channels` channels."""
+        activated = self.activate(x)
+        shortcut = x if self.adapt is None else self.adapt(activated)
+        out: Tensor = shortcut + self.residual(activated)
+        return out
+
+
+def torchvision_resnet(name: str, in_channels: int, classes: int, small: bool) -> nn.Module:
+    """A ResNet of torchvision.
+
+    Args:
+        name: of the function that makes it.
+        in_channels: channels of the images.
+        classes: number of classes.
+        small: whether images are, so that the stem is the one for CIFAR: 3 × 3 at stride 1, and no pooling after it.
+    """
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    if small:
+        model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
+        initialise(model.conv1)
+        model.maxpool = nn.Identity()
+    return model  # type: ignore[no-any-return]
+
+
+def _from_timm(name: str, in_channels: int, classes: int) -> nn.Module:
+    """A network of timm, not pretrained; or an error that names what is called alike."""
+    try:
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise NetworkError(
+            f"{name!r} is none of {', '.join(NAMES)}, and other networks need timm ({error}): pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*NAMES, *timm.list_models()])
+        advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(NAMES)}, or of timm's"
+        raise NetworkError(f"there is no network {name!r}: {advice}")
+    return timm.create_model(name, in_chans=in_channels, num_classes=classes)  # type: ignore[no-any-return]
+
+
+def _check_size(make: Callable[[int, int, int], nn.Module], channels: int, classes: int, width: int) -> None:
+    """Refuse a network that this machine cannot hold, before it is made."""
+    with torch.device("meta"):
+        count = sum(param.numel() for param in make(channels, classes, width).parameters())
+    needed = 4 * 4 * count  # float32: weights, gradients, momenta, and one copy
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise NetworkError(f"at width {width} the network has {count:.1e} parameters, more than fit into memory")
+
+
+class Choice(NamedTuple):
+    """A network whose width can be chosen.
+
+    Attributes:
+        make: from channels that come in, classes and width to the network.
+        width: the usual one.
+    """
+
+    make: Callable[[int, int, int], nn.Module]
+    width: int
+
+
+ANY_WIDTH = {
+    "small_resnet": Choice(small_resnet, 8),
+    "resnet1d": Choice(resnet1d, 16),
+    "preact_resnet18": Choice(preact_resnet18, 64),
+    "mnist_resnet": Choice(mnist_resnet, 16),
+    "cifar_resnet": Choice(lambda channels, classes, width: cifar_resnet(width, 1, classes, channels), 16),
+}
+WIDE = {"wideresnet16_2": (16, 2), "wideresnet40_1": (40, 1), "wideresnet40_2": (40, 2), "wideresnet28_10": (28, 10)}
+RESNETS = tuple(torchvision.models.list_models(torchvision.models, include=("resn*", "wide_resnet*")))
+NAMES = (*ANY_WIDTH, *WIDE, *RESNETS)

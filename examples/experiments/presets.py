@@ -1,0 +1,66 @@
+"""The published settings of the method, and what the bundled sets are trained with: `PRESETS`, one for every data set.
+
+They are those of the original implementation's training scripts and of the commands in its README: WRN-40-2 on CIFAR,
+preact ResNet-18 on Tiny-ImageNet, ResNet-18 on ImageNet; SGD with momentum 0.9 at a learning rate of 0.1, which falls
+tenfold at the milestones. A last batch that is incomplete is always dropped, since groups must divide it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from experiments.settings import (
+    DataSettings,
+    MachineSettings,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    TrainingSettings,
+)
+
+_CIFAR = Settings(
+    data=DataSettings("cifar10"),
+    model=ModelSettings("wideresnet40_2"),
+    method=MethodSettings(epsilon=0.1, groups=16, rho=0.2),
+    training=TrainingSettings(
+        epochs=200, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="steps", milestones=(0.5, 0.75)
+    ),
+    machine=MachineSettings(workers=min(8, os.cpu_count() or 1)),
+    seed=42,
+)
+_IMAGENET = replace(
+    _CIFAR,
+    data=DataSettings("imagenet", crop=224),
+    model=ModelSettings("resnet18"),
+    method=MethodSettings(epsilon=0.025, groups=1, rho=0.025),
+    training=replace(
+        _CIFAR.training,
+        epochs=105,
+        batch_size=256,
+        weight_decay=1e-4,
+        milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105),
+    ),
+)
+_BUNDLED = Settings(
+    method=MethodSettings(groups=4),
+    training=TrainingSettings(epochs=60, batch_size=64, schedule="cosine"),
+    machine=MachineSettings(checkpoint_epochs=0, checkpoint_seconds=30),
+)
+
+PRESETS: dict[str, Settings] = {
+    "cifar10": _CIFAR,
+    "cifar100": replace(_CIFAR, data=DataSettings("cifar100")),
+    "tiny-imagenet": replace(
+        _CIFAR,
+        data=DataSettings("tiny-imagenet", crop=64),
+        model=ModelSettings("preact_resnet18"),
+        method=replace(_CIFAR.method, groups=8),
+        training=replace(_CIFAR.training, batch_size=256),
+    ),
+    "imagenet": _IMAGENET,
+    "folder": replace(_IMAGENET, data=DataSettings("folder", crop=224)),
+    "digits": _BUNDLED,
+    "mnist5k": replace(_BUNDLED, data=DataSettings("mnist5k")),
+    "mnist1d": replace(_BUNDLED, data=DataSettings("mnist1d"), model=ModelSettings("resnet1d")),
+}

@@ -1,0 +1,266 @@
+"""Everything that decides a training run, as frozen dataclasses: what the command line sets and `config.json` keeps.
+
+Settings
+data      which samples          training   optimizer, schedule, precision
+model     which network          machine    what a run may change when it is resumed: it decides no result
+method    plain, apart, ...      seed, out
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import dacite
+from tyro.conf import arg
+
+DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
+MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
+RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
+CarryName = Literal["clean", "all", "average"]
+RadiusSchedule = Literal["constant", "rising", "falling", "late"]
+
+
+class SettingsError(ValueError):
+    """A setting is out of range, or stored settings cannot be used."""
+
+
+def _at_least(low: int, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value < math.inf:
+            raise SettingsError(f"{name} is {value}; expected a finite number ≥ {low}.")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on.
+
+    Attributes:
+        name: the data set. digits, mnist5k and mnist1d (synthetic) come with Python packages.
+        folder: where it lies on disk; the bundled sets need none.
+        crop: side of the images that the network sees; by default that of the data set.
+        augment: crop and flip the training images at random, where the data set has it.
+        train_samples: how many to train on, with the same share of every class; by default all that are left.
+        validation_samples: how many to set aside from the training samples for choosing settings, likewise; by default
+            the number of the bundled sets, and none of the others.
+        split_seed: decides which samples these are.
+    """
+
+    name: Annotated[DataName, arg(name="data")] = "digits"
+    folder: Annotated[Path | None, arg(name="data-dir", metavar="PATH")] = None
+    crop: Annotated[int | None, arg(metavar="PIXELS")] = None
+    augment: bool = True
+    train_samples: Annotated[int | None, arg(metavar="N")] = None
+    validation_samples: Annotated[int | None, arg(metavar="N")] = None
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers of samples that are none."""
+        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples or 0)
+        _at_least(1, train_samples=1 if self.train_samples is None else self.train_samples)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network.
+
+    Attributes:
+        name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
+            wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm.
+        width: channels of its first stage, where it has a choice.
+    """
+
+    name: Annotated[str, arg(name="model")] = "small_resnet"
+    width: Annotated[int | None, arg(metavar="CHANNELS")] = None
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What a training step computes.
+
+    Attributes:
+        name: one forward and backward (plain, one_pass, momentum_sam, ghost_noise), or two (apart, apart_sam, sam,
+            sam_on).
+        epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
+        epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
+            late: plain steps for two thirds of the run, then the method's.
+        rule: which way APART moves the statistics: by the sign of their gradient, at random (a control), along the
+            gradient, or to where several steps lead.
+        ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
+        groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
+        clean_fraction: share of the groups that are clean in one pass.
+        carry: what one pass finds the next perturbation from: the clean groups, all of them, or an average over steps.
+        ratio: share of the batch that goes through APART's adversarial pass.
+        remainder: where the groups do not divide that share: an error, or drop a few samples.
+        rho: radius of the weight perturbation of APART-SAM, SAM, SAM-ON and Momentum-SAM.
+        norm: in which rho is measured for SAM-ON, over the scales and biases of normalisation layers.
+        ghost_size: samples in a random ghost group of ghost noise.
+        every: a second pass on each so-manieth step alone; the others are plain.
+        label_smoothing: share of a label that is spread over all classes.
+        microbatches: parts of the batch, one after another, to save memory. Each has its own statistics.
+    """
+
+    name: Annotated[MethodName, arg(name="method")] = "apart"
+    epsilon: float = 0.1
+    epsilon_schedule: RadiusSchedule = "constant"
+    rule: RuleName = "sign"
+    ascent_steps: int = 3
+    groups: int = 16
+    clean_fraction: float = 0.5
+    carry: CarryName = "clean"
+    ratio: float = 1.0
+    remainder: Literal["error", "drop"] = "error"
+    rho: float = 0.1
+    norm: Literal["linf", "l2"] = "linf"
+    ghost_size: int = 8
+    every: int = 1
+    label_smoothing: float = 0.0
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse radii and counts below their range; the step checks the rest."""
+        _at_least(0, epsilon=self.epsilon, rho=self.rho, label_smoothing=self.label_smoothing)
+        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches, every=self.every)
+        _at_least(2, ghost_size=self.ghost_size)
+        if self.label_smoothing >= 1:
+            raise SettingsError(f"label_smoothing is {self.label_smoothing}; expected a share below 1.")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the network is trained: SGD with momentum.
+
+    Attributes:
+        epochs: passes over the training samples.
+        batch_size: samples in a batch; an incomplete last batch of an epoch is dropped.
+        lr: learning rate at the start.
+        momentum: of SGD.
+        weight_decay: of SGD, on all parameters.
+        schedule: the learning rate falls in steps, or to zero along a cosine.
+        milestones: where it is multiplied by 0.1 under the schedule of steps, as fractions of the run.
+        amp: lower precision of activations. Weights stay float32.
+        compile: make one graph of the whole step with torch.compile.
+        clip: largest norm of the gradient; a longer one is shortened to it.
+        channels_last: memory order of images that tensor cores prefer.
+        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+    """
+
+    epochs: int = 200
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["steps", "cosine"] = "steps"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    amp: Annotated[Literal["bf16"] | None, arg(metavar="{bf16}")] = None
+    compile: bool = False
+    clip: Annotated[float | None, arg(metavar="NORM")] = None
+    channels_last: bool = False
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
+        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if sorted(self.milestones) != list(self.milestones) or not all(0 < share < 1 for share in self.milestones):
+            raise SettingsError(f"milestones are {self.milestones}; expected rising fractions of the run, in (0, 1).")
+        if self.clip is not None and not self.clip > 0:
+            raise SettingsError(f"clip is {self.clip}; expected a norm above 0.")
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What a run may change when it is resumed.
+
+    Attributes:
+        device: cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
+        deterministic: refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
+        workers: processes that load and augment.
+        checkpoint_epochs: epochs from one checkpoint to the next; 0 leaves it to the time.
+        checkpoint_seconds: longest time without a checkpoint, also within an epoch.
+        log_steps: steps from one TensorBoard entry to the next.
+        tensorboard: write OUT/tensorboard.
+    """
+
+    device: str = "auto"
+    deterministic: bool = False
+    workers: int = 0
+    checkpoint_epochs: int = 1
+    checkpoint_seconds: float = 600.0
+    log_steps: int = 100
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of something."""
+        _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
+        _at_least(0, checkpoint_seconds=self.checkpoint_seconds)
+        _at_least(1, log_steps=self.log_steps)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run.
+
+    Attributes:
+        data: what is trained on.
+        model: the network.
+        method: what a step computes.
+        training: how the network is trained.
+        machine: what a run may change when it is resumed.
+        seed: of the initial weights, the batches and their augmentation.
+        out: folder of the run.
+    """
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+    seed: int = 0
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that no generator takes."""
+        _at_least(0, seed=self.seed)
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """Settings as plain values, nested as they are."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    return plain
+
+
+def from_json(stored: Any) -> Settings:
+    """Settings from what `as_json` made of them."""
+    if not isinstance(stored, Mapping):
+        raise SettingsError(f"the stored settings are a {type(stored).__name__}; expected an object of sections.")
+    names = {part.name for part in fields(Settings)}
+    given = {name: value for name, value in stored.items() if name in names}
+    try:
+        return dacite.from_dict(Settings, given, dacite.Config(cast=[Path, tuple, float], strict=True))
+    except dacite.DaciteError as error:
+        raise SettingsError(f"the stored settings do not fit this version of the program: {error}.") from error
+
+
+def differences(settings: Settings, stored: Settings) -> list[str]:
+    """Where two runs differ in what decides their result."""
+    ours, theirs = (_flat(as_json(_result_only(each))) for each in (settings, stored))
+    return [f"{name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+
+def _result_only(settings: Settings) -> Settings:
+    """The settings, with everything that may change when a run is resumed at its default."""
+    default = Settings()
+    return replace(settings, data=replace(settings.data, folder=None), machine=default.machine, out=default.out)
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = {f"{name}.{key}": leaf for key, leaf in _flat(value).items()} if isinstance(value, dict) else {}
+        flat |= inner or {name: value}
+    return flat

@@ -1,0 +1,76 @@
+"""Train a network plainly, with APART or one of its rivals: `python -m experiments train --data digits --out runs/x`.
+
+The settings start from a preset, by default that of the data set, with what the method was published with; every other
+flag changes one of them. OUT gets config.json, metrics.csv (a row an epoch), checkpoints, TensorBoard files, and in the
+end model.safetensors. A run that was stopped, by Ctrl-C, SIGTERM or a power cut, goes on with the same command and
+--resume, and ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from experiments.interrupts import Interrupted
+from experiments.loop import train
+from experiments.presets import PRESETS
+from experiments.settings import DataName, Settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides where the settings start from; `Command` looks at whether there is such a data set.
+
+    Attributes:
+        data: the data set, if one is named.
+        preset: the preset, if one is named.
+    """
+
+    data: str | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line.
+
+    Attributes:
+        settings: of the run.
+        preset: data set whose settings to start from; by default that of --data.
+        resume: go on with the run that is in OUT, if there is one.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    preset: Annotated[DataName | None, tyro.conf.arg(metavar="DATA")] = None
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Read a command line: the preset first, then what changes it."""
+    choice, _ = tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False)
+    preset = PRESETS.get(choice.preset or choice.data or "digits", Settings())
+    return tyro.cli(
+        Command,
+        args=arguments,
+        prog="python -m experiments train",
+        default=Command(preset),
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    command = parse(arguments)
+    out = command.settings.out
+    try:
+        train([command.settings], resume=command.resume)
+    except Interrupted as stop:
+        again = shlex.join([*arguments, *([] if command.resume else ["--resume"])])
+        stop.advice = f"a checkpoint is written. Go on with: python -m experiments train {again}"
+        raise
+    print(f"Network: {out}/model.safetensors, errors: {out}/metrics.csv, settings: {out}/config.json")

@@ -1,1 +1,0 @@
-"""The parts of the training program `examples/train.py`."""

@@ -248,6 +248,15 @@ def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
+def of_first_rank(perturbation: PerturbationTree, group: "dist.ProcessGroup") -> PerturbationTree:
+    """The perturbation that the first rank of a group has found, on all of them: a sum in which others have zeros."""
+    own = vectors(perturbation)
+    flat = torch.cat([part.detach().reshape(-1) for part in own])
+    flat = _summed(flat if dist.get_rank(group) == 0 else torch.zeros_like(flat), group)
+    parts = [part.view(like.shape) for part, like in zip(flat.split([part.numel() for part in own]), own, strict=True)]
+    return dict(zip(perturbation, map(Perturbation._make, _pairs(parts)), strict=True))
+
+
 def mean_gradients(grads: Mapping[str, Tensor], group: "dist.ProcessGroup") -> Tensors:
     """Average gradients over ranks, in one all-reduce."""
     return dict(zip(grads, _means(list(grads.values()), group), strict=True))

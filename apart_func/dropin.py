@@ -35,7 +35,7 @@ from apart_func.layer.rows import Grouping, Rows
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers
 from apart_func.one_pass import clean_groups, clean_stat_grads
 from apart_func.passes import check_perturbation, statistics_like, zero_shifts
-from apart_func.rules import IterativeRule, Rule, check_epsilon, sign_perturbation
+from apart_func.rules import IterativeRule, Rule, check_epsilon, may_draw, sign_perturbation
 from apart_func.running import overwrite
 from apart_func.settings import Settings, scalar
 from apart_func.step import found_perturbation
@@ -318,7 +318,12 @@ class APART:
     ) -> tuple[StatGradTree, PerturbationTree]:
         radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
         return found_perturbation(
-            before, self.stats, stat_grads, lambda stats, grads: self.rule(stats, grads, radius), self._ranks()
+            before,
+            self.stats,
+            stat_grads,
+            lambda stats, grads: self.rule(stats, grads, radius),
+            self._ranks(),
+            may_draw(self.rule),
         )
 
 

@@ -19,7 +19,7 @@ from apart_func.intercept import training_layers
 from apart_func.layer.affine import over_layers
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
-from apart_func.rules import IterativeRule, Rule, sign_perturbation
+from apart_func.rules import IterativeRule, Rule, may_draw, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.step import Step, chosen, found_perturbation, over_microbatches
 from apart_func.trees import (
@@ -137,7 +137,12 @@ class OnePassStep(Step):
             self._over_ranks(buffers, group),
         )
         stat_grads, after = found_perturbation(
-            before, out.stats, out.stat_grads, lambda stats, grads: self.settings.rule(stats, grads, radius), group
+            before,
+            out.stats,
+            out.stat_grads,
+            lambda stats, grads: self.settings.rule(stats, grads, radius),
+            group,
+            may_draw(self.settings.rule),
         )
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return out._replace(

@@ -74,6 +74,11 @@ def perturbation_by(
     return rule(stats, stat_grads, epsilon)
 
 
+def may_draw(rule: Rule) -> bool:
+    """Whether a rule may find something else on every rank, from the same gradients: those of the user's own may."""
+    return not (isinstance(rule, IterativeRule) or rule in (sign_perturbation, l2_perturbation))
+
+
 def check_rule(rule: Any) -> None:
     """Make sure that a rule can be called.
 
@@ -139,7 +144,7 @@ def random_sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon:
     """Push every statistic to its radius, in a direction drawn by lot: the control for whether the direction matters.
 
     Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
-    "same". Ranks that are to agree on δ need the same seed.
+    "same". Ranks of a process group take the signs of the first one.
 
     Args:
         stats: batch statistics of the proxy pass, ignored.

@@ -23,6 +23,7 @@ from apart_func.distributed import (
     described_values,
     mean_gradients,
     mean_over_ranks,
+    of_first_rank,
     output_over_ranks,
     over_ranks,
     ranks_of,
@@ -40,7 +41,7 @@ from apart_func.passes import (
     statistics_like,
     zero_shifts,
 )
-from apart_func.rules import Rule, check_epsilon, perturbation_by, radius_limit, sign_perturbation
+from apart_func.rules import Rule, check_epsilon, may_draw, perturbation_by, radius_limit, sign_perturbation
 from apart_func.settings import Settings, check_radius, scalar
 from apart_func.trees import (
     PerturbationTree,
@@ -257,6 +258,7 @@ class ApartStep(Step):
             proxy.stat_grads,
             lambda stats, grads: perturbation_by(settings.rule, stats, grads, radius, further),
             group,
+            may_draw(settings.rule),
         )
         start = params
         if settings.rho:
@@ -294,6 +296,7 @@ def found_perturbation(
     stat_grads: StatGradTree,
     rule: Callable[[StatTree, StatGradTree], PerturbationTree],
     group: "ProcessGroup | None",
+    draws: bool,
 ) -> tuple[StatGradTree, PerturbationTree]:
     """What a rule makes of the layers that were called; the others keep the perturbation that they had.
 
@@ -303,6 +306,7 @@ def found_perturbation(
         stat_grads: their gradients, with leading dimensions where there were micro-batches.
         rule: of statistics and their gradients, `(C,)`.
         group: the ranks that find one perturbation together.
+        draws: whether the rule may draw at random, so that the first rank's result has to be everybody's.
 
     Returns:
         The statistic gradients, averaged over ranks, and the perturbation.
@@ -311,6 +315,8 @@ def found_perturbation(
         together = over_ranks(stats, stat_grads, group)
         found = rule(together.stats, _of_batch(together.stat_grads))
         check_layers(together.stat_grads, found)
+        if draws:
+            found = of_first_rank(found, group)
         return together.stat_grads, constant(together.where_called(found, before))
     called = {layer: stat_grads[layer] for layer in stat_grads if layer in stats}
     if not called:

@@ -42,6 +42,7 @@ from apart_func import (
     make_apart_step,
     make_one_pass_step,
     multi_step,
+    random_sign_perturbation,
     sign_perturbation,
     split_state,
 )
@@ -325,6 +326,21 @@ def ascend(rank: int) -> Any:
     return step(*split_state(model), shard(rank, 0)).perturbation
 
 
+def draw(rank: int) -> Any:
+    """Random signs, from generators that differ, in every form."""
+    torch.manual_seed(rank)
+    model, options = convolutional(), {"epsilon": EPSILON, "rule": random_sign_perturbation}
+    two = make_apart_step(model, F.cross_entropy, process_group="world", **options)  # type: ignore[arg-type]
+    one = make_one_pass_step(model, F.cross_entropy, groups=2, process_group="world", **options)  # type: ignore[arg-type]
+    apart = APART(model, rule=random_sign_perturbation, process_group="world")
+    found = [
+        two(*split_state(model), shard(rank, 0)).perturbation,
+        one(*split_state(model), shard(rank, 0), init_perturbation(model)).perturbation,
+    ]
+    both_passes(apart, shard(rank, 0))
+    return [*found, apart.perturbation]
+
+
 class Sometimes(nn.Module):
     """Calls a layer on the first rank alone, and one nowhere."""
 
@@ -583,6 +599,7 @@ WAYS: dict[str, Callable[[int], Any]] = {
     "single rows": single_rows,
     "sam": sam,
     "ascend": ascend,
+    "draw": draw,
     "called sometimes": called_sometimes,
     "not finite": not_finite,
     "count": count,
@@ -816,6 +833,12 @@ def test_the_ascent_in_weights_follows_the_averaged_gradient(ranks: list[dict[st
 def test_a_rule_of_several_gradients_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
     first, second = (results["ascend"] for results in ranks)
     assert any((shift.mean != 0).any() for shift in first.values())
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_rule_that_draws_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (results["draw"] for results in ranks)
+    assert all((shift.mean != 0).all() for found in first for shift in found.values())
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 

@@ -481,3 +481,38 @@ def test_both_forms_of_the_layer_give_the_same_pass() -> None:
     eager = step((x.contiguous(memory_format=torch.channels_last), y), shifts)
     mapped = vmap(lambda e: step((x, y), shifts, epsilon=e))(torch.tensor([0.1], dtype=torch.float64))
     assert_same(tree_map(lambda leaf: leaf[0], mapped), eager)
+
+
+def mixing() -> nn.Module:
+    """A network with a layer that evaluates by the statistics of whatever batch it sees."""
+    model = convolutional()
+    model[4] = nn.BatchNorm2d(5, track_running_stats=False).double().eval()
+    return model
+
+
+def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name() -> None:
+    model = mixing()
+    message = r"layer '4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
+    with pytest.raises(ModelError, match=message):
+        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
+        pytest.fail("entered")
+
+
+def test_a_layer_that_a_forward_makes_mix_clean_and_perturbed_samples_is_refused() -> None:
+    class Freezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mixing().train()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.body[4].eval()
+            return self.body(x)
+
+    model = Freezing()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
+    message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
+    with pytest.raises(ModelError, match=message):
+        step(*split_state(model), BATCH, init_perturbation(model))
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
+        model(BATCH[0])

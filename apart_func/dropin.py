@@ -358,14 +358,9 @@ class _ProxyLayers:
         """Prepare a forward."""
         self._clean.prepare(parameters)
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether what is prepared is of the forward that runs."""
-        return self._clean.is_prepared
-
-    @is_prepared.setter
-    def is_prepared(self, value: bool) -> None:
-        self._clean.is_prepared = value
+    def expect(self, is_prepared: bool, has_graph: bool) -> None:
+        """See `ShiftedLayers.expect`."""
+        self._clean.expect(is_prepared, has_graph)
 
     def __call__(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         by_shifts = is_traced() or is_synchronised(site.layer)
@@ -401,6 +396,7 @@ class _Forwards:
         self._layer, self._layers, self._groups, self._rows = layer, layers, groups, rows
         self._samples: int | None = None
         self._running = False
+        self._without_graph: set[str] = set()  # layers that a reentrant checkpoint will run again, with a graph then
         self.waiting: set[str] = set()
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -432,7 +428,10 @@ class _Forwards:
             self._samples = x.shape[0]
             self._regroup(self._samples)
         again = is_recomputing()
-        self._layer.is_prepared = self._running or again
+        if not again and not torch.is_grad_enabled():
+            self._without_graph.add(site.name)
+        has_graph = site.name not in self._without_graph
+        self._layer.expect((self._running or again) and has_graph, has_graph)
         if again:  # it ends in the middle of the last layer, once all is there that its segment saved
             self.waiting.discard(site.name)
         y = self._layer(site, x, weight, bias, eps)

@@ -51,14 +51,23 @@ class ShiftedLayers:
     Attributes:
         shifts: the perturbation.
         grouping: as above. Both may be replaced before a forward is prepared.
-        is_prepared: whether what is prepared is of the forward that runs.
     """
 
     def __init__(self, channels: Mapping[str, int], shifts: Shifts, grouping: Grouping) -> None:
-        self.channels, self.shifts, self.grouping, self.is_prepared = channels, shifts, grouping, True
+        self.channels, self.shifts, self.grouping = channels, shifts, grouping
+        self._is_prepared = True
         self._parameters: dict[str, Parameters] = {}
         self._prepared: dict[str, Affine] = {}
         self._by_layer: Mapping[str, Any] = {}
+
+    def expect(self, is_prepared: bool, has_graph: bool) -> None:
+        """Say what the next call is.
+
+        Args:
+            is_prepared: whether what is prepared is of the forward that it belongs to.
+            has_graph: whether a call that is run again had a graph the first time, and has its gradients there.
+        """
+        self._is_prepared = is_prepared
 
     def prepare(self, parameters: dict[str, Parameters]) -> None:
         """Compute the vectors of all layers at once, from their γ and β."""
@@ -77,7 +86,7 @@ class ShiftedLayers:
         """The layer, and the statistics of its groups."""
         name, used = site.name, Parameters(weight, bias)
         check_input(name, x, self.channels[name])
-        vectors = self._prepared.get(name) if self.is_prepared else None
+        vectors = self._prepared.get(name) if self._is_prepared else None
         if vectors is None or not _fits(vectors.gamma, self._parameters[name], used, x):
             vectors = affine(x, used, self._shift(name), self.grouping.groups)
         reduce = synchronisation(site.layer, x, self.grouping.groups)
@@ -150,10 +159,11 @@ class _Forward:
         self.parameters = parameters
         self.all, self.left = clean_of_layers(parameters, channels) if parameters else (None, {})
         self.calls: list[tuple[str, Tapped, bool]] = []  # the flag: whether its vectors are a part of all
+        self.again: list[tuple[str, Tapped, bool]] = []  # run again, for their gradients
 
     def taps(self) -> list[Tensor]:
         """γ and β of all layers, then those of calls that have their own."""
-        own = [tap for _, call, prepared in self.calls if not prepared for tap in call.vectors[:2]]
+        own = [tap for _, call, prepared in self.calls + self.again if not prepared for tap in call.vectors[:2]]
         return [*(self.all[:2] if self.all else ()), *own]
 
 
@@ -167,16 +177,17 @@ class CleanLayers:
         store: how running statistics get their new values.
         like: 0-d, of the dtype and device of statistics.
         retain: whether `backward()` is to leave gradients in the taps.
-
-    Attributes:
-        is_prepared: whether what is prepared is of the forward that runs.
     """
 
     def __init__(self, channels: Mapping[str, int], store: Store, like: Tensor, retain: bool = False) -> None:
         self.channels, self._store, self._like, self._retain = channels, store, like, retain
-        self.is_prepared = True
+        self._is_prepared = self._has_graph = True
         self._forwards = [_Forward({}, channels)]
         self._waiting: list[Move] = []
+
+    def expect(self, is_prepared: bool, has_graph: bool) -> None:
+        """See `ShiftedLayers.expect`."""
+        self._is_prepared, self._has_graph = is_prepared, has_graph
 
     def prepare(self, parameters: dict[str, Parameters]) -> None:
         """Put the vectors of all layers together for a forward."""
@@ -188,15 +199,18 @@ class CleanLayers:
         name, used = site.name, Parameters(weight, bias)
         check_input(name, x, self.channels[name])
         check_variance(name, x, 1)
-        forward = self._forwards[-1 if self.is_prepared else 0]
+        forward = self._forwards[-1 if self._is_prepared else 0]
         vectors = forward.left.pop(name, None)
         prepared = vectors is not None and _fits(vectors.weight, forward.parameters[name], used, x)
         if vectors is None or not prepared:
             vectors = clean_vectors(x, used)
             self._keep(vectors[:2])
         y = clean_batch_norm(x, vectors, eps)
-        if not is_recomputing():
-            size = x.numel() // x.shape[1]
+        size = x.numel() // x.shape[1]
+        if is_recomputing():
+            if not self._has_graph:
+                forward.again.append((name, Tapped(vectors, (size - 1) / size, eps), prepared))
+        else:
             move = Move(site, vectors.mean, vectors.unbiased)
             if self._store is assign:
                 self._waiting.append(move)
@@ -237,7 +251,7 @@ class CleanLayers:
         for forward in self._forwards:
             split = [next(rest).split(lengths) for _ in forward.all[:2]] if forward.all else []
             of_all = dict(zip(self.channels, zip(*split, strict=True), strict=False))
-            for name, call, prepared in forward.calls:
+            for name, call, prepared in forward.calls + forward.again:
                 g = call.statistic_gradients(*(of_all[name] if prepared else (next(rest), next(rest))))
                 sums[name] = StatGrads(sums[name].mean + g.mean, sums[name].scale + g.scale)
         return sums
@@ -248,7 +262,7 @@ class CleanLayers:
         if len(called) != 1 or (forward := called[0]).all is None or forward.all.weight.dtype != self._like.dtype:
             return None
         of_name = {name: call for name, call, prepared in forward.calls if prepared}
-        if not len(forward.calls) == len(of_name) == len(self.channels):
+        if not len(forward.calls) == len(of_name) == len(self.channels) or any(f.again for f in self._forwards):
             return None
         return together(forward.all, [of_name[name] for name in self.channels])
 

@@ -1,13 +1,12 @@
 """What a pass records of batch norm, and how running statistics move.
 
 They move at each call of a layer, as in a plain forward. An eager pass of the functional model puts that off until
-somebody looks (`Watched`), or the forward ends: then all layers move together, in a few operations.
+somebody looks (`watch`), or the forward ends: then all layers move together, in a few operations.
 
 Statistics of ghost groups are taken together for it: running statistics are those of samples, not of groups.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -197,24 +196,38 @@ def pooled(mean: Tensor, var: Tensor, sizes: Any) -> tuple[BatchStats, Any]:
 
 
 def watch(layers: Mapping[str, nn.Module], route: Route) -> None:
-    """Let private layers do what was put off before somebody looks at their running statistics."""
+    """Let private layers do what was put off before somebody looks at their buffers."""
     for layer in layers.values():
-        kind: Any = type(layer)
-        layer.__class__ = _watched(kind)
-        vars(layer)["_route"] = route
+        vars(layer)["_buffers"] = _Watched(layer._buffers, route)
 
 
-@cache
-def _watched(kind: Any) -> Any:
-    """A kind of layer whose running statistics are up to date whenever they are read."""
+class _Watched(dict[str, Any]):
+    """The buffers of a layer, up to date whenever they are read: as an attribute, by name, or all of them."""
 
-    class Watched(kind):  # type: ignore[misc]
-        def __getattr__(self, name: str) -> Any:
-            if name in ("running_mean", "running_var", "num_batches_tracked"):
-                handler = vars(self)["_route"].handler
-                if hasattr(handler, "flush"):
-                    handler.flush()
-            return super().__getattr__(name)
+    def __init__(self, buffers: Mapping[str, Any], route: Route) -> None:
+        super().__init__(buffers)
+        self._route = route
 
-    Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
-    return Watched
+    def _flush(self) -> None:
+        handler: Any = self._route.handler
+        if hasattr(handler, "flush"):
+            handler.flush()
+
+    def __getitem__(self, key: str) -> Any:
+        self._flush()
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self._flush()
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        """As of a dict."""
+        self._flush()
+        return super().items()
+
+    def values(self) -> Any:
+        """As of a dict."""
+        self._flush()
+        return super().values()

@@ -635,3 +635,31 @@ def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tm
     assert "Traceback" not in said
     assert checkpoints(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+HOLD = """
+import fcntl, os, sys, time
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_second_process_on_a_folder_is_refused_and_one_that_was_killed_leaves_no_lock(tmp_path):
+    settings = tiny(tmp_path / "run", epochs=1)
+    settings.out.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(settings.out)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is training in"):
+            quietly(settings)
+        assert list(settings.out.iterdir()) == []
+        other.kill()
+    assert len(rows(quietly(settings))) == 1
+
+
+def test_torchrun_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="torchrun started 2 processes"):
+        quietly(tiny(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -38,7 +38,18 @@ from experiments.logs import (
 )
 from experiments.methods import Batch
 from experiments.networks import NetworkError, make_network
-from experiments.runs import CHECKPOINTS, METRICS, TOGETHER, RunError, harm, is_complete, write_config, write_network
+from experiments.runs import (
+    CHECKPOINTS,
+    METRICS,
+    TOGETHER,
+    RunError,
+    check_alone,
+    harm,
+    held,
+    is_complete,
+    write_config,
+    write_network,
+)
 from experiments.settings import MachineSettings, Settings, SettingsError, as_json, differences, from_json
 from experiments.splits import Split
 
@@ -51,18 +62,20 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
     """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
 
     Raises:
-        RunError: the folder holds another run, or the disk is full.
+        RunError: the folder holds another run, or another process is at this one, or the disk is full.
         CheckpointError: its checkpoints are damaged, or those of another run.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
+    check_alone()
     complete = [is_complete(run, resume) for run in runs]  # each looks at its folder, and may refuse it
     if all(complete):
         return
     data, learner = prepared(runs)
     with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:
         for run in runs:
+            stack.enter_context(held(run.out))
             write_config(run)
         running = _Running(runs, data, learner, show or stack.enter_context(progress_bar()), noted, stack)
         running.to_the_end()

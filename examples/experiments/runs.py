@@ -17,7 +17,8 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -31,6 +32,11 @@ from experiments.folders import walk
 from experiments.methods import READ_BY, passes_of
 from experiments.paired import Key
 from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
 CHECKPOINTS, TOGETHER = "checkpoints", "checkpoints-together"
@@ -90,6 +96,47 @@ def is_complete(settings: Settings, resume: bool) -> bool:
             f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
         )
     return is_finished(settings.out)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a run's folder from other processes while open; the system lets go of it when this process ends, however.
+
+    Raises:
+        RunError: another process is at it.
+    """
+    if fcntl is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RunError(f"another process is training in {out}. Wait for it, or choose another --out.") from None
+    except OSError:  # a file system without locks
+        os.close(folder)
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def check_alone() -> None:
+    """Make sure that torchrun has not started the same run in several processes.
+
+    Raises:
+        RunError: it has.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1":
+        raise RunError(
+            f"torchrun started {ranks} processes, and a run trains in one. Start it without torchrun; for several "
+            "GPUs, write a loop around make_apart_step(..., process_group='world')."
+        )
 
 
 def write_config(settings: Settings) -> None:

@@ -42,7 +42,7 @@ bench: .venv/ready
 	$(RUN) benchmarks/step_cost.py --models cifar_resnet timm/resnet18 --methods plain APART 'APART drop-in' 'one pass' \
 		--ratios 1 --groups 16 --allocators kept glibc --threads 2 --seconds 0.1 --name two-threads
 	for script in layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
-	for script in memory functionalize_cost; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
+	for script in memory functionalize_cost distributed; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	$(RUN) benchmarks/render.py
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of

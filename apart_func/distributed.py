@@ -88,13 +88,11 @@ def ranks_of_module(setting: Any, model: nn.Module) -> "tuple[dist.ProcessGroup 
             world's where there is none.
         model: as the user passed it.
     """
-    if setting is not None:
+    if setting is not None or not has_world():
         return ranks_of(setting), False
     wrapped = data_parallel_group(model)
-    if wrapped is not None or not has_world():
-        return ranks_of(wrapped), False
-    group = ranks_of(WORLD)
-    return group, group is not None
+    group = ranks_of(WORLD if wrapped is None else wrapped)
+    return group, wrapped is None and group is not None
 
 
 def data_parallel_group(model: nn.Module) -> "dist.ProcessGroup | None":
@@ -112,9 +110,10 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        problem, *_ = str(error).splitlines() or ["no reason given"]
         raise RanksError(
-            f"rank {dist.get_rank()} waited for the other ranks in vain ({str(error).splitlines()[0]}). One of them is "
-            "gone, hangs, or runs another program, such as a step that others do not take: look at its own error."
+            f"rank {dist.get_rank()} waited for the other ranks in vain ({problem}). One of them is gone, hangs, or runs "
+            "another program, such as a step that others do not take: look at its own error."
         ) from error
 
 

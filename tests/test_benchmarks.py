@@ -13,6 +13,7 @@ from pathlib import Path
 
 import breakdown
 import common
+import distributed
 import pytest
 import render
 import step_cost
@@ -457,6 +458,27 @@ def test_the_page_has_tables_figures_and_commands(tmp_path):
     assert "No figure on this page was taken on a GPU" in page
     assert page.index("## A training step") < page.index("## The layer alone")
     assert str(tmp_path) not in page
+
+
+def test_what_ranks_send_is_counted_and_is_what_the_model_of_many_gpus_takes_it_for(tmp_path):
+    options = ["--models", "tiny", "--samples", "8", "--groups", "2", "--ranks", "2", "--rounds", "2"]
+    rows = run("distributed", tmp_path, *options)["rows"]
+    assert [row["way"] for row in rows] == list(distributed.WAYS)
+    for row in rows:
+        assert row["calls"]["allreduce"] == row["formula"]["calls"], row["way"]
+        assert row["bytes"]["allreduce"] == row["formula"]["bytes"], row["way"]
+        assert_spread(row["seconds"], 2)
+
+
+def test_more_gpus_wait_longer_and_what_is_sent_less_often_waits_less():
+    settings = vars(distributed.Settings())
+    for way in distributed.WAYS:
+        waits = [distributed.modelled(way, gpus, settings) for gpus in (8, 64, 1024)]
+        assert waits == sorted(waits)
+    once, twice = (
+        distributed.modelled(way, 64, settings) for way in ("the same, no_sync in the proxy pass", "APART drop-in, DDP")
+    )
+    assert once < twice
 
 
 @pytest.mark.parametrize("script", list(render.QUESTIONS))

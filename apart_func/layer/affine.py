@@ -207,9 +207,8 @@ def clean_vectors(x: Tensor, parameters: Parameters) -> Clean:
 def _tap(vector: Tensor | None, default: float, x: Tensor, dtype: torch.dtype) -> Tensor:
     if vector is None:
         return torch.full((x.shape[1],), default, dtype=dtype, device=x.device, requires_grad=True)
-    if vector.requires_grad:
-        return vector.to(dtype, copy=True)  # what FullyShardedDataParallel lends is gone after the backward
-    return vector.to(dtype).detach().requires_grad_()
+    copied = vector.to(dtype, copy=True)  # what FullyShardedDataParallel lends is gone after the backward
+    return copied if copied.requires_grad else copied.requires_grad_()
 
 
 def clean_of_layers(

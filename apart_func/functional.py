@@ -306,16 +306,13 @@ class _Template:
         held = {**tensors, **self._copies(tensors)}
         lent = {place: held[name] for place, name in self._aliases}
         try:
-            if handler is None:
-                return functional_call(self._program, lent, (function, self), tie_weights=False)
-            with self.route.opened(handler):
-                result = functional_call(self._program, lent, (function, self), tie_weights=False)
+            result = functional_call(self._program, lent, (function, self, handler), tie_weights=False)
         finally:
             self._lent = {}
             for layer, mode in self._modes:
                 if layer.training != mode:  # a forward may freeze its layers; the next call begins as this one
                     layer.training = mode
-        if not self.route.reached:
+        if handler is not None and not self.route.reached:
             raise ModelError(
                 f"the forward of {type(self.module).__name__} called none of its {len(self._modes)} batch-norm layers "
                 "in training mode, so there is nothing to perturb. Do not replace layers after functionalize, or "
@@ -358,8 +355,11 @@ class _Program(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, function: Callable[[_Template], Any], template: _Template) -> Any:
-        return function(template)
+    def forward(self, function: Callable[[_Template], Any], template: _Template, handler: Handler | None) -> Any:
+        if handler is None:
+            return function(template)
+        with template.route.opened(handler):
+            return function(template)
 
 
 class _Absent:

@@ -229,8 +229,9 @@ class CleanLayers:
 
     def flush(self) -> None:
         """Move the running statistics by what was put off."""
-        waiting, self._waiting = self._waiting, []
-        advance_together(waiting)
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            advance_together(waiting)
 
     def statistics(self) -> StatTree:
         """Batch statistics of the layers that were called."""

@@ -30,7 +30,7 @@ from apart_func.functional import (
     check_loss_function,
     scalar_loss,
 )
-from apart_func.layer.affine import flat_shifts, over_layers
+from apart_func.layer.affine import flat_shifts
 from apart_func.layer.rows import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers, Shifts
 from apart_func.running import assign
@@ -311,6 +311,7 @@ class _Pass:
         Returns:
             The gradient of the scaled loss, with the loss itself; the model's output; and what `after` returned.
         """
+        templates: list[_Template] = []
 
         def compute(trained: Tensors, *more: Any) -> Any:
             *shifts, finish = more
@@ -322,7 +323,8 @@ class _Pass:
                 with self._autocast():
                     output = call_module(template.module, self._inputs)
                     loss = scalar_loss(self.loss_fn(output, self._target))
-                trusted = self._trusted(template, output)
+                templates.append(template)
+                trusted = tensors_of(output) if template.checked else []
                 layers.flush()
                 scale = self._precision.loss_scale
                 results = (_outcome(loss), _outcome(output), after(template))
@@ -334,16 +336,10 @@ class _Pass:
             gradient = differentiate(compute, *inputs)
         except ForeignParametersError as error:
             raise UsageError(error.message([self._name_of(parameter) for parameter in error.parameters])) from None
+        if not is_traced():
+            templates[0].checked = True
         loss, output, results = gradient.aux
         return gradient._replace(loss=loss), output, results
-
-    @staticmethod
-    def _trusted(template: _Template, output: Any) -> list[Tensor]:
-        """Tensors whose graph was looked through for parameters that a forward reaches past the arguments."""
-        if is_traced():
-            return []
-        first, template.checked = not template.checked, True
-        return [] if first else tensors_of(output)
 
     def point(self, perturbation: PerturbationTree, groups: int, clean: int = 0) -> Shifts:
         """Where a pass is taken: a perturbation of all ghost groups but the first `clean` ones."""
@@ -396,13 +392,10 @@ def zero_shifts(layers: Mapping[str, int], like: Tensor) -> PerturbationTree:
 def in_groups(perturbation: PerturbationTree, groups: int, clean: int, like: Tensor) -> PerturbationTree:
     """A perturbation of each ghost group, `(G, C)`: none of the first `clean` ones, the given one of the others."""
     amount = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
-
-    def of_layer(mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        return amount * mean, amount * scale
-
-    shifts = [(mean.detach(), scale.detach()) for mean, scale in perturbation.values()]
-    spread = over_layers(of_layer, shifts, [()] * len(shifts))
-    return {name: Perturbation(*pair) for name, pair in zip(perturbation, spread, strict=True)}
+    return {
+        name: Perturbation(amount * mean.detach(), amount * scale.detach())
+        for name, (mean, scale) in perturbation.items()
+    }
 
 
 def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:

@@ -140,9 +140,9 @@ class Record:
 
     def flush(self) -> None:
         """Do what was put off."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+        if not self._waiting:
             return
+        waiting, self._waiting = self._waiting, []
         if len({(stats.mean.dtype, stats.mean.device) for _, stats, _ in waiting}) > 1:
             self._later = False
             for call in waiting:
@@ -210,12 +210,13 @@ class _Watched(dict[str, Any]):
 
     def _flush(self) -> None:
         handler: Any = self._route.handler
-        if hasattr(handler, "flush"):
+        if handler is not None and hasattr(handler, "flush"):
             handler.flush()
 
     def __getitem__(self, key: str) -> Any:
-        self._flush()
-        return super().__getitem__(key)
+        if self._route.handler is not None:
+            self._flush()
+        return dict.__getitem__(self, key)
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict."""

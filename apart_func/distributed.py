@@ -112,8 +112,8 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         problem, *_ = str(error).splitlines() or ["no reason given"]
         raise RanksError(
-            f"rank {dist.get_rank()} waited for the other ranks in vain ({problem}). One of them is gone, hangs, or runs "
-            "another program, such as a step that others do not take: look at its own error."
+            f"rank {dist.get_rank()} waited for the other ranks in vain ({problem}). One of them is gone, hangs, or "
+            "runs another program, such as a step that others do not take: look at its own error."
         ) from error
 
 

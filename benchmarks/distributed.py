@@ -393,7 +393,9 @@ def model_sheet(settings: Mapping[str, Any]) -> Sheet:
         lines.append([way, str(sum(call.times for call in calls)), f"{size / 1e6:.1f} MB", *cells])
     heads = ["step", "all-reduces", "bytes", *(f"{gpus} GPUs" for gpus in settings["gpus"])]
     return Sheet(
-        "modelled: ResNet-50, communication that hides behind nothing (of the step's arithmetic)", heads, lines
+        "modelled, not measured: ResNet-50, communication that hides behind nothing (share of the arithmetic)",
+        heads,
+        lines,
     )
 
 

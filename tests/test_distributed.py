@@ -471,11 +471,19 @@ def disagree(rank: int) -> dict[str, str]:
         "drop-in": lambda: APART(model, groups=2 * rank, process_group="world").to_proxy().__enter__(),
         "groups": lambda: both_passes(APART(synchronised(), groups=-1, process_group="world"), batch),
         "functional groups": step_of(synchronised(), groups=-1),
+        "subclass": step_of(nn.Sequential(Activated(2).double(), *model)),
         "rows": lambda: make_one_pass_step(
             tokens, F.cross_entropy, epsilon=0.1, groups=2, rows=lambda layer, x: torch.arange(len(x)) // 2
         )(*split_state(tokens), of_tokens, init_perturbation(tokens)),
     }
     return {name: refusal(call) for name, call in tried.items()}
+
+
+class Activated(nn.SyncBatchNorm):
+    """A synchronised layer with a forward of its own, which does not reach F.batch_norm while it synchronises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
 
 
 class Tokens(nn.Module):
@@ -914,6 +922,7 @@ def test_a_group_of_some_ranks_is_a_world_of_its_own(
         ("drop-in", "RanksError: the settings of rank 1"),
         ("groups", "SettingError: groups=-1"),
         ("functional groups", "SettingError: groups=-1"),
+        ("subclass", "ModelError: layer '0' (Activated) ran without calling torch.nn.functional.batch_norm"),
         ("rows", "BatchError: layer 'norm' is synchronised"),
     ],
 )

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from apart_func.errors import SettingError
 from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_model, named_tensors
 from apart_func.intercept import training_layers
-from apart_func.layer.affine import over_layers
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
 from apart_func.rules import IterativeRule, Rule, may_draw, sign_perturbation
@@ -222,9 +221,8 @@ def clean_stat_grads(stat_grads: StatGradTree, clean: int) -> StatGradTree:
     if not isinstance(clean, int) or isinstance(clean, bool) or not 0 < clean <= groups:
         raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and no more than there are.")
 
-    def of_layer(mean: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        share = clean / mean.shape[0]
-        return mean[:clean].sum(0) / share, scale[:clean].sum(0) / share
-
-    sums = over_layers(of_layer, list(stat_grads.values()), [()] * len(stat_grads))
-    return {layer: StatGrads(*pair) for layer, pair in zip(stat_grads, sums, strict=True)}
+    share = clean / groups
+    return {
+        layer: StatGrads(mean[:clean].sum(0) / share, scale[:clean].sum(0) / share)
+        for layer, (mean, scale) in stat_grads.items()
+    }

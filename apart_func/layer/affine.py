@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_traced, parts
+from apart_func._torch import parts
 from apart_func.layer.formula import statistics_dtype
 from apart_func.trees import BatchStats, Perturbation, StatGrads
 
@@ -267,27 +267,3 @@ def together(vectors: Clean, calls: Sequence[Tapped]) -> Tapped:
         for column in zip(*((call.unbias, call.eps) for call in calls), strict=True)
     )
     return Tapped(vectors, *numbers)
-
-
-def over_layers(
-    function: Callable[..., tuple[Tensor, ...]],
-    vectors: Sequence[tuple[Tensor, ...]],
-    numbers: Sequence[tuple[float, ...]],
-) -> list[tuple[Tensor, ...]]:
-    """Apply arithmetic to the vectors of all layers at once, eagerly: a kernel for all, and not one for each.
-
-    Args:
-        function: of as many vectors and numbers as a layer has; every channel by itself.
-        vectors: for every layer, tensors of one shape, with channels last.
-        numbers: for every layer, what else the function takes.
-
-    Returns:
-        What the function returns, for every layer.
-    """
-    columns = list(zip(*vectors, strict=True))
-    alike = all(len({(v.device, v.dtype) for v in column}) == 1 for column in columns) and len(set(numbers)) == 1
-    if is_traced() or not alike or len(vectors) == 1:
-        return [function(*of_layer, *values) for of_layer, values in zip(vectors, numbers, strict=True)]
-    lengths = [of_layer[0].shape[-1] for of_layer in vectors]
-    results = function(*(torch.cat(column, dim=-1) for column in columns), *numbers[0])
-    return list(zip(*(torch.split(result, lengths, dim=-1) for result in results), strict=True))

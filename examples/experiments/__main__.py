@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str]) -> int | str | None:
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     try:
+        check_alone(arguments[0])
         with warnings.catch_warnings():
             warnings.showwarning = _one_line  # type: ignore[assignment]
             importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
@@ -35,6 +37,14 @@ def main(arguments: Sequence[str]) -> int | str | None:
     except Exception as error:
         return _explained(error)
     return None
+
+
+def check_alone(command: str) -> None:
+    """Make sure that torchrun has not started several processes of a command that is one."""
+    if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            f"{command} is one process, and torchrun started {os.environ['WORLD_SIZE']}: leave torchrun out."
+        )
 
 
 def _one_line(message: Warning | str, *_: Any) -> None:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,10 +40,10 @@ def main(arguments: Sequence[str]) -> int | str | None:
 
 def check_alone(command: str) -> None:
     """Make sure that torchrun has not started several processes of a command that is one."""
-    if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError(
-            f"{command} is one process, and torchrun started {os.environ['WORLD_SIZE']}: leave torchrun out."
-        )
+    from experiments.ranks import launched
+
+    if command != "train" and launched() > 1:
+        raise ValueError(f"{command} is a program of one process: start it without torchrun.")
 
 
 def _one_line(message: Warning | str, *_: Any) -> None:

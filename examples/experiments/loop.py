@@ -87,7 +87,7 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
     with ranks.joined(device):
         resume = resume or ranks.is_restarted()
         # Each looks at its folder, and may refuse it.
-        if ranks.from_first(lambda: all([is_complete(run, resume) for run in runs])):
+        if all(ranks.from_first(lambda: [is_complete(run, resume) for run in runs])):
             return
         data, learner = prepared(runs, device)
         with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:

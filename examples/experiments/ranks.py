@@ -68,7 +68,11 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _explained():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, number, processes = next(dist.rendezvous("env://"))
+        # torchrun keeps its store when it starts processes again: without a prefix they would call those that are gone.
+        own = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own, rank=number, world_size=processes)
     try:
         yield
     finally:

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apart_func import ApartError, split_state
 from apart_func.distributed import agree, described_values
 from experiments import ranks
 from experiments.checkpoints import CheckpointError, Checkpoints, State
 from experiments.datasets import DataSet, evaluation_batches, load_dataset, mix, steps_per_epoch, training_batches
+from experiments.devices import prepared_device, random_state, set_random_state
 from experiments.interrupts import Interrupted, noted_signals
 from experiments.learner import Learner
 from experiments.logs import (
@@ -56,7 +57,6 @@ from experiments.runs import (
     write_network,
 )
 from experiments.settings import (
-    MachineSettings,
     Settings,
     SettingsError,
     as_json,
@@ -364,39 +364,6 @@ class _Running:
         if changed:
             listed = "".join(f"\n  {line}" for line in changed)
             raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the generators that a step on a device draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go on from what `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def prepared_device(machine: MachineSettings) -> torch.device:
-    """Find the device, and set what torch has of global switches."""
-    name = machine.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = ranks.device_name(name)
-    try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=name).item()  # refused by a device that holds no data
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    torch.backends.cudnn.benchmark = not machine.deterministic
-    if machine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-    return device
 
 
 @contextmanager

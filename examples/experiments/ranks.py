@@ -125,10 +125,11 @@ def gathered(own: Found) -> list[Found]:
 
 def most(*numbers: int) -> list[int]:
     """Of each number, the largest that a rank has."""
+    if group() is None:
+        return list(numbers)
     together = torch.tensor(numbers)
-    if group() is not None:
-        with _explained():
-            dist.all_reduce(together, dist.ReduceOp.MAX)
+    with _explained():
+        dist.all_reduce(together, dist.ReduceOp.MAX)
     return together.tolist()
 
 

@@ -655,11 +655,3 @@ def test_a_second_process_on_a_folder_is_refused_and_one_that_was_killed_leaves_
         assert list(settings.out.iterdir()) == []
         other.kill()
     assert len(rows(quietly(settings))) == 1
-
-
-def test_torchrun_of_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="torchrun started 2 processes"):
-        quietly(tiny(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str]) -> int | str | None:
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     try:
+        check_alone(arguments[0])
         with warnings.catch_warnings():
             warnings.showwarning = _one_line  # type: ignore[assignment]
             importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
@@ -35,6 +36,14 @@ def main(arguments: Sequence[str]) -> int | str | None:
     except Exception as error:
         return _explained(error)
     return None
+
+
+def check_alone(command: str) -> None:
+    """Make sure that torchrun has not started several processes of a command that is one."""
+    from experiments.ranks import launched
+
+    if command != "train" and launched() > 1:
+        raise ValueError(f"{command} is a program of one process: start it without torchrun.")
 
 
 def _one_line(message: Warning | str, *_: Any) -> None:

@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from experiments import bundled
 from experiments.cifar import FORMS, read_cifar
 from experiments.folders import Files, find_class_folders, find_tiny_imagenet
+from experiments.ranks import Share
 from experiments.settings import DataSettings
 from experiments.splits import DataError, InFiles, InMemory, Split, crop_and_flip, shares_of
 
@@ -38,6 +39,7 @@ HOW_TO_GET = {
     "folder": "Sort images into train/<class>/* and test/<class>/* or val/<class>/* (with both, val is for choosing "
     f"settings) and give the folder above train; they end in {', '.join(IMG_EXTENSIONS)}",
 }
+ALL = Share()
 BUNDLED = tuple(bundled.LOADERS)
 NAMES = (*HOW_TO_GET, *BUNDLED)
 
@@ -177,24 +179,29 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
     augment: bool = True,
+    share: Share = ALL,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches, all of them full, each a function of seed, epoch and its number alone.
+
+    A rank gets its share of every batch, varied by draws of its own.
 
     Raises:
         DataError: there are too few samples for a single batch; while iterating, that a file cannot be decoded.
     """
     steps = steps_per_epoch(data, batch_size)
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(_mix(seed, epoch, 0)))
-    chosen = [indices.tolist() for indices in order.split(batch_size)[:steps]]
-    seeds = [_mix(seed, epoch, 1 + number) for number in range(steps)] if augment else None
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(mix(seed, epoch, 0)))
+    chosen = [share.of(indices.tolist()) for indices in order.split(batch_size)[:steps]]
+    of_rank = (share.rank,) if share.rank else ()
+    seeds = [mix(seed, epoch, 1 + number, *of_rank) for number in range(steps)] if augment else None
     return _iterate(_Batches(data.train, data.mean, data.std, chosen, seeds), first, workers, pin_memory)
 
 
 def evaluation_batches(
-    data: DataSet, split: Split, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+    data: DataSet, split: Split, *, batch_size: int, workers: int = 0, pin_memory: bool = False, share: Share = ALL
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A split as it is: in order, not varied, every sample once; the last batch may be smaller."""
-    chosen = [range(len(split))[start : start + batch_size] for start in range(0, len(split), batch_size)]
+    """A split as it is, or a share of it: in order, not varied, every sample once; the last batch may be smaller."""
+    samples = share.of(range(len(split)))
+    chosen = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     return _iterate(_Batches(split, data.mean, data.std, chosen, None), 0, workers, pin_memory)
 
 
@@ -256,7 +263,7 @@ def _normalise(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return samples.to(torch.float32).sub(scale * mean.view(shape)).div_(scale * std.view(shape))
 
 
-def _mix(*parts: int) -> int:
+def mix(*parts: int) -> int:
     """A seed that depends on all parts."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apart_func import StepOutput, load_state_, split_state
+from experiments import ranks
 from experiments.methods import Batch, Step, initially_carried, is_plain_step, make_step, radius
 from experiments.nonfinite import NonFiniteError, Start, nonfinite_error
 from experiments.settings import MethodSettings, Settings, SettingsError
@@ -37,6 +38,8 @@ def check_fit(runs: Sequence[Settings]) -> None:
         raise SettingsError("only runs that differ in their seed alone can be trained together.")
     values = {name: getattr(first.training, name) for name in ALONE}
     used = [f"{name} {value}" for name, value in values.items() if value != ALONE[name]]
+    if ranks.count() > 1 < len(runs):
+        raise SettingsError("torchrun trains one run: leave --together to one process.")
     if used and len(runs) > 1:
         raise SettingsError(
             f"runs with {', '.join(used)} cannot be trained together. Leave it out, or train each by itself."
@@ -47,7 +50,8 @@ class Counted(NamedTuple):
     """What a step tells.
 
     Attributes:
-        sums: loss, second loss, wrong labels, and one, of every run, (runs, 4).
+        sums: loss, second loss, wrong labels, and one, of every run, (runs, 4). Of several ranks, each takes its own
+            wrong labels for those of all: their mean over ranks is the number.
         out: of the step; of several runs in stacked tensors.
     """
 
@@ -134,7 +138,7 @@ class Learner:
             raise self._explained(int(out.all_finite.view(-1).int().argmin()), batch, number, random_state, is_plain)
         self.state |= {"buffers": out.buffers, "carried": carried}
         self._descend([out.grads[name] for name in params], list(params.values()), list(momenta.values()), lr)
-        wrong = (out.output.argmax(dim=-1) != batch[1]).sum(dim=-1)
+        wrong = (out.output.argmax(dim=-1) != batch[1]).sum(dim=-1) * ranks.count()
         counted = [out.loss, out.adversarial_loss, wrong, torch.ones_like(out.loss)]
         return Counted(torch.stack([value.double() for value in counted], dim=-1).view(len(self.runs), 4), out)
 

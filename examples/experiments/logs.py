@@ -27,6 +27,7 @@ from apart_func import StepOutput
 from experiments.settings import Settings, TrainingSettings
 
 Row = dict[str, float | None]
+WRONG = 2  # the column of `Place.sums`
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Place:
     Attributes:
         epoch: epochs that are complete.
         batch: steps of the epoch that comes after them.
-        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4).
+        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4), as
+            `Counted` has them.
         seconds: the time they took, of all runs.
         waiting_seconds: of it, for data.
         rows: of the metrics, of every run.

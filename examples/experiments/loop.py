@@ -14,17 +14,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from apart_func import split_state
+from apart_func import ApartError, split_state
+from apart_func.distributed import agree, described_values
+from experiments import ranks
 from experiments.checkpoints import CheckpointError, Checkpoints, State
-from experiments.datasets import DataSet, evaluation_batches, load_dataset, steps_per_epoch, training_batches
+from experiments.datasets import DataSet, evaluation_batches, load_dataset, mix, steps_per_epoch, training_batches
+from experiments.devices import prepared_device, random_state, set_random_state
 from experiments.interrupts import Interrupted, noted_signals
 from experiments.learner import Learner
 from experiments.logs import (
+    WRONG,
     Metrics,
     Place,
     Progress,
@@ -38,19 +44,26 @@ from experiments.logs import (
 )
 from experiments.methods import Batch
 from experiments.networks import NetworkError, make_network
+from experiments.ranks import Share
 from experiments.runs import (
     CHECKPOINTS,
     METRICS,
     TOGETHER,
     RunError,
-    check_alone,
     harm,
     held,
     is_complete,
     write_config,
     write_network,
 )
-from experiments.settings import MachineSettings, Settings, SettingsError, as_json, differences, from_json
+from experiments.settings import (
+    Settings,
+    SettingsError,
+    as_json,
+    decisive_only,
+    differences,
+    from_json,
+)
 from experiments.splits import Split
 
 SHOW_SECONDS = 0.2
@@ -61,6 +74,8 @@ TOP5_CLASSES = 50  # from so many on, the error of the five best guesses is meas
 def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> None:
     """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
 
+    Processes that torchrun has started take a run together. Those it starts again, after one was killed, go on with it.
+
     Raises:
         RunError: the folder holds another run, or another process is at this one, or the disk is full.
         CheckpointError: its checkpoints are damaged, or those of another run.
@@ -68,37 +83,56 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
-    check_alone()
-    complete = [is_complete(run, resume) for run in runs]  # each looks at its folder, and may refuse it
-    if all(complete):
-        return
-    data, learner = prepared(runs)
-    with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:
-        for run in runs:
-            stack.enter_context(held(run.out))
-            write_config(run)
-        running = _Running(runs, data, learner, show or stack.enter_context(progress_bar()), noted, stack)
-        running.to_the_end()
-        for run, rows in zip(runs, running.place.rows, strict=True):
-            message = harm(run, rows[-1]["train_loss"], data.classes)
-            if message and show is None:
-                print(f"warning: {message}", file=sys.stderr)
+    device = prepared_device(runs[0].machine)
+    with ranks.joined(device):
+        resume = resume or ranks.is_restarted()
+        # Each looks at its folder, and may refuse it.
+        if all(ranks.from_first(lambda: [is_complete(run, resume) for run in runs])):
+            return
+        data, learner = prepared(runs, device)
+        with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:
+            ranks.from_first(lambda: _begin(runs, stack))
+            is_told = show is None and ranks.is_first()
+            show = show or (stack.enter_context(progress_bar()) if is_told else _show_nothing)
+            running = _Running(runs, data, learner, show, noted, stack)
+            running.to_the_end()
+            for run, rows in zip(runs, running.place.rows, strict=True):
+                message = harm(run, rows[-1]["train_loss"], data.classes)
+                if message and is_told:
+                    print(f"warning: {message}", file=sys.stderr)
 
 
-def prepared(runs: Sequence[Settings]) -> tuple[DataSet, Learner]:
+def _begin(runs: Sequence[Settings], stack: ExitStack) -> None:
+    for run in runs:
+        stack.enter_context(held(run.out))
+        write_config(run)
+
+
+def _show_nothing(progress: Progress) -> None:
+    """Leave it to the first rank."""
+
+
+def prepared(runs: Sequence[Settings], device: torch.device) -> tuple[DataSet, Learner]:
     """Find the data and make the networks. Whatever does not fit is refused here, before there is a run."""
     settings = runs[0]
-    device = prepared_device(settings.machine)
+    share = ranks.training_share(settings)
     data = load_dataset(settings.data)
-    size = settings.training.batch_size
-    steps_per_epoch(data, size)  # refuses a batch that cannot be filled
+    steps_per_epoch(data, settings.training.batch_size)  # refuses a batch that cannot be filled
     if settings.training.channels_last and len(data.sample_shape) != 3:
         raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
-    models = [initial_network(run, data).to(device) for run in runs]
+    models = [ranks.synchronised(initial_network(run, data), settings, device).to(device) for run in runs]
+    if ranks.rank():
+        torch.manual_seed(mix(settings.seed, ranks.rank()))  # what steps draw is each rank's own
     learner = Learner(models, runs)
+    _agree(settings, data, models[0])
+    size = len(share.of(range(settings.training.batch_size)))
     blank = torch.zeros(size, *data.sample_shape), torch.zeros(size, dtype=torch.int64)
     try:
         learner.rehearse(blank)
+    except ApartError as error:
+        if ranks.count() == 1:
+            raise
+        raise SettingsError(f"of {ranks.count()} processes, each with {size} samples of a batch: {error}") from error
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
         raise NetworkError(
@@ -112,6 +146,18 @@ def initial_network(settings: Settings, data: DataSet) -> nn.Module:
     """The network of a run before its first step. Torch's default generator is seeded, and goes on from there."""
     torch.manual_seed(settings.seed)
     return make_network(settings.model.name, data, settings.model.width)
+
+
+def _agree(settings: Settings, data: DataSet, model: nn.Module) -> None:
+    """Make sure that all ranks are at the same run."""
+    group = ranks.group()
+    if group is not None:
+        decisive = {
+            "the settings": repr(decisive_only(settings)),
+            "the training samples": described_values([data.train.labels]),
+            "the values of params and buffers": described_values(model.state_dict().values()),
+        }
+        agree(decisive, group)
 
 
 class _Running:
@@ -133,12 +179,14 @@ class _Running:
         self.checkpoints = Checkpoints(out / (CHECKPOINTS if is_single else TOGETHER))
         count = len(runs)
         self.place = Place(sums=torch.zeros(count, 4, dtype=torch.float64), rows=[[] for _ in runs])
-        self._restore(self.checkpoints.load())
+        self._restore(ranks.from_first(self.checkpoints.load))
+        self.share = ranks.training_share(runs[0])
+        writes = ranks.is_first()
         self.saved_at = self.shown_at = time.monotonic()
-        folder = out / "tensorboard" if self.machine.tensorboard and is_single else None
+        folder = out / "tensorboard" if self.machine.tensorboard and is_single and writes else None
         self.scalars = stack.enter_context(closing(Scalars(folder, self.step + 1)))
         self.metrics = [
-            stack.enter_context(closing(Metrics(run.out / METRICS, rows)))
+            stack.enter_context(closing(Metrics(run.out / METRICS if writes else Path(os.devnull), rows)))
             for run, rows in zip(runs, self.place.rows, strict=True)
         ]
 
@@ -161,7 +209,7 @@ class _Running:
             every = self.machine.checkpoint_epochs
             if every and self.place.epoch % every == 0:
                 self._save()
-        for number, run in enumerate(self.runs):
+        for number, run in enumerate(self.runs if ranks.is_first() else ()):
             write_network(run.out, *split_state(self.learner.evaluated(number)))
         if len(self.runs) > 1:
             shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
@@ -177,9 +225,7 @@ class _Running:
             self._take_step(batches)
             if time.monotonic() - self.shown_at > SHOW_SECONDS:
                 self._tell()
-            self._stop_if_asked()
-            if time.monotonic() - self.saved_at > self.machine.checkpoint_seconds:
-                self._save()
+            self._stop_or_save()
             before, clock = clock, time.perf_counter()
             self.place.seconds += clock - before
 
@@ -195,7 +241,7 @@ class _Running:
     def _add_rows(self) -> None:
         """Write down what the epoch came to. Errors are measured now, if it is their turn."""
         start = time.perf_counter()
-        self.place.sums = self.place.sums.cpu()  # waits for the device
+        self.place = self._of_all_ranks()  # waits for the device
         self.place.seconds += time.perf_counter() - start
         new = []
         for number, run in enumerate(self.runs):
@@ -203,7 +249,7 @@ class _Running:
             errors = self._errors(number) if is_measured(self.training, self.place.epoch) else [None, None, None]
             measuring = time.perf_counter() - start
             new.append(epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
-            self._stop_if_asked()
+            self._stop_or_save(is_measuring=True)
         self.place = self.place.next_epoch()
         for metrics, rows, row in zip(self.metrics, self.place.rows, new, strict=True):
             rows.append(row)
@@ -223,12 +269,14 @@ class _Running:
         five = self.data.classes >= TOP5_CLASSES
         wrong = torch.zeros(2, dtype=torch.int64, device=self.learner.device)
         size = EVALUATION_FACTOR * self.training.batch_size
-        for samples, labels in evaluation_batches(self.data, split, batch_size=size, **self._loading()):
+        each = Share(ranks.rank(), ranks.count())
+        for samples, labels in evaluation_batches(self.data, split, batch_size=size, share=each, **self._loading()):
             guesses = self.learner.scores(model, samples).topk(5 if five else 1, dim=1).indices
             misses = guesses != labels.to(guesses.device)[:, None]
             wrong += torch.stack([misses[:, 0].sum(), misses.all(dim=1).sum()])
-            self._stop_if_asked()
-        one, all_five = (100 * wrong.double() / len(split)).tolist()
+            if ranks.count() == 1:  # ranks may have other numbers of batches
+                self._stop_or_save(is_measuring=True)
+        one, all_five = (100 * ranks.total(wrong).double() / len(split)).tolist()
         return one, all_five if five else None
 
     def _training_batches(self, run: Settings) -> Iterator[Batch]:
@@ -240,11 +288,13 @@ class _Running:
             epoch=self.place.epoch,
             first=self.place.batch,
             augment=run.data.augment,
+            share=self.share,
             **self._loading(),
         )
 
     def _loading(self) -> dict[str, Any]:
-        return {"workers": self.machine.workers, "pin_memory": self.learner.device.type == "cuda"}
+        workers = -(-self.machine.workers // ranks.on_this_machine())
+        return {"workers": workers, "pin_memory": self.learner.device.type == "cuda"}
 
     def _tell(self) -> None:
         """Show how the runs get on: in this epoch, or in the last one where this one has not begun."""
@@ -263,21 +313,32 @@ class _Running:
         self.show(Progress(self.runs[0].out, *progress))
         self.shown_at = time.monotonic()
 
-    def _stop_if_asked(self) -> None:
-        number = self.noted()
-        if number is not None:
+    def _stop_or_save(self, is_measuring: bool = False) -> None:
+        """Obey a signal, or the clock unless it is being measured: all ranks at once, whichever it came to."""
+        is_late = time.monotonic() - self.saved_at > self.machine.checkpoint_seconds
+        number, is_due = ranks.most(self.noted() or 0, is_late and not is_measuring)
+        if number or is_due:
             self._save()
+        if number:
             raise Interrupted(number)
+
+    def _of_all_ranks(self) -> Place:
+        """The place, with what all ranks have counted together."""
+        sums = self.place.sums.clone()
+        sums[:, WRONG] = ranks.total(sums[:, WRONG].contiguous()) / ranks.count()
+        return replace(self.place, sums=sums.cpu())
 
     def _save(self) -> None:
         """Write a checkpoint of this moment, between two steps."""
-        state = {
-            "settings": [as_json(run) for run in self.runs],
-            "place": vars(self.place),
-            "learner": self.learner.state_dict(),
-            "random": random_state(self.learner.device),
-        }
-        self.checkpoints.save(self.step, state)
+        place, random = self._of_all_ranks(), ranks.gathered(random_state(self.learner.device))
+        if ranks.is_first():
+            state = {
+                "settings": [as_json(run) for run in self.runs],
+                "place": vars(place),
+                "learner": self.learner.state_dict(),
+                "random": random,
+            }
+            self.checkpoints.save(self.step, state)
         self.saved_at = time.monotonic()
 
     def _restore(self, state: State | None) -> None:
@@ -292,7 +353,8 @@ class _Running:
             changed = [line for pair in zip(self.runs, stored, strict=True) for line in differences(*pair)]
             if not changed:
                 self.learner.load_state_dict(state["learner"])
-                set_random_state(state["random"], self.learner.device)
+                for random in state["random"][ranks.rank() :][:1]:  # a rank that is new draws as at its start
+                    set_random_state(random, self.learner.device)
                 self.place = Place(**state["place"])
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -302,38 +364,6 @@ class _Running:
         if changed:
             listed = "".join(f"\n  {line}" for line in changed)
             raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the generators that a step on a device draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Go on from what `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def prepared_device(machine: MachineSettings) -> torch.device:
-    """Find the device, and set what torch has of global switches."""
-    name = machine.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=name).item()  # refused by a device that holds no data
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    torch.backends.cudnn.benchmark = not machine.deterministic
-    if machine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
-        torch.use_deterministic_algorithms(True)
-    return device
 
 
 @contextmanager

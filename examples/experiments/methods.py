@@ -33,7 +33,7 @@ from apart_func import (
     random_sign_perturbation,
     sign_perturbation,
 )
-from experiments import carry, rivals
+from experiments import carry, ranks, rivals
 from experiments.settings import MethodName, MethodSettings, SettingsError
 
 Batch = tuple[Tensor, Tensor]
@@ -147,20 +147,21 @@ def make_step(
     if settings.name not in _APART:
         if settings.microbatches > 1:
             raise SettingsError(f"micro-batches are APART's: {settings.name} has none. Take a smaller batch.")
-        return rivals.make_rival_step(rivals.Gradient(model, loss_fn, autocast_dtype), settings, momentum)
+        return rivals.make_rival_step(rivals.make_gradient(model, loss_fn, autocast_dtype), settings, momentum)
     shared: dict[str, Any] = {
         "epsilon": settings.epsilon,
         "groups": settings.groups,
         "microbatches": settings.microbatches,
         "rule": ONE_GRADIENT_RULES.get(settings.rule) or multi_step(settings.ascent_steps),
         "autocast_dtype": autocast_dtype,
+        "process_group": ranks.group(),
     }
     if settings.name == "one_pass":
         if settings.carry == "clean":
             return _carrying(make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared))
-        if autocast_dtype is not None or settings.microbatches > 1:
+        if autocast_dtype is not None or settings.microbatches > 1 or ranks.group() is not None:
             raise SettingsError(
-                f"carry {settings.carry} is an experiment, without amp and microbatches. Leave them out."
+                f"carry {settings.carry} is an experiment in one process, without amp and microbatches. Leave them out."
             )
         return carry.make_carrying_step(model, loss_fn, settings, shared["rule"])
     shared |= {"ratio": settings.ratio, "remainder": settings.remainder}

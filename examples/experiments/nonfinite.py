@@ -47,12 +47,12 @@ def nonfinite_error(
 def first_nonfinite(
     model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None, start: Start
 ) -> str | None:
-    """Run a step again, and find the first thing in it that is not finite."""
+    """Run a step again, on all ranks, and find the first thing in it that is not finite on this one."""
+    search = _Search(passes_of(settings))
     for kind, tensors in (("samples", {"": start.batch[0]}), ("weights", start.params)):
         for name, tensor in tensors.items():
             if not _is_finite(tensor):
-                return f"the {kind} it began with" + (f", in {name!r}" if name else "")
-    search = _Search(passes_of(settings))
+                search.found = search.found or f"the {kind} it began with" + (f", in {name!r}" if name else "")
     step = make_step(search.copy_of(model), settings, autocast_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(start.random_state)

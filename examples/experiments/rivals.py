@@ -19,11 +19,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from apart_func import StepOutput, Tensors, all_finite, climb, grad_and_value
+from apart_func import (
+    FunctionalModel,
+    Precision,
+    StepOutput,
+    Tensors,
+    all_finite,
+    climb,
+    functionalize,
+    grad_and_value,
+    proxy_pass,
+)
+from apart_func.distributed import output_over_ranks
+from experiments import ranks
 from experiments.settings import MethodSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -33,30 +46,47 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 NORMALISATION = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-class Pass(NamedTuple):
-    """What an ordinary forward and backward yields."""
-
-    loss: Tensor
-    output: Tensor
-    grads: Tensors
-    buffers: Tensors
-
-
 class Gradient(NamedTuple):
-    """An ordinary forward and backward, as a function of the state.
+    """An ordinary forward and backward, as a function of the state; on several ranks that of all of them.
 
     Attributes:
         model: the network, in training mode.
         loss_fn: from output and labels to the loss.
         dtype: of an autocast region around the forward, or None.
+        group: the ranks; None where there is one process.
+        fmodel: the network as the library has it, where its SyncBatchNorm is needed: it knows CPUs as well.
     """
 
     model: nn.Module
     loss_fn: LossFunction
     dtype: torch.dtype | None
+    group: dist.ProcessGroup | None = None
+    fmodel: FunctionalModel | None = None
 
-    def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> Pass:
-        """Run both."""
+    def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> StepOutput:
+        """Run both. The output is that of a step with one pass."""
+        if self.fmodel is None:
+            grads, loss, output, moved = self._of_torch(params, buffers, batch)
+        else:
+            passed = proxy_pass(self.fmodel, self.loss_fn, params, buffers, batch, precision=Precision(self.dtype))
+            grads, loss, output, moved = passed.grads, passed.loss, passed.output.detach(), passed.buffers
+        out = StepOutput(
+            grads=grads,
+            buffers=moved,
+            loss=loss,
+            adversarial_loss=torch.full_like(loss, torch.nan),
+            output=output,
+            stats={},
+            stat_grads={},
+            perturbation={},
+            all_finite=all_finite([loss, *grads.values()]),
+        )
+        if self.group is None:
+            return out
+        moving = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
+        return output_over_ranks(out, buffers, moving, self.group)
+
+    def _of_torch(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensor, Tensor, Tensors]:
         images, labels = batch
 
         def loss_of(trained: Tensors) -> tuple[Tensor, Any]:
@@ -67,7 +97,13 @@ class Gradient(NamedTuple):
             return loss, (output.detach(), moved)
 
         grads, loss, (output, moved) = grad_and_value(loss_of, params)
-        return Pass(loss, output, grads, moved)
+        return grads, loss, output, moved
+
+
+def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | None) -> Gradient:
+    """The gradient of a network, on the ranks that there are."""
+    is_synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    return Gradient(model, loss_fn, dtype, ranks.group(), functionalize(model) if is_synchronised else None)
 
 
 def make_rival_step(gradient: Gradient, settings: MethodSettings, momentum: float) -> Step:
@@ -86,26 +122,13 @@ def make_rival_step(gradient: Gradient, settings: MethodSettings, momentum: floa
         if settings.name == "momentum_sam":
             carried = {name: momentum * velocity + first.grads[name] for name, velocity in carried.items()}
         if moved is None:
-            return _output(first, first.grads, torch.full_like(first.loss, torch.nan)), carried
+            return first, carried
         second = gradient(moved(params, first.grads, settings.rho), buffers, batch)
-        return _output(first, second.grads, second.loss), carried
+        # A second loss that is not finite leaves its mark on the gradients.
+        finite = first.all_finite & second.all_finite
+        return first._replace(grads=second.grads, adversarial_loss=second.loss, all_finite=finite), carried
 
     return step
-
-
-def _output(first: Pass, grads: Tensors, second_loss: Tensor) -> StepOutput:
-    # A second loss that is not finite leaves its mark on the gradients.
-    return StepOutput(
-        grads=grads,
-        buffers=first.buffers,
-        loss=first.loss,
-        adversarial_loss=second_loss,
-        output=first.output,
-        stats={},
-        stat_grads={},
-        perturbation={},
-        all_finite=all_finite([first.loss, *grads.values()]),
-    )
 
 
 def _normalisation_moved(model: nn.Module, norm: str) -> Callable[[Tensors, Tensors, float], Tensors]:

@@ -17,8 +17,9 @@ import math
 import os
 import shlex
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -31,6 +32,7 @@ from experiments.environment import environment
 from experiments.folders import walk
 from experiments.methods import READ_BY, passes_of
 from experiments.paired import Key
+from experiments.ranks import count, is_restarted
 from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
 
 try:
@@ -42,6 +44,7 @@ CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
 CHECKPOINTS, TOGETHER = "checkpoints", "checkpoints-together"
 SECTIONS = ("data", "model", "method", "training")
 METHODS: tuple[str, ...] = get_args(MethodName)
+RELEASED_SECONDS = 30.0
 FITTED = 0.05  # of the loss of guessing: above it, a network has not fitted its training samples
 
 
@@ -111,37 +114,30 @@ def held(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise RunError(f"another process is training in {out}. Wait for it, or choose another --out.") from None
-    except OSError:  # a file system without locks
-        os.close(folder)
-        yield
-        return
-    try:
+        with suppress(OSError):  # a file system without locks
+            if not _is_locked(folder):
+                raise RunError(f"another process is training in {out}. Wait for it, or choose another --out.")
         yield
     finally:
         os.close(folder)
 
 
-def check_alone() -> None:
-    """Make sure that torchrun has not started the same run in several processes.
-
-    Raises:
-        RunError: it has.
-    """
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1":
-        raise RunError(
-            f"torchrun started {ranks} processes, and a run trains in one. Start it without torchrun; for several "
-            "GPUs, write a loop around make_apart_step(..., process_group='world')."
-        )
+def _is_locked(folder: int) -> bool:
+    """Lock a folder, if it is free; processes that load for one that was killed hold it for some seconds more."""
+    deadline = time.monotonic() + (RELEASED_SECONDS if is_restarted() else 0)
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
 
 
 def write_config(settings: Settings) -> None:
     """Write a run's settings, and what they run on, into its folder."""
-    config = as_json(settings) | {"environment": environment()}
+    config = as_json(settings) | {"environment": environment() | {"processes": count()}}
     write_whole(settings.out / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
 
 

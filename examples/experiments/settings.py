@@ -136,12 +136,13 @@ class TrainingSettings:
 
     Attributes:
         epochs: passes over the training samples.
-        batch_size: samples in a batch; an incomplete last batch of an epoch is dropped.
+        batch_size: samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
         lr: learning rate at the start.
         momentum: of SGD.
         weight_decay: of SGD, on all parameters.
         schedule: the learning rate falls in steps, or to zero along a cosine.
         milestones: where it is multiplied by 0.1 under the schedule of steps, as fractions of the run.
+        sync_batch_norm: under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
         amp: lower precision of activations. Weights stay float32.
         compile: make one graph of the whole step with torch.compile.
         clip: largest norm of the gradient; a longer one is shortened to it.
@@ -156,6 +157,7 @@ class TrainingSettings:
     weight_decay: float = 5e-4
     schedule: Literal["steps", "cosine"] = "steps"
     milestones: tuple[float, ...] = (0.5, 0.75)
+    sync_batch_norm: Literal["auto", "on", "off"] = "auto"
     amp: Annotated[Literal["bf16"] | None, arg(metavar="{bf16}")] = None
     compile: bool = False
     clip: Annotated[float | None, arg(metavar="NORM")] = None
@@ -179,7 +181,7 @@ class MachineSettings:
     Attributes:
         device: cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
         deterministic: refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
-        workers: processes that load and augment.
+        workers: processes that load and augment, on each machine.
         checkpoint_epochs: epochs from one checkpoint to the next; 0 leaves it to the time.
         checkpoint_seconds: longest time without a checkpoint, also within an epoch.
         log_steps: steps from one TensorBoard entry to the next.
@@ -248,11 +250,11 @@ def from_json(stored: Any) -> Settings:
 
 def differences(settings: Settings, stored: Settings) -> list[str]:
     """Where two runs differ in what decides their result."""
-    ours, theirs = (_flat(as_json(_result_only(each))) for each in (settings, stored))
+    ours, theirs = (_flat(as_json(decisive_only(each))) for each in (settings, stored))
     return [f"{name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 
 
-def _result_only(settings: Settings) -> Settings:
+def decisive_only(settings: Settings) -> Settings:
     """The settings, with everything that may change when a run is resumed at its default."""
     default = Settings()
     return replace(settings, data=replace(settings.data, folder=None), machine=default.machine, out=default.out)

@@ -4,6 +4,9 @@ The settings start from a preset, by default that of the data set, with what the
 flag changes one of them. OUT gets config.json, metrics.csv (a row an epoch), checkpoints, TensorBoard files, and in the
 end model.safetensors. A run that was stopped, by Ctrl-C, SIGTERM or a power cut, goes on with the same command and
 --resume, and ends as if nothing had happened.
+
+On several GPUs or processes: `torchrun --nproc-per-node 2 -m experiments train ...`. They divide --batch-size, and the
+first of them writes OUT. With torchrun's --max-restarts a run comes back by itself after a process was killed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments import ranks
 from experiments.interrupts import Interrupted
 from experiments.loop import train
 from experiments.presets import PRESETS
@@ -71,6 +75,8 @@ def main(arguments: Sequence[str]) -> None:
         train([command.settings], resume=command.resume)
     except Interrupted as stop:
         again = shlex.join([*arguments, *([] if command.resume else ["--resume"])])
-        stop.advice = f"a checkpoint is written. Go on with: python -m experiments train {again}"
+        start = "python" if ranks.launched() == 1 else "torchrun ..."
+        stop.advice = f"a checkpoint is written. Go on with: {start} -m experiments train {again}"
         raise
-    print(f"Network: {out}/model.safetensors, errors: {out}/metrics.csv, settings: {out}/config.json")
+    if ranks.is_first():
+        print(f"Network: {out}/model.safetensors, errors: {out}/metrics.csv, settings: {out}/config.json")

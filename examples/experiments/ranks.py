@@ -1,0 +1,209 @@
+"""The processes that torchrun has started, which are the ranks of one run: `with joined(device): ...`.
+
+A batch is divided among the ranks, which take every step together. The first of them alone reads and writes the folder
+of the run, so several machines need not share a disk. Without torchrun there is one process, and nothing to do here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import gcd
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from apart_func import RanksError
+from apart_func.distributed import WORLD, has_world, ranks_of
+from experiments.settings import Settings, SettingsError
+
+Found = TypeVar("Found")
+
+
+# What torchrun says.
+
+
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started these processes after others that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def on_this_machine() -> int:
+    """How many of the processes run here."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() > 1 else 1
+
+
+def device_name(name: str) -> str:
+    """The device of this process, of the one that the settings name."""
+    if launched() == 1:
+        return name
+    if name not in ("cuda", "cpu"):
+        raise SettingsError(f"torchrun started {launched()} processes, each with a device of its own: not all {name}.")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+
+
+# The ranks, once they have met.
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Meet the other processes."""
+    if launched() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _explained():
+        store, number, processes = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts processes again: without a prefix they would call those that are gone.
+        own = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own, rank=number, world_size=processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def group() -> dist.ProcessGroup | None:
+    """The ranks; None where there is one process."""
+    return ranks_of(WORLD) if has_world() else None
+
+
+def count() -> int:
+    """How many there are."""
+    return 1 if group() is None else dist.get_world_size()
+
+
+def rank() -> int:
+    """Which of them this process is."""
+    return 0 if group() is None else dist.get_rank()
+
+
+def from_first(look: Callable[[], Found]) -> Found:
+    """What the first rank finds or does, or the error that it raises, on all of them."""
+    if group() is None:
+        return look()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = look()
+        except Exception as error:
+            found[1] = error
+    with _explained():
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    result: Found = found[0]
+    return result
+
+
+def gathered(own: Found) -> list[Found]:
+    """What every rank has."""
+    everyone: list[Any] = [own] * count()
+    if group() is not None:
+        with _explained():
+            dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def most(*numbers: int) -> list[int]:
+    """Of each number, the largest that a rank has."""
+    if group() is None:
+        return list(numbers)
+    together = torch.tensor(numbers)
+    with _explained():
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+def total(numbers: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if group() is not None:
+        with _explained():
+            dist.all_reduce(numbers)
+    return numbers
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        problem, *_ = str(error).splitlines() or ["no reason given"]
+        raise RanksError(
+            f"rank {os.environ['RANK']} waited for the other ranks in vain ({problem}): look at their own errors."
+        ) from error
+
+
+# What each of them trains on.
+
+
+class Share(NamedTuple):
+    """Which samples of a batch are a rank's: every so-manieth block of them.
+
+    With blocks of as many samples as there are ghost groups, the ranks' groups g together are group g of the batch.
+
+    Attributes:
+        rank: whose share it is.
+        ranks: how many there are.
+        block: samples in a block.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    block: int = 1
+
+    def of(self, samples: Sequence[int]) -> Sequence[int]:
+        """Those of the samples that are the rank's."""
+        if self.ranks == 1:
+            return samples
+        return [sample for place, sample in enumerate(samples) if place // self.block % self.ranks == self.rank]
+
+
+def training_share(settings: Settings) -> Share:
+    """This rank's share of every training batch.
+
+    Raises:
+        SettingsError: the batch cannot be divided.
+    """
+    size, ranks = settings.training.batch_size, count()
+    if size % ranks:
+        raise SettingsError(f"a batch of {size} samples cannot be divided among {ranks} processes: choose a multiple.")
+    return Share(rank(), ranks, gcd(max(settings.method.groups, 1), size // ranks))
+
+
+def synchronised(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
+    """The network with batch norm over all ranks, if the settings ask for it.
+
+    Raises:
+        SettingsError: it has layers, or is to be compiled, so that it cannot be.
+    """
+    choice = settings.training.sync_batch_norm
+    if count() == 1 or choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return model
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise SettingsError(
+                f"layer {name!r}, {type(layer).__name__}, cannot be synchronised: --sync-batch-norm off."
+            )
+    if settings.training.compile:
+        raise SettingsError("a step with synchronised batch norm cannot be compiled: --sync-batch-norm off.")
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted

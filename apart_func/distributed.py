@@ -356,7 +356,7 @@ def check_groups(groups: int, layers: Iterable[nn.Module]) -> None:
     Raises:
         SettingError: a group of every sample is a number that ranks need not share.
     """
-    if groups == -1 and any(map(is_synchronised, layers)):
+    if isinstance(groups, int) and groups == -1 and any(map(is_synchronised, layers)):
         raise SettingError(
             "groups=-1 makes a ghost group of every sample, and SyncBatchNorm unites the groups of all ranks, which "
             "may have different numbers of samples. Say how many groups there are, or use BatchNorm layers."

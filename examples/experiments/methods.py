@@ -34,6 +34,7 @@ from apart_func import (
     sign_perturbation,
 )
 from experiments import carry, ranks, rivals
+from experiments.rules import blended_perturbation, standardised_perturbation
 from experiments.settings import MethodName, MethodSettings, SettingsError
 
 Batch = tuple[Tensor, Tensor]
@@ -75,6 +76,8 @@ ONE_GRADIENT_RULES: dict[str, Rule] = {
     "sign": sign_perturbation,
     "random_sign": random_sign_perturbation,
     "l2": l2_perturbation,
+    "blended": blended_perturbation,
+    "standardised": standardised_perturbation,
 }
 
 
@@ -159,9 +162,11 @@ def make_step(
     if settings.name == "one_pass":
         if settings.carry == "clean":
             return _carrying(make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared))
-        if autocast_dtype is not None or settings.microbatches > 1 or ranks.group() is not None:
+        unread = autocast_dtype is not None or settings.microbatches > 1 or settings.rule == "standardised"
+        if unread or ranks.group() is not None:
             raise SettingsError(
-                f"carry {settings.carry} is an experiment in one process, without amp and microbatches. Leave them out."
+                f"carry {settings.carry} is an experiment in one process, without amp, microbatches and the rule "
+                "standardised. Leave them out."
             )
         return carry.make_carrying_step(model, loss_fn, settings, shared["rule"])
     shared |= {"ratio": settings.ratio, "remainder": settings.remainder}

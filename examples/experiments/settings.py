@@ -20,7 +20,7 @@ from tyro.conf import arg
 
 DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
 MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
-RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
+RuleName = Literal["sign", "random_sign", "l2", "multi_step", "blended", "standardised"]
 CarryName = Literal["clean", "all", "average"]
 RadiusSchedule = Literal["constant", "rising", "falling", "late"]
 
@@ -89,7 +89,7 @@ class MethodSettings:
         epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
             late: plain steps for two thirds of the run, then the method's.
         rule: which way APART moves the statistics: by the sign of their gradient, at random (a control), along the
-            gradient, or to where several steps lead.
+            gradient, to where several steps lead, or as `rules.py` has it.
         ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import tyro
 from rich.progress import Progress
 
@@ -192,6 +193,7 @@ def jobs_of(runs: Sequence[Planned], together: int) -> list[Job]:
 def train_job(job: Job) -> str | None:
     """Train runs from where they stand, in a worker."""
     settings = [run.settings for run in job.runs]
+    torch.compiler.reset()  # the graphs of a worker's earlier runs count against Dynamo's limit
     try:
         train(settings, show=lambda progress: tell((job.name, progress.step / progress.steps)))
         tell((job.name, 1.0))

@@ -186,6 +186,24 @@ def test_at_equal_compute_plain_training_of_twice_the_epochs_is_the_opponent(gri
     assert gains == ["", difference(TWICE, TWO_PASSES), difference(TWICE, ONE_PASS_TWICE)]
 
 
+def test_plain_training_that_stopped_earlier_is_a_rival_at_equal_epochs(grid):
+    write_all(grid, dict.fromkeys(PLAIN, 5.0), **epochs(1))
+    table = make(grid)["equal epochs"]
+    assert list(table) == ["plain, 1 epochs", "plain", "APART", "APART in one pass"]
+    assert table["plain, 1 epochs"]["gain on plain"] == f"**{difference(PLAIN, dict.fromkeys(PLAIN, 5.0))}**"
+
+
+def test_a_summary_sets_all_methods_against_plain_training_of_both_lengths(grid, tmp_path):
+    page = tmp_path / "summary.md"
+    page.write_text("<!-- digits-summary -->\n<!-- end -->\n")
+    make(grid, summary=page)
+    table = read_tables(page.read_text(encoding="utf-8"))["test error"]
+    assert list(table) == ["plain", "plain, 2× epochs", "APART", "APART in one pass", "APART in one pass, 2× epochs"]
+    one_pass = table["APART in one pass"]
+    assert one_pass["gain on plain"].strip("*") == difference(PLAIN, ONE_PASS)
+    assert one_pass["gain on plain, 2× epochs"].strip("*") == difference(TWICE, ONE_PASS)
+
+
 def test_measured_figures_are_means_over_seeds_bold_where_they_differ_from_plain(runs):
     for seed, level in enumerate((4, 3, 3, 4)):
         write_measured(runs / f"one{seed}", 7, level, seed=seed, **method("one_pass"))

@@ -24,6 +24,7 @@ from experiments.figures import format_error, format_gain
 from experiments.groups import (
     Family,
     Group,
+    base_epochs,
     by_data,
     by_key,
     equal_compute,
@@ -36,11 +37,12 @@ from experiments.groups import (
 )
 from experiments.paired import Key, Values, difference_by_key, estimate, over_images
 from experiments.runs import FolderError, find_finished, read_run
-from experiments.tables import Cell, ResultTable, gain, write_results
+from experiments.tables import Cell, ResultTable, gain, markdown, show_on_page, write_results
 
 Figures = Mapping[str, Mapping[str, Mapping[Key, float]]]  # by label of a family, name, split and seed
 
 BOTH = ("method", "chosen", "runs", "passes", "test error %")
+SUMMARY = (*BOTH, "gain on plain", "gain on plain, 2× epochs")
 MEASURED = ("ECE %", "area, random %", "area, adversarial %", "corruption error %")
 CHOICE_COLUMNS = ("method", "chosen from", "runs", "validation error %", "test error %")
 PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds", "over seeds and test images")
@@ -76,6 +78,7 @@ class Options:
         processes: that then measure at the same time, with one thread each.
         out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
         page: Markdown file that shows the tables too, between `<!-- digits-evidence -->` and `<!-- end -->`.
+        summary: Markdown file that shows one table of them all, between `<!-- digits-summary -->` and `<!-- end -->`.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -84,6 +87,7 @@ class Options:
     processes: int = Measurement.processes
     out: Path = Path("runs/evidence")
     page: Path | None = None
+    summary: Path | None = None
 
 
 def figures_of(group: Group) -> dict[str, dict[Key, float]]:
@@ -203,13 +207,28 @@ def comparisons(data: str, families: Sequence[Family], epochs: int, figures: Fig
     """The tables at equal epochs and at equal compute."""
     found = []
     for title, opponent, plain_epochs, members in (
-        ("equal epochs", "plain", epochs, equal_epochs(families, epochs)),
+        ("equal epochs", "plain", epochs, at_equal_epochs(families, epochs)),
         ("equal compute", "plain, 2× epochs", 2 * epochs, equal_compute(families, epochs)),
     ):
         columns = (*BOTH, f"gain on {opponent}", *MEASURED)
         rows = [row(families, family, plain_epochs, figures) for family in members]
         found.append(ResultTable(f"{data}: {title}", columns, rows, ""))
     return found
+
+
+def at_equal_epochs(families: Sequence[Family], epochs: int) -> list[Family]:
+    """The methods that are compared at equal epochs; plain training that stopped earlier is a rival there."""
+    earlier = [family for family in families if family.is_plain and family.group.epochs < epochs]
+    return [*earlier, *equal_epochs(families, epochs)]
+
+
+def summary(data: str, families: Sequence[Family], epochs: int) -> ResultTable:
+    """All methods in one table, against plain training of as many epochs and of twice as many."""
+    rows = [
+        [*first_cells(family), *(gain_cell(plain_of(families, family, factor * epochs), family) for factor in (1, 2))]
+        for family in families
+    ]
+    return ResultTable(f"{data}: test error", SUMMARY, rows, "")
 
 
 def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> None:
@@ -223,17 +242,22 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     notes = f"{EXPLANATION}{unconverged(test)} Shared settings: {shared_settings(test)}. Trained with {machines}."
     chosen_from = ResultTable(f"{data}: what was chosen from", CHOICE_COLUMNS, choices(families), notes)
 
-    plain_epochs = [group.epochs for group in test if group.is_plain]
-    if not plain_epochs:
+    if not any(group.is_plain for group in test):
         raise FolderError(f"no plain training among the runs on {data}: expected what every method is set against")
-    epochs = min(plain_epochs)
-    compared = [*equal_epochs(families, epochs), *equal_compute(families, epochs)]
+    epochs = base_epochs([group.settings for group in test])
+    compared = [*at_equal_epochs(families, epochs), *equal_compute(families, epochs)]
     shown = [family for family in families if family in compared]
     measure(data, shown, options)
     figures = {family.label: figures_of(family.group) for family in shown}
-    tables = [*comparisons(data, families, epochs, figures), pairs(data, equal_epochs(families, epochs)), chosen_from]
+    tables = [
+        *comparisons(data, families, epochs, figures),
+        pairs(data, at_equal_epochs(families, epochs)),
+        chosen_from,
+    ]
     stem = options.out / f"{data}-evidence"
     write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)}, options.page)
+    if options.summary is not None:
+        show_on_page(options.summary, f"{data}-summary", markdown(summary(data, shown, epochs)))
     print(f"Written: {stem}.md, .json")
 
 

@@ -103,9 +103,9 @@ def group_runs(runs: Iterable[FinishedRun]) -> list[Group]:
         members[run.key] = run
     all_settings = [next(iter(members.values())).settings for members in found.values()]
     varied = varied_settings(all_settings)
-    fewest_epochs = min(settings["training.epochs"] for settings in all_settings)
+    usual_epochs = base_epochs(all_settings)
     return [
-        Group(label(settings, varied, fewest_epochs), settings, members)
+        Group(label(settings, varied, usual_epochs), settings, members)
         for settings, members in zip(all_settings, found.values(), strict=True)
     ]
 
@@ -126,7 +126,16 @@ def varied_settings(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len(values[name]) > 1 and name not in ("method.name", "training.epochs")]
 
 
-def label(settings: Mapping[str, Any], varied: Sequence[str], fewest_epochs: int) -> str:
+def base_epochs(all_settings: Sequence[Mapping[str, Any]]) -> int:
+    """The length of training that others are multiples of: the shortest of those that are set against plain training.
+
+    Plain training itself may have been shorter, as one more rival.
+    """
+    rivals = [settings for settings in all_settings if settings["method.name"] != "plain"] or all_settings
+    return min(int(settings["training.epochs"]) for settings in rivals)
+
+
+def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int) -> str:
     """What sets a group apart."""
     method, zero_radius = settings["method.name"], has_zero_radius(settings)
     parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
@@ -134,7 +143,7 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], fewest_epochs: int
         is_said = (zero_radius and name == "method.epsilon") or ORDINARY.get(name) == settings.get(name)
         if name in settings and not is_said:
             parts.append(f"{word(name)} {settings[name]}")
-    factor, rest = divmod(settings["training.epochs"], fewest_epochs)
+    factor, rest = divmod(settings["training.epochs"], usual_epochs)
     if rest:
         parts.append(f"{settings['training.epochs']} epochs")
     elif factor > 1:
@@ -250,7 +259,7 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
     varied = varied_settings([group.settings for group in test])
     told = [name for name in CHOSEN if name in RADII or name in varied]
     told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
-    fewest_epochs = min(group.epochs for group in test)
+    usual_epochs = base_epochs([group.settings for group in test])
     usual = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(1)[0][0]
     found: dict[str, tuple[str, list[Candidate]]] = {}
 
@@ -258,7 +267,7 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
         rest = {name: value for name, value in group.settings.items() if name not in (*CHOSEN, DECAY)}
         key = json.dumps([kind, rest, has_zero_radius(group.settings)], sort_keys=True)
         values = [f"{word(name)} {group.settings[name]:g}" for name in names if name in group.settings]
-        called = label(group.settings, told_apart, fewest_epochs) + kind
+        called = label(group.settings, told_apart, usual_epochs) + kind
         found.setdefault(key, (called, []))[1].append(Candidate(", ".join(values), group, validated))
 
     for group, validated in zip(test, validation, strict=True):

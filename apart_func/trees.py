@@ -7,11 +7,11 @@ sequences, named tuples and dataclasses, with leaves that need not be tensors.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apart_func._torch import is_traced
 from apart_func.errors import BatchError, StateError
@@ -303,7 +303,15 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     if is_traced():
         return torch.stack([tensor.isfinite().all() for tensor in kept]).all()
     small = [tensor.flatten() for tensor in kept if tensor.numel() <= FEW]
-    large = [tensor for tensor in kept if tensor.numel() > FEW]
+    parts = ([torch.cat(small)] if small else []) + [tensor for tensor in kept if tensor.numel() > FEW]
+    # A sum takes half the time of both bounds. It shows every infinity and NaN, and may overflow by itself.
+    if all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in parts):
+        sums = _all_finite([part.sum() for part in parts])
+        if sums:
+            return sums
     # A NaN is the least and the greatest of the values that it is among.
-    extremes = [bound for part in ([torch.cat(small)] if small else []) + large for bound in torch.aminmax(part)]
-    return torch.stack([bound.to(torch.float64) for bound in extremes]).isfinite().all()
+    return _all_finite([bound for part in parts for bound in torch.aminmax(part)])
+
+
+def _all_finite(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(torch.float64) for scalar in scalars]).isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.runs import FolderError
 from test_report import PAGE, epochs, method, read_table, write_run
 
 RADII = (0, 0.1, 0.3)
+SPLITS = ("test", "validation")
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}
 TWICE = {0: 7.5, 1: 6.5, 2: 7.0, 3: 7.0}
 TWO_PASSES = {0: 5.5, 1: 4.0, 2: 5.0, 3: 5.5}
@@ -248,6 +250,25 @@ def test_ways_to_carry_are_methods_of_their_own(grid):
     assert row["gain on plain"] == "**+1.38 [+0.98, +1.77]**"
 
 
+def test_the_error_over_the_radius_starts_at_zero_radius_and_marks_what_was_chosen(runs, tmp_path):
+    for epsilon, error in ((0, 6), (0.1, 5), (0.2, 4), (0.4, 7)):
+        write_all(runs, {0: error, 1: error + 1}, **method("one_pass", epsilon=epsilon))
+    families = evidence.report(
+        "digits",
+        *(evidence.group_runs(map(partial(evidence.read_run, split=split), runs.iterdir())) for split in SPLITS),
+        evidence.Options((runs,), out=tmp_path),
+    )
+    (curve,) = (found for family in families if (found := evidence.radius_curve(families, family)))
+    assert curve.radii == [0, 0.1, 0.2, 0.4]
+    assert curve.errors == [6.5, 5.5, 4.5, 7.5]
+    assert curve.chosen == 2
+
+
+def test_a_picture_is_drawn_where_it_is_asked_for(grid, tmp_path):
+    make(grid, picture=tmp_path / "pictures/radii.png")
+    assert (tmp_path / "pictures/radii.png").stat().st_size > 10_000
+
+
 # evaluations
 
 
@@ -310,7 +331,7 @@ def check_numbers(path: Path) -> None:
                 assert row[name].strip("*") == f"{found.mean:.2f} ± {found.standard_error:.2f}"
 
 
-RESULTS = PAGE.parent / "results"
+RESULTS = PAGE.parent
 
 
 @pytest.mark.parametrize("table", sorted(RESULTS.glob("*-evidence.md")), ids=lambda path: path.stem)

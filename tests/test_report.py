@@ -17,7 +17,7 @@ from experiments.settings import DataSettings, MethodSettings, ModelSettings, Se
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
-PAGE = Path(report.__file__).parents[1] / "RESULTS.md"
+PAGE = Path(report.__file__).parents[1] / "results/README.md"
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5}
 TWICE = {0: 7.0, 1: 5.5, 2: 7.5}
 APART = {0: 5.5, 1: 4.0, 2: 5.0}
@@ -429,14 +429,14 @@ def test_a_damaged_file_is_named(runs, name, content):
 # the page of results
 
 
-@pytest.mark.parametrize("table", sorted((PAGE.parent / "results").glob("*-test.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("table", sorted(PAGE.parent.glob("*-test.md")), ids=lambda path: path.stem)
 def test_the_page_of_results_shows_each_table_and_the_figures_that_are_there(table):
     page = PAGE.read_text(encoding="utf-8")
     assert table.read_text(encoding="utf-8") in page
-    assert not table.with_suffix(".png").exists() or f"(results/{table.stem}.png)" in page
+    assert not table.with_suffix(".png").exists() or f"({table.stem}.png)" in page
 
 
-@pytest.mark.parametrize("errors", sorted((PAGE.parent / "results").glob("*-test.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("errors", sorted(PAGE.parent.glob("*-test.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_page_follow_from_the_errors_beside_them(errors):
     table = read_table(errors.with_suffix(".md").read_text(encoding="utf-8"))
     groups = json.loads(errors.read_text(encoding="utf-8"))["groups"]

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.figures import format_error, format_gain
+from experiments.figures import RadiusCurve, draw_radii, format_error, format_gain
 from experiments.groups import (
+    Candidate,
     Family,
     Group,
     base_epochs,
@@ -31,6 +33,7 @@ from experiments.groups import (
     equal_epochs,
     find_families,
     group_runs,
+    has_zero_radius,
     plain_of,
     shared_settings,
     unconverged,
@@ -79,6 +82,7 @@ class Options:
         out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
         page: Markdown file that shows the tables too, between `<!-- digits-evidence -->` and `<!-- end -->`.
         summary: Markdown file that shows one table of them all, between `<!-- digits-summary -->` and `<!-- end -->`.
+        picture: file for a figure of the error over the radius ε, a panel for each data set.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -88,6 +92,7 @@ class Options:
     out: Path = Path("runs/evidence")
     page: Path | None = None
     summary: Path | None = None
+    picture: Path | None = None
 
 
 def figures_of(group: Group) -> dict[str, dict[Key, float]]:
@@ -231,8 +236,48 @@ def summary(data: str, families: Sequence[Family], epochs: int) -> ResultTable:
     return ResultTable(f"{data}: test error", SUMMARY, rows, "")
 
 
-def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> None:
+def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
+    """Draw the error of APART over its radius, on every data set."""
+    size = (4.6 * len(families_of), 4.2)
+    figure, panels = plt.subplots(1, len(families_of), figsize=size, layout="constrained", squeeze=False)
+    for axes, (data, families) in zip(panels[0], families_of.items(), strict=True):
+        plain = [family for family in families if family.is_plain]
+        levels = {family.label: estimate(list(family.group.errors.values())).mean for family in plain}
+        curves = {family.label: curve for family in families if (curve := radius_curve(families, family))}
+        draw_radii(axes, curves, levels, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def radius_curve(families: Sequence[Family], family: Family) -> RadiusCurve | None:
+    """The error over ε from zero radius on; None of a method that was trained at one radius, or has none."""
+    best = rest_of(family.best)
+    points = [each for each in family.candidates if "method.epsilon" in each.test.settings and rest_of(each) == best]
+    if len(points) < 2:
+        return None
+    others = [each for other in families for each in other.candidates if has_zero_radius(each.test.settings)]
+    points += [each for each in others if rest_of(each) | {"method.rule": None} == best | {"method.rule": None}]
+    points.sort(key=lambda each: float(each.test.settings["method.epsilon"]))
+    errors = [estimate(list(each.test.errors.values())) for each in points]
+    return RadiusCurve(
+        [each.test.settings["method.epsilon"] for each in points],
+        [error.mean for error in errors],
+        [error.standard_error for error in errors],
+        points.index(family.best),
+    )
+
+
+def rest_of(candidate: Candidate) -> dict[str, Any]:
+    """A candidate's settings but for the radius."""
+    return {name: value for name, value in candidate.test.settings.items() if name != "method.epsilon"}
+
+
+def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> list[Family]:
     """Choose, measure, and print and write the tables of one data set.
+
+    Returns:
+        What is shown.
 
     Raises:
         FolderError: there is no plain training, or chosen runs have not been measured.
@@ -259,6 +304,7 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     if options.summary is not None:
         show_on_page(options.summary, f"{data}-summary", markdown(summary(data, shown, epochs)))
     print(f"Written: {stem}.md, .json")
+    return shown
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -266,5 +312,6 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, args=arguments, prog="python -m experiments evidence", description=__doc__)
     folders = find_finished(options.folders)
     test, validation = (by_data(read_run(folder, split) for folder in folders) for split in ("test", "validation"))
-    for data in test:
-        report(data, group_runs(test[data]), group_runs(validation[data]), options)
+    families_of = {data: report(data, group_runs(test[data]), group_runs(validation[data]), options) for data in test}
+    if options.picture is not None:
+        draw(families_of, options.picture)

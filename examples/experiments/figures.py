@@ -74,3 +74,31 @@ def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Curve]], error_name: str
         ylabel=f"{error_name} (%)",
     )
     axes.legend(frameon=False)
+
+
+class RadiusCurve(NamedTuple):
+    """The error of a method over its radius.
+
+    Attributes:
+        radii: at which it was trained, in ascending order.
+        errors: mean error in percent at each.
+        standard_errors: of these means; not a number for a single run.
+        chosen: which of the radii was chosen.
+    """
+
+    radii: Sequence[float]
+    errors: Sequence[float]
+    standard_errors: Sequence[float]
+    chosen: int
+
+
+def draw_radii(axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[str, float], title: str) -> None:
+    """Draw errors over the radius, with a circle where it was chosen, and levels of what has no radius."""
+    for (label, level), grey in zip(levels.items(), ("0", "0.45", "0.7"), strict=False):
+        axes.axhline(level, color=grey, linestyle="--", linewidth=1, label=label)
+    for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        axes.errorbar(curve.radii, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)
+        chosen = (curve.radii[curve.chosen], curve.errors[curve.chosen])
+        axes.plot(*chosen, "o", markersize=9, markerfacecolor="none", color=colour)
+    axes.set(title=title, xlabel="radius ε", ylabel="test error (%)")
+    axes.legend(frameon=False, fontsize="small")

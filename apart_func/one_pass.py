@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apart_func.errors import SettingError
+from apart_func.distributed import of_first_rank
+from apart_func.errors import SettingError, StateError
 from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_model, named_tensors
 from apart_func.intercept import training_layers
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
-from apart_func.rules import IterativeRule, Rule, may_draw, sign_perturbation
+from apart_func.rules import IterativeRule, Rule, may_draw, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.step import Step, chosen, found_perturbation, over_microbatches
 from apart_func.trees import (
@@ -102,7 +103,7 @@ class OnePassStep(Step):
         params: Tensors,
         buffers: Tensors,
         batch: tuple[Any, Any],
-        perturbation: PerturbationTree,
+        perturbation: PerturbationTree | None = None,
         *,
         epsilon: float | Tensor | None = None,
         loss_scale: float | Tensor | None = None,
@@ -113,8 +114,10 @@ class OnePassStep(Step):
             params: trained tensors by name.
             buffers: all other tensors by name.
             batch: `(input, target)`, pytrees of M samples.
-            perturbation: δ of this step, `(C,)` each: `init_perturbation(model)`, then `out.perturbation`.
-            epsilon: overrides the radius of the next perturbation; a 0-d tensor that changes does not recompile.
+            perturbation: δ of this step, `(C,)` each: `init_perturbation(model)`, then `out.perturbation`. A rule that
+                asks no gradient, `random_sign_perturbation`, needs none: without one, δ is drawn here.
+            epsilon: overrides the radius of the perturbation that is found; a 0-d tensor that changes does not
+                recompile.
             loss_scale: factor on the loss during its backward, divided out of all gradients.
 
         Returns:
@@ -125,9 +128,13 @@ class OnePassStep(Step):
             ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
         """
         radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
-        check_perturbation(self.fmodel.layers, perturbation, 1)
-        before = constant(perturbation)
-        group = self._ranks(params, buffers, batch, before)
+        if perturbation is None:
+            group = self._ranks(params, buffers, batch, {})
+            before = self._drawn({**params, **buffers}, radius, group)
+        else:
+            check_perturbation(self.fmodel.layers, perturbation, 1)
+            before = constant(perturbation)
+            group = self._ranks(params, buffers, batch, before)
         out = over_microbatches(
             lambda moved, part: self._one_batch(params, moved, part, before, precision),
             buffers,
@@ -139,9 +146,13 @@ class OnePassStep(Step):
             before,
             out.stats,
             out.stat_grads,
-            lambda stats, grads: self.settings.rule(stats, grads, radius),
+            lambda stats, grads: (
+                {layer: before[layer] for layer in grads}
+                if perturbation is None
+                else self.settings.rule(stats, grads, radius)
+            ),
             group,
-            may_draw(self.settings.rule),
+            perturbation is not None and may_draw(self.settings.rule),
         )
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return out._replace(
@@ -150,6 +161,21 @@ class OnePassStep(Step):
             perturbation=chosen(finite, after, before),
             all_finite=finite,
         )
+
+    def _drawn(self, tensors: Tensors, radius: Tensor, group: "ProcessGroup | None") -> PerturbationTree:
+        """The perturbation of a step that carries none, the same on all ranks.
+
+        Raises:
+            StateError: the rule finds it from gradients.
+        """
+        if self.settings.rule is not random_sign_perturbation:
+            raise StateError(
+                "the step got no perturbation, and its rule finds one from the gradients of the step before. Pass "
+                "init_perturbation(model) to the first step, and out.perturbation to the next."
+            )
+        blank = zero_shifts(self.fmodel.layers, statistics_like(tensors))
+        drawn = random_sign_perturbation({}, {layer: StatGrads(*shift) for layer, shift in blank.items()}, radius)
+        return drawn if group is None else of_first_rank(drawn, group)
 
     def _one_batch(
         self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree, precision: Precision

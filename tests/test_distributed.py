@@ -336,6 +336,7 @@ def draw(rank: int) -> Any:
     found = [
         two(*split_state(model), shard(rank, 0)).perturbation,
         one(*split_state(model), shard(rank, 0), init_perturbation(model)).perturbation,
+        one(*split_state(model), shard(rank, 0)).perturbation,
     ]
     both_passes(apart, shard(rank, 0))
     return [*found, apart.perturbation]

@@ -27,12 +27,14 @@ from apart_func import (
     ModelError,
     Perturbation,
     SettingError,
+    StateError,
     StepOutput,
     functionalize,
     init_perturbation,
     make_one_pass_step,
     mixed_pass,
     proxy_pass,
+    random_sign_perturbation,
     split_state,
 )
 
@@ -174,6 +176,25 @@ def test_statistic_gradients_of_every_group_come_out_of_the_pass() -> None:
         assert g.mean.shape == (4, shifts[layer].mean.shape[0])
         torch.testing.assert_close(2 * g.mean[:2].sum(0), out.stat_grads[layer].mean, **ROUNDING)
         assert g.mean[2:].any()
+
+
+def test_random_signs_need_no_perturbation_of_the_step_before() -> None:
+    model = convolutional()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4, rule=random_sign_perturbation)
+    out = step(*split_state(model), BATCH)
+    for shift in out.perturbation.values():
+        assert all((part.abs() == 0.3).all() for part in shift)
+    again = step(*split_state(model), BATCH, out.perturbation)
+    assert_same(out, again._replace(perturbation=out.perturbation))  # it was the δ of this step
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(*split_state(model), BATCH).perturbation.keys() == out.perturbation.keys()
+
+
+def test_a_rule_of_gradients_needs_the_perturbation_of_the_step_before() -> None:
+    model = convolutional()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    with pytest.raises(StateError, match=r"got no perturbation.* Pass init_perturbation\(model\) to the first step"):
+        step(*split_state(model), BATCH)
 
 
 def test_a_radius_given_in_the_call_is_that_of_the_next_perturbation() -> None:

@@ -70,7 +70,7 @@ def grid(runs) -> Path:
 
 def make(runs: Path, **options) -> dict[str, dict[str, dict[str, str]]]:
     """Report on a folder and read the tables of the Markdown by title, each by label and column."""
-    flags = ["--evaluate"] if options.pop("evaluate", False) else []
+    flags = [f"--{name.replace('_', '-')}" for name in ("evaluate", "errors_only") if options.pop(name, False)]
     for name, value in options.items():
         flags += [f"--{name}", str(value)]
     evidence.main([str(runs), "--out", str(runs.parent / "evidence"), *flags])
@@ -291,6 +291,15 @@ def test_the_chosen_runs_are_measured_where_asked_for(grid, monkeypatch):
     assert (folders, options.samples, options.processes, options.again) == (20, 7, 3, False)
 
 
+def test_errors_alone_need_no_measurement(grid):
+    for evaluation in grid.glob(f"*/{evaluate.EVALUATION}"):
+        evaluation.unlink()
+    tables = make(grid, errors_only=True)
+    assert tables["equal epochs"]["APART"]["gain on plain"] == f"**{difference(PLAIN, TWO_PASSES)}**"
+    assert not set(evidence.MEASURED) & tables["equal epochs"]["APART"].keys()
+    assert set(tables["methods compared directly"]["plain against APART"]) == set(evidence.PAIR_COLUMNS[1:])
+
+
 def test_runs_without_plain_training_are_refused(tmp_path):
     write_measured(tmp_path / "runs/a", 5, **method("apart"))
     with pytest.raises(FolderError, match="no plain training among the runs on digits"):
@@ -325,7 +334,7 @@ def check_numbers(path: Path) -> None:
             assert row["chosen"] == chosen[label]["chosen"]
             for name in ("test error %", *evidence.MEASURED):
                 if name not in chosen[label]:  # of the oldest runs, not all were measured
-                    assert row[name] == ""
+                    assert row.get(name, "") == ""
                     continue
                 found = estimate(list(chosen[label][name].values()))
                 assert row[name].strip("*") == f"{found.mean:.2f} ± {found.standard_error:.2f}"

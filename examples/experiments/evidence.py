@@ -48,25 +48,24 @@ BOTH = ("method", "chosen", "runs", "passes", "test error %")
 SUMMARY = (*BOTH, "gain on plain", "gain on plain, 2× epochs")
 MEASURED = ("ECE %", "area, random %", "area, adversarial %", "corruption error %")
 CHOICE_COLUMNS = ("method", "chosen from", "runs", "validation error %", "test error %")
-PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds", "over seeds and test images")
+PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds")
+OVER_IMAGES = "over seeds and test images"
 PAIR_EXPLANATION = (
     "By how many points the test error of the first method is lower than that of the second, within seeds: Student's "
-    "95 % interval over seeds (over splits, where there are several), and a bootstrap over seeds and test images "
-    "(and splits). In bold where an interval excludes zero; nothing is corrected for the number of comparisons."
+    "95 % interval over seeds (over splits, where there are several){}. In bold where an interval excludes zero; "
+    "nothing is corrected for the number of comparisons."
 )
-EXPLANATION = (
-    "The perturbation of the next step is found from the clean groups (no name), from *all* groups, or from a decayed "
-    "*average*; *alternating* steps are clean and perturbed; *refreshed* takes two passes every fourth step, which the "
-    "passes here do not count."
-)
+IMAGES_EXPLANATION = ", and a bootstrap over seeds and test images (and splits)"
 EXPLANATION = (
     "Means over seeds, ± standard error. Of each method the radius of the lowest mean validation error after the last "
     "epoch was chosen, in bold here; test data had no part in it. A gain is by how many points the test error is lower "
     "than plain training's, within seeds, with its 95 % interval. Bold in the tables above are gains whose interval "
     "excludes zero, and figures that differ as clearly from those of the same plain training, for better or worse. "
-    "Passes are forward-backward passes over the training data. ECE is the expected calibration error; an area is the "
-    "mean accuracy over the radii of a shift in the running statistics; the corruption error is the mean over all "
-    "corruptions and severities."
+    "Passes are forward-backward passes over the training data."
+)
+MEASURED_EXPLANATION = (
+    " ECE is the expected calibration error; an area is the mean accuracy over the radii of a shift in the running "
+    "statistics; the corruption error is the mean over all corruptions and severities."
 )
 
 
@@ -77,6 +76,7 @@ class Options:
     Attributes:
         folders: run folders, and folders of run folders.
         evaluate: first measure the chosen runs that have not been measured.
+        errors_only: tables of errors alone, for which no run need be measured.
         samples: test samples that accuracies under a shift are then measured on, at most.
         processes: that then measure at the same time, with one thread each.
         out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
@@ -87,6 +87,7 @@ class Options:
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     evaluate: tyro.conf.FlagCreatePairsOff[bool] = False
+    errors_only: tyro.conf.FlagCreatePairsOff[bool] = False
     samples: int = Measurement.samples
     processes: int = Measurement.processes
     out: Path = Path("runs/evidence")
@@ -117,33 +118,31 @@ def wrong_labels(group: Group) -> dict[Key, Values]:
     return found
 
 
-def pairs(data: str, families: Sequence[Family]) -> ResultTable:
+def pairs(data: str, families: Sequence[Family], errors_only: bool) -> ResultTable:
     """Every two methods, compared directly."""
     rows = []
-    wrong = {family.label: wrong_labels(family.group) for family in families}
+    wrong = {} if errors_only else {family.label: wrong_labels(family.group) for family in families}
     for first, second in itertools.combinations(families, 2):
         difference = difference_by_key(second.group.errors, first.group.errors)
-        keys = sorted(wrong[first.label].keys() & wrong[second.label].keys())
+        keys = sorted(first.group.errors.keys() & second.group.errors.keys())
         if difference is None or len(keys) < 2:
             continue
-        low, high = over_images({key: wrong[second.label][key] - wrong[first.label][key] for key in keys})
-        over_both = f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-        rows.append(
-            [
-                Cell(f"{first.label} against {second.label}"),
-                Cell(str(len(keys))),
-                Cell(format_gain(difference), difference.excludes_zero),
-                Cell(over_both, low > 0 or high < 0),
-            ]
-        )
-    return ResultTable(f"{data}: methods compared directly", PAIR_COLUMNS, rows, PAIR_EXPLANATION)
+        cells = [Cell(f"{first.label} against {second.label}"), Cell(str(len(keys)))]
+        cells.append(Cell(format_gain(difference), difference.excludes_zero))
+        if wrong:
+            low, high = over_images({key: wrong[second.label][key] - wrong[first.label][key] for key in keys})
+            cells.append(Cell(f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]", low > 0 or high < 0))
+        rows.append(cells)
+    columns = PAIR_COLUMNS if errors_only else (*PAIR_COLUMNS, OVER_IMAGES)
+    notes = PAIR_EXPLANATION.format("" if errors_only else IMAGES_EXPLANATION)
+    return ResultTable(f"{data}: methods compared directly", columns, rows, notes)
 
 
 def row(families: Sequence[Family], family: Family, epochs: int, figures: Figures) -> list[Cell]:
     """A family's row of the comparison at equal epochs or equal compute."""
     plain = plain_of(families, family, epochs)
     cells = [*first_cells(family), gain_cell(plain, family)]
-    for name, values in figures[family.label].items():
+    for name, values in figures.get(family.label, {}).items():
         of_plain = figures[plain.label][name] if plain and plain.label in figures else {}
         difference = difference_by_key(of_plain, values)
         is_clear = difference is not None and difference.excludes_zero
@@ -215,7 +214,7 @@ def comparisons(data: str, families: Sequence[Family], epochs: int, figures: Fig
         ("equal epochs", "plain", epochs, at_equal_epochs(families, epochs)),
         ("equal compute", "plain, 2× epochs", 2 * epochs, equal_compute(families, epochs)),
     ):
-        columns = (*BOTH, f"gain on {opponent}", *MEASURED)
+        columns = (*BOTH, f"gain on {opponent}", *(MEASURED if figures else ()))
         rows = [row(families, family, plain_epochs, figures) for family in members]
         found.append(ResultTable(f"{data}: {title}", columns, rows, ""))
     return found
@@ -284,7 +283,8 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     """
     families = find_families(test, validation)
     machines = "; ".join(sorted({run.machine for group in test for run in group.runs.values()}))
-    notes = f"{EXPLANATION}{unconverged(test)} Shared settings: {shared_settings(test)}. Trained with {machines}."
+    explanation = EXPLANATION + ("" if options.errors_only else MEASURED_EXPLANATION)
+    notes = f"{explanation}{unconverged(test)} Shared settings: {shared_settings(test)}. Trained with {machines}."
     chosen_from = ResultTable(f"{data}: what was chosen from", CHOICE_COLUMNS, choices(families), notes)
 
     if not any(group.is_plain for group in test):
@@ -292,11 +292,13 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     epochs = base_epochs([group.settings for group in test])
     compared = [*at_equal_epochs(families, epochs), *equal_compute(families, epochs)]
     shown = [family for family in families if family in compared]
-    measure(data, shown, options)
-    figures = {family.label: figures_of(family.group) for family in shown}
+    figures = {}
+    if not options.errors_only:
+        measure(data, shown, options)
+        figures = {family.label: figures_of(family.group) for family in shown}
     tables = [
         *comparisons(data, families, epochs, figures),
-        pairs(data, at_equal_epochs(families, epochs)),
+        pairs(data, at_equal_epochs(families, epochs), options.errors_only),
         chosen_from,
     ]
     stem = options.out / f"{data}-evidence"

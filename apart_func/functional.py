@@ -144,6 +144,11 @@ def as_functional(model: "nn.Module | FunctionalModel") -> "FunctionalModel":
     return model if isinstance(model, FunctionalModel) else functionalize(model)
 
 
+def counted_layers(count: int) -> str:
+    """How a model's BN layers are counted in words."""
+    return f"{count} batch-norm layer{'' if count == 1 else 's'}"
+
+
 class FunctionalModel:
     """A model without state: `fmodel(params, buffers, *inputs)` evaluates it, and the passes train it.
 
@@ -193,7 +198,7 @@ class FunctionalModel:
         self._prepare()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self._module).__name__}, {len(self.layers)} batch-norm layers)"
+        return f"{type(self).__name__}({type(self._module).__name__}, {counted_layers(len(self.layers))})"
 
     def __call__(self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any) -> Any:
         """Run the model on `inputs`; buffers that the forward changes are dropped.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apart_func._torch import is_traced
 from apart_func.errors import SettingError, StateError
+from apart_func.summary import summarised
 from apart_func.trees import (
     BatchStats,
     Perturbation,
@@ -238,6 +239,39 @@ def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
     return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.scale) for layer, shift in where.items()}
 
 
+def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
+    """The share of shifts that point the other way than before: how far the direction lasts from step to step.
+
+    About 0.5 says that two directions have nothing to do with each other, as those of random signs; in one pass, which
+    uses the δ of the step before, a small share says that it is not out of date.
+
+    Args:
+        previous: δ of a step, `(C,)` each, or with leading dimensions.
+        current: δ of a later one, of the same layers and shapes.
+
+    Returns:
+        0-d: of the shifts that are zero in neither, those whose sign differs. NaN where there are none, as after the
+        zero perturbation of a first step.
+
+    Raises:
+        StateError: the layers or shapes differ.
+    """
+    check_by_name("previous", previous)
+    check_by_name("current", current)
+    shapes = [{layer: tuple(shift.mean.shape) for layer, shift in tree.items()} for tree in (previous, current)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise StateError(
+            f"two perturbations are compared whose layers are {shapes[0]} and {shapes[1]}. Compare those of two steps "
+            "of the same model."
+        )
+    before, now = (
+        torch.cat([tree[layer][i].flatten() for layer in previous for i in (0, 1)]) for tree in (previous, current)
+    )
+    products = before.sign() * now.sign()
+    return (products < 0).sum() / (products != 0).sum()
+
+
+@summarised
 class PerturbedStats(NamedTuple):
     """The statistics that a perturbed layer normalises by.
 

@@ -12,6 +12,7 @@ PACKAGE = Path(apart_func.__file__).parent
 # From the top down. A module may import what stands on the lines above its own.
 LAYERS = [
     {"errors", "_torch"},
+    {"summary"},
     {"trees", "layer.formula"},
     {"layer.native", "layer.affine"},
     {"layer.kernels"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mktestdocs import grab_code_blocks
+
+from apart_func import split_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
@@ -46,3 +49,26 @@ def test_every_block_says_what_language_it_is_in() -> None:
         ]
         assert set(fences[::2]) <= {"```python", "```sh", "```text"}, name
         assert set(fences[1::2]) <= {"```"}, name
+
+
+def test_the_tutorial_runs_and_its_kept_output_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after another, with two epochs of forty; `make tutorial` runs all of it."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "show", pyplot.close)
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, Any] = {"__name__": "tutorial"}
+    threads = torch.get_num_threads()
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("epochs=40", "epochs=2"), namespace)
+    torch.set_num_threads(threads)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    (kept,) = (
+        text for text in ("".join(o.get("data", {}).get("text/plain", "")) for o in outputs) if "StepOutput" in text
+    )
+
+    def shapes(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "loss" not in line]  # these round otherwise elsewhere
+
+    first = namespace["apart_step"](*split_state(namespace["initial"]), tuple(part[:64] for part in namespace["train"]))
+    assert shapes(kept) == shapes(repr(first))

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
 EXPERIMENTS := train sweep report evaluate evidence robustness
-.PHONY: demo test lint format bench gpu clean $(EXPERIMENTS)
+.PHONY: demo test lint format docs tutorial wheel matrix bench gpu clean $(EXPERIMENTS)
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
@@ -30,6 +30,27 @@ format: .venv/ready
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# The site, in site/. It needs no network once its packages are there.
+docs: .venv/docs
+	$(RUN) -m mkdocs build --strict
+
+# Runs the tutorial anew and keeps its outputs; a minute.
+tutorial: .venv/docs
+	$(RUN) docs/run_tutorial.py
+
+.venv/docs: .venv/ready
+	$(RUN) -m pip install --quiet --editable '.[dev,docs]'
+	touch $@
+
+# Builds both distributions, and takes two steps with the wheel where nothing but its dependencies is installed.
+wheel: .venv/ready
+	PYTHON=$(RUN) tests/wheel.sh
+
+# The table of docs/torch-versions.md; some 15 GB of packages and half an hour. MATRIX is pairs of Python and torch.
+MATRIX ?= python3.10:2.0.1 python3.11:2.4.1 python3.12:2.8.0 python3.13:2.14.1
+matrix:
+	tests/torch_matrix.sh $(MATRIX)
 
 # A quarter of an hour on two cores; without --quick the scripts measure all models, ratios and groups. Where a script
 # does not choose what becomes of freed memory, it is kept: mapping it anew takes a virtual machine as long as the

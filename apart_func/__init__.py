@@ -14,6 +14,7 @@ from apart_func.rules import (
     multi_step,
     perturbed_stats,
     random_sign_perturbation,
+    sign_flips,
     sign_perturbation,
 )
 from apart_func.settings import Settings
@@ -82,6 +83,7 @@ __all__ = [
     "perturbed_stats",
     "proxy_pass",
     "random_sign_perturbation",
+    "sign_flips",
     "sign_perturbation",
     "split_state",
 ]

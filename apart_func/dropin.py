@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_func._torch import is_checkpointed, is_recomputing, is_traced
 from apart_func.distributed import Agreement, check_groups, described_state, is_synchronised, ranks_of_module
 from apart_func.errors import StateError, UsageError
-from apart_func.functional import check_model, named_tensors, unwrapped_names
+from apart_func.functional import check_model, counted_layers, named_tensors, unwrapped_names
 from apart_func.intercept import Route, Site, batch_norm_layers, check_unmixed, is_stock, training_layers
 from apart_func.layer.affine import FlatShifts, Parameters, flat_shifts
 from apart_func.layer.rows import Grouping, Rows
@@ -58,6 +58,14 @@ Layers = dict[str, _BatchNorm]
 
 class APART:
     """The drop-in form of the method: `to_proxy()` and `to_adver()` around the two passes of a training step.
+
+        apart = APART(model, epsilon=0.1, groups=16)
+        with apart.to_proxy():
+            (r * criterion(model(x), y)).backward()                            # r = M / (M + N)
+        with apart.to_adver():
+            ((1 - r) * criterion(model(x[:N]), y[:N])).backward()
+
+    or `one_pass()` around one, with `criterion(model(x), y).backward()` in it.
 
     `backward()` may be called inside a context or after it; with activation checkpointing (`use_reentrant=False`)
     inside. Where gradients are accumulated over micro-batches, each of them goes through both contexts in turn.
@@ -117,8 +125,14 @@ class APART:
         self._route: Route | None = None
 
     def __repr__(self) -> str:
-        settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
-        return f"APART({type(self.model).__name__}, {settings})"
+        settings = Settings(
+            epsilon=self.epsilon,
+            groups=self.groups,
+            rule=self.rule,
+            rows=self.rows,
+            process_group=self.process_group,
+        )
+        return f"APART({type(self.model).__name__}, {counted_layers(len(batch_norm_layers(self.model)))}, {settings})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_route": None}  # a copy has layers of its own
@@ -224,7 +238,7 @@ class APART:
         found: PerturbationTree = {}
         for name, pair in saved.items():
             channels = layers[names[name]].num_features
-            good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if not good or any(part.shape != (channels,) for part in pair):
                 shapes = [tuple(part.shape) for part in pair] if good else type(pair).__name__
                 raise StateError(

@@ -96,7 +96,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 def call_module(module: Callable[..., Any], inputs: Any) -> Any:
     """Run a model on the input of a batch: a tuple or list is splatted, a mapping passed as keywords."""
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, (tuple, list)):
         return module(*inputs)
     if isinstance(inputs, Mapping):
         return module(**inputs)
@@ -142,6 +142,11 @@ def functionalize(model: nn.Module) -> "FunctionalModel":
 def as_functional(model: "nn.Module | FunctionalModel") -> "FunctionalModel":
     """A model as a function, if it is not one already."""
     return model if isinstance(model, FunctionalModel) else functionalize(model)
+
+
+def counted_layers(count: int) -> str:
+    """How a model's BN layers are counted in words."""
+    return f"{count} batch-norm layer{'' if count == 1 else 's'}"
 
 
 class FunctionalModel:
@@ -193,7 +198,7 @@ class FunctionalModel:
         self._prepare()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self._module).__name__}, {len(self.layers)} batch-norm layers)"
+        return f"{type(self).__name__}({type(self._module).__name__}, {counted_layers(len(self.layers))})"
 
     def __call__(self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any) -> Any:
         """Run the model on `inputs`; buffers that the forward changes are dropped.
@@ -376,7 +381,7 @@ class _Absent:
             value = waiting.pop()
             if isinstance(value, cls):
                 name = repr(value.name)
-            elif isinstance(value, tuple | list):
+            elif isinstance(value, (tuple, list)):
                 waiting.extend(value)
         raise ModelError(
             f"the model reached {name} through something that is neither a module's attribute nor made of one, so the "
@@ -459,7 +464,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in modules:
         state = vars(memo[id(module)])
         for key, value in vars(module).items():
-            if value is None or isinstance(value, bool | int | float | str) or (not value and key in HOOKS):
+            if value is None or isinstance(value, (bool, int, float, str)) or (not value and key in HOOKS):
                 state[key] = copy.copy(value) if key in HOOKS else value
             else:
                 state[key] = copy.deepcopy(value, memo)

@@ -96,7 +96,12 @@ def make_one_pass_step(
 
 
 class OnePassStep(Step):
-    """One training step of APART in one pass, as a function; `make_one_pass_step` makes it."""
+    """One training step of APART in one pass, as a function; `make_one_pass_step` makes it.
+
+        out = one_pass_step(params, buffers, batch, perturbation)      # the next one is out.perturbation
+
+    Like an `ApartStep` it is a value, and no call changes it, or its arguments.
+    """
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from apart_func.errors import BatchError, ModelError, SettingError, StateError, UsageError
 from apart_func.functional import LossFunction, call_module, copy_model, scalar_loss
 from apart_func.rules import perturbed_stats, sign_perturbation
+from apart_func.summary import summarised
 from apart_func.trees import (
     BatchStats,
     PerturbationTree,
@@ -32,6 +33,7 @@ from apart_func.trees import (
 Batches = Iterable[tuple[Any, Any]]
 
 
+@summarised
 class Robustness(NamedTuple):
     """Accuracies, as fractions, by radius; all curves begin with the model as it is.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apart_func._torch import is_traced
 from apart_func.errors import SettingError, StateError
+from apart_func.summary import summarised
 from apart_func.trees import (
     BatchStats,
     Perturbation,
@@ -107,7 +108,7 @@ def check_epsilon(epsilon: Any, rule: Rule) -> None:
         if is_traced() or epsilon.device.type != "cpu":
             return  # all_finite reports a bad value, which cannot be read here, or only by waiting for the device
         epsilon = epsilon.item()
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
         raise SettingError(f"epsilon={epsilon!r}; expected a number, such as 0.1, or a 0-d tensor.")
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
@@ -207,7 +208,7 @@ def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise SettingError(f"steps={steps!r}; expected a positive number of gradients, such as 3.")
     length = 2.5 / steps if step_size is None else step_size
-    if isinstance(step_size, bool) or not (isinstance(length, int | float) and math.isfinite(length) and length > 0):
+    if isinstance(step_size, bool) or not (isinstance(length, (int, float)) and math.isfinite(length) and length > 0):
         raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
     return IterativeRule(partial(_ascended, steps=steps, length=length), f"multi_step({steps})")
 
@@ -238,6 +239,39 @@ def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
     return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.scale) for layer, shift in where.items()}
 
 
+def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
+    """The share of shifts that point the other way than before: how far the direction lasts from step to step.
+
+    About 0.5 says that two directions have nothing to do with each other, as those of random signs; in one pass, which
+    uses the δ of the step before, a small share says that it is not out of date.
+
+    Args:
+        previous: δ of a step, `(C,)` each, or with leading dimensions.
+        current: δ of a later one, of the same layers and shapes.
+
+    Returns:
+        0-d: of the shifts that are zero in neither, those whose sign differs. NaN where there are none, as after the
+        zero perturbation of a first step.
+
+    Raises:
+        StateError: the layers or shapes differ.
+    """
+    check_by_name("previous", previous)
+    check_by_name("current", current)
+    shapes = [{layer: tuple(shift.mean.shape) for layer, shift in tree.items()} for tree in (previous, current)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise StateError(
+            f"two perturbations are compared whose layers are {shapes[0]} and {shapes[1]}. Compare those of two steps "
+            "of the same model."
+        )
+    before, now = (
+        torch.cat([tree[layer][i].flatten() for layer in previous for i in (0, 1)]) for tree in (previous, current)
+    )
+    products = before.sign() * now.sign()
+    return (products < 0).sum() / (products != 0).sum()
+
+
+@summarised
 class PerturbedStats(NamedTuple):
     """The statistics that a perturbed layer normalises by.
 
@@ -271,7 +305,7 @@ def perturbed_stats(
     """
     check_by_name("stats", stats)
     check_by_name("perturbation", perturbation)
-    known = isinstance(eps, int | float) and not isinstance(eps, bool)
+    known = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not known and not (isinstance(eps, Mapping) and set(stats) <= set(eps)):
         raise SettingError(f"eps is a {type(eps).__name__}; expected BN's constant, or one for every layer in stats.")
     return {

@@ -151,7 +151,8 @@ class Step:
         return self._constants.settings  # type: ignore[return-value]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.fmodel!r}, {self.settings})"
+        loss = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        return f"{type(self).__name__}({self.fmodel!r}, {loss}, {self.settings})"
 
     def _ranks(
         self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
@@ -194,7 +195,13 @@ class Step:
 
 
 class ApartStep(Step):
-    """One training step of APART as a function of parameters, buffers and a batch; `make_apart_step` makes it."""
+    """One training step of APART as a function of parameters, buffers and a batch; `make_apart_step` makes it.
+
+        out = apart_step(params, buffers, batch)             # a StepOutput: out.grads, out.buffers, out.loss, ...
+
+    It holds a copy of the model without its tensors, the loss, and `settings`; no call changes it, or its arguments. It
+    can be copied, pickled, compiled by `torch.compile`, mapped by `torch.func.vmap`, and called from several threads.
+    """
 
     def __call__(
         self,

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_traced
 from apart_func.errors import BatchError, StateError
+from apart_func.summary import summarised
 
 Tensors: TypeAlias = dict[str, Tensor]
 
 
+@summarised
 class BatchStats(NamedTuple):
     """Batch statistics of one BN layer.
 
@@ -31,6 +33,7 @@ class BatchStats(NamedTuple):
     var: Tensor
 
 
+@summarised
 class Perturbation(NamedTuple):
     """Relative shifts of one BN layer's statistics: μ' = μ(1 + mean) and s' = s / (1 + scale).
 
@@ -48,6 +51,7 @@ class Perturbation(NamedTuple):
         return self.scale
 
 
+@summarised
 class StatGrads(NamedTuple):
     """The gradient of a loss with respect to the relative shifts of one BN layer's statistics, at no shift.
 
@@ -94,6 +98,7 @@ def check_by_name(what: str, tree: Any) -> None:
             raise StateError(f"{what}[{name!r}] is a {type(value).__name__}; expected a tensor, or a pair of them.")
 
 
+@summarised
 class ProxyOutput(NamedTuple):
     """What the proxy pass returns.
 
@@ -114,6 +119,7 @@ class ProxyOutput(NamedTuple):
     stat_grads: StatGradTree
 
 
+@summarised
 class AdversarialOutput(NamedTuple):
     """What the adversarial pass returns.
 
@@ -128,6 +134,7 @@ class AdversarialOutput(NamedTuple):
     grads: Tensors
 
 
+@summarised
 class MixedOutput(NamedTuple):
     """What the mixed pass returns.
 
@@ -150,7 +157,13 @@ class MixedOutput(NamedTuple):
     stats: StatTree
     stat_grads: StatGradTree
 
+    @property
+    def loss_gap(self) -> Tensor:
+        """L_a − L_p, 0-d: by how much the perturbation raises the loss, as far as both halves are alike."""
+        return self.adversarial_loss - self.loss
 
+
+@summarised
 class StepOutput(NamedTuple):
     """What a training step returns.
 
@@ -176,6 +189,11 @@ class StepOutput(NamedTuple):
     perturbation: PerturbationTree
     all_finite: Tensor
 
+    @property
+    def loss_gap(self) -> Tensor:
+        """L_a − L_p, 0-d: by how much the perturbation raises the loss; in one pass, other samples differ too."""
+        return self.adversarial_loss - self.loss
+
 
 def input_and_target(batch: Any) -> tuple[Any, Any]:
     """The two parts of a batch.
@@ -183,8 +201,8 @@ def input_and_target(batch: Any) -> tuple[Any, Any]:
     Raises:
         BatchError: it is no pair.
     """
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
         raise BatchError(f"the batch is {given}; expected (input, target).")
     return batch[0], batch[1]
 
@@ -223,7 +241,7 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Mapping):
         values = {key: map_tensors(function, tree[key], *(other[key] for other in others)) for key in tree}
         return values if type(tree) is dict else _mapping_like(tree, values)
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, (tuple, list)):
         items = [map_tensors(function, *of_item) for of_item in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
@@ -251,7 +269,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
         return [tree]
     if isinstance(tree, Mapping):
         children = [tree[key] for key in tree]
-    elif isinstance(tree, tuple | list):
+    elif isinstance(tree, (tuple, list)):
         children = list(tree)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]

@@ -12,6 +12,7 @@ PACKAGE = Path(apart_func.__file__).parent
 # From the top down. A module may import what stands on the lines above its own.
 LAYERS = [
     {"errors", "_torch"},
+    {"summary"},
     {"trees", "layer.formula"},
     {"layer.native", "layer.affine"},
     {"layer.kernels"},
@@ -78,6 +79,14 @@ def test_private_names_of_torch_are_in_one_file() -> None:
             chain = dotted(node) if isinstance(node, ast.Attribute) else ""
             private = [part for part in chain.split(".")[1:] if part.startswith("_") and not part.startswith("__")]
             assert not (chain.startswith("torch.") and private), f"{module} calls {chain}, which belongs in _torch.py"
+
+
+def test_types_are_asked_for_by_tuples() -> None:
+    """`isinstance(x, A | B)` in a traced function keeps Dynamo of torch 2.4 to 2.8 from compiling it."""
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+            assert not (asks and isinstance(node.args[1], ast.BinOp)), f"{module}, line {node.lineno}"
 
 
 def dotted(node: ast.AST) -> str:

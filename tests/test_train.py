@@ -154,6 +154,12 @@ def test_tensorboard_gets_losses_accuracies_and_the_statistic_gradients_of_every
     for kind in ("mean", "scale"):
         assert {tag.removeprefix(f"{kind} gradient/") for tag in tags if tag.startswith(kind)} == layers
     assert [event.step for event in events.Scalars("loss/clean")] == [3, 6]
+    assert [event.step for event in events.Scalars("sign flips")] == [6]  # between two steps that are written
+    assert 0 < events.Scalars("sign flips")[0].value < 1
+    clean, adversarial, gap = (
+        [e.value for e in events.Scalars(f"loss/{which}")] for which in ("clean", "adversarial", "gap")
+    )
+    assert gap == pytest.approx([second - first for first, second in zip(clean, adversarial, strict=True)], abs=1e-6)
     assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8]
     expected = [100 - float(row["test_error"]) for row in rows(finished)]
     assert [event.value for event in events.Scalars("accuracy/test")] == pytest.approx(expected)
@@ -181,7 +187,9 @@ def network() -> nn.Module:
 def test_plain_training_has_no_adversarial_loss(tmp_path):
     quietly(tiny(tmp_path, name="plain", epochs=1, tensorboard=True, log_steps=1))
     assert rows(tmp_path)[0]["adversarial_loss"] == ""
-    assert "loss/adversarial" not in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    tags = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert "loss/clean" in tags
+    assert not {"loss/adversarial", "loss/gap", "sign flips"} & set(tags)
 
 
 def test_one_pass_has_a_loss_of_its_perturbed_groups(tmp_path):

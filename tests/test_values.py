@@ -141,10 +141,14 @@ def test_a_step_says_what_it_does() -> None:
     step = make_apart_step(convolutional(), F.cross_entropy, epsilon=0.2, groups=4, rule=random_sign_perturbation)
     one_pass = make_one_pass_step(convolutional(), F.cross_entropy, epsilon=0.1, groups=2)
     assert repr(step) == (
-        "ApartStep(FunctionalModel(Sequential, 2 batch-norm layers), "
+        "ApartStep(FunctionalModel(Sequential, 2 batch-norm layers), cross_entropy, "
         "epsilon=0.2, groups=4, rule=random_sign_perturbation)"
     )
-    assert repr(one_pass) == "OnePassStep(FunctionalModel(Sequential, 2 batch-norm layers), epsilon=0.1, groups=2)"
+    assert repr(one_pass) == (
+        "OnePassStep(FunctionalModel(Sequential, 2 batch-norm layers), cross_entropy, epsilon=0.1, groups=2)"
+    )
+    assert repr(APART(convolutional(), 0.2, 4)) == "APART(Sequential, 2 batch-norm layers, epsilon=0.2, groups=4)"
+    assert repr(functionalize(convolutional()[:3])) == "FunctionalModel(Sequential, 1 batch-norm layer)"
     assert step.settings.groups == 4
     assert type(step).__call__.__doc__
 

@@ -1,8 +1,8 @@
 """What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
 
 `Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`, which `Metrics` writes. `Scalars`
-is TensorBoard: losses, accuracies, and the size of the statistic gradients of every layer. `progress_bar` yields a
-function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+is TensorBoard: losses, accuracies, the size of every layer's statistic gradients, and how many signs of δ change.
+`progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Column
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from apart_func import StepOutput
+from apart_func import PerturbationTree, StepOutput, sign_flips
 from experiments.settings import Settings, TrainingSettings
 
 Row = dict[str, float | None]
@@ -219,9 +219,13 @@ class Scalars:
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=step)
+        self._perturbation: PerturbationTree = {}  # of the step that was written before
 
     def add_step(self, step: int, out: StepOutput, lr: float) -> None:
-        """Both losses of a step, and the Euclidean size of the gradient by the statistics of every layer."""
+        """Losses of a step, the size of every layer's statistic gradients, and how many signs of δ are new.
+
+        The size is the Euclidean one. Signs are compared with those of the step that was written before.
+        """
         if self._writer is None:
             return
         sizes = {
@@ -229,10 +233,13 @@ class Scalars:
             for layer, gradient in out.stat_grads.items()
             for kind, part in zip(("mean", "scale"), gradient, strict=True)
         }
-        named = {"loss/clean": out.loss, "loss/adversarial": out.adversarial_loss, **sizes}
+        named = {"loss/clean": out.loss, "loss/adversarial": out.adversarial_loss, "loss/gap": out.loss_gap, **sizes}
+        if out.perturbation and self._perturbation:
+            named["sign flips"] = sign_flips(self._perturbation, out.perturbation)
+        self._perturbation = out.perturbation
         values = torch.stack([value.float() for value in named.values()]).tolist()
         for name, value in zip(named, values, strict=True):
-            if value == value:  # plain training has no second loss
+            if value == value:  # plain training has no second loss, and at first no sign has been another
                 self._writer.add_scalar(name, value, step)
         self._writer.add_scalar("lr", lr, step)
 

@@ -1,0 +1,37 @@
+"""What the build of the site adds: pages that live elsewhere in the repository, and formulae as MathML.
+
+The pages of `ELSEWHERE` exist once, where they are made; here they keep their place in the tree, so that links work.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+ELSEWHERE = ("examples/RESULTS.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+FIGURES = ("examples/results/*.png", "benchmarks/results/*.png")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and figures that are not in this folder."""
+    figures = sorted(path for pattern in FIGURES for path in ROOT.glob(pattern))
+    for path in [*(ROOT / name for name in ELSEWHERE), *figures]:
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Put MathML, which browsers draw by themselves, in the place of LaTeX."""
+
+    def mathml(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block")
+
+    return FORMULA.sub(mathml, content)

@@ -1,0 +1,74 @@
+"""Every block of Python in a text runs: those of a page one after another, in one namespace, as a reader would do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mktestdocs import grab_code_blocks
+
+from apart_func import split_state
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+CODE = [name for name, path in PAGES.items() if "```python" in path.read_text(encoding="utf-8")]
+
+# What the README leaves to the reader: a loader, and the sizes of its batches.
+SAMPLES = 32
+GIVEN: dict[str, dict[str, Any]] = {
+    "README.md": {
+        "loader": [(torch.randn(SAMPLES, 3, 32, 32), torch.arange(SAMPLES))],
+        "M": SAMPLES,
+        "N": SAMPLES,
+        "criterion": F.cross_entropy,
+    }
+}
+
+
+@pytest.mark.parametrize("page", CODE)
+def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun with one process, which only the page about processes notices."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(key, value)
+    namespace = {"__name__": "page", **GIVEN.get(page, {})}
+    blocks = grab_code_blocks(PAGES[page].read_text(encoding="utf-8"), lang="python")
+    assert blocks
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+
+
+def test_every_block_says_what_language_it_is_in() -> None:
+    """One without a language, or in an unusual one, would be skipped in silence."""
+    for name, path in PAGES.items():
+        fences = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip().startswith("```")
+        ]
+        assert set(fences[::2]) <= {"```python", "```sh", "```text"}, name
+        assert set(fences[1::2]) <= {"```"}, name
+
+
+def test_the_tutorial_runs_and_its_kept_output_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells one after another, with two epochs of forty; `make tutorial` runs all of it."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "show", pyplot.close)
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, Any] = {"__name__": "tutorial"}
+    threads = torch.get_num_threads()
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("epochs=40", "epochs=2"), namespace)
+    torch.set_num_threads(threads)
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    (kept,) = (
+        text for text in ("".join(o.get("data", {}).get("text/plain", "")) for o in outputs) if "StepOutput" in text
+    )
+
+    def shapes(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "loss" not in line]  # these round otherwise elsewhere
+
+    first = namespace["apart_step"](*split_state(namespace["initial"]), tuple(part[:64] for part in namespace["train"]))
+    assert shapes(kept) == shapes(repr(first))

@@ -1,0 +1,172 @@
+"""What a person sees who prints an output: shapes, and few characters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import convolutional, images
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from apart_func import (
+    BatchStats,
+    Perturbation,
+    StateError,
+    StatGrads,
+    StepOutput,
+    functionalize,
+    init_perturbation,
+    make_apart_step,
+    make_one_pass_step,
+    perturbed_stats,
+    proxy_pass,
+    random_sign_perturbation,
+    sign_flips,
+    split_state,
+)
+
+
+def output(groups: int = 2) -> StepOutput:
+    model = convolutional(dtype=torch.float32)
+    step = make_apart_step(model, F.cross_entropy, epsilon=0.1, groups=groups)
+    return step(*split_state(model), images(dtype=torch.float32))
+
+
+def test_an_output_is_printed_as_a_line_for_every_part() -> None:
+    out = output()
+    assert repr(out).splitlines() == [
+        "StepOutput",
+        "  grads             8 tensors, 288 values, float32",
+        "  buffers           6 tensors, 20 values, float32 and int64",
+        f"  loss              {out.loss:.4g}",
+        f"  adversarial_loss  {out.adversarial_loss:.4g}",
+        "  output            (8, 3) float32",
+        "  stats             2 layers",
+        "  stat_grads        2 layers",
+        "  perturbation      2 layers",
+        "  all_finite        True",
+    ]
+    assert str(out) == repr(out)
+
+
+def test_what_belongs_to_a_layer_is_printed_on_one_line() -> None:
+    out = output()
+    assert repr(out.perturbation["1"]) == "Perturbation(mean=(4,) float32, scale=(4,) float32)"
+    assert repr(out.stat_grads["4"]) == "StatGrads(mean=(5,) float32, scale=(5,) float32)"
+    assert repr(out.stats["4"]) == "BatchStats(mean=(5,) float32, var=(5,) float32)"
+    assert (
+        repr(perturbed_stats(out.stats, out.perturbation)["1"]) == "PerturbedStats(mean=(4,) float32, std=(4,) float32)"
+    )
+
+
+def test_a_pass_is_printed_with_whatever_its_model_returns() -> None:
+    model = convolutional()
+    fmodel = functionalize(model)
+    x, y = images()
+    for wrapped, expected in (
+        (lambda scores: {"scores": scores}, "1 tensors, 24 values, float64"),
+        (lambda scores: [scores, None], "list, 2 entries"),
+        (lambda scores: None, "None"),
+    ):
+        out = proxy_pass(fmodel, F.cross_entropy, *split_state(model), (x, y))._replace(
+            output=wrapped(torch.zeros(8, 3).double())
+        )
+        assert f"  output      {expected}" in repr(out).splitlines()
+
+
+def test_inside_a_transform_shapes_are_printed_and_no_value_is_read() -> None:
+    model, batch = convolutional(), images()
+    step = make_apart_step(model, F.cross_entropy, groups=2)
+    printed = []
+
+    def at(epsilon: Tensor) -> Tensor:
+        out = step(*split_state(model), batch, epsilon=epsilon)
+        printed.append(repr(out))
+        return out.adversarial_loss
+
+    torch.func.vmap(at)(torch.tensor([0.1, 0.2]))
+    torch.func.grad(lambda scale: at(torch.tensor(0.1)) * scale)(torch.tensor(1.0))
+    for text in printed:
+        assert "  adversarial_loss  () float64" in text.splitlines()
+
+
+@pytest.mark.parametrize("mode", ["fake", "meta"])
+def test_tensors_without_values_are_printed(mode: str) -> None:
+    if mode == "fake":
+        with FakeTensorMode():
+            assert "StatGrads(mean=() float32" in repr(StatGrads(torch.zeros(()), torch.zeros(())))
+    else:
+        assert "BatchStats(mean=() float32" in repr(BatchStats(torch.zeros((), device="meta"), torch.zeros(())))
+
+
+def test_outputs_are_trees_and_values_as_ever() -> None:
+    out = output()
+    leaves, form = tree_flatten(out)
+    assert (
+        repr(tree_unflatten(leaves, form))
+        == repr(copy.deepcopy(out))
+        == repr(pickle.loads(pickle.dumps(out)))
+        == repr(out)
+    )
+
+
+def test_the_gap_is_the_second_loss_less_the_first() -> None:
+    out = output()
+    assert torch.equal(out.loss_gap, out.adversarial_loss - out.loss)
+    assert output(groups=0).loss_gap > 0  # of the same samples in one group, at statistics that raise the loss
+
+
+# How many signs change.
+
+
+def shift(mean: list[float], scale: list[float]) -> Perturbation:
+    return Perturbation(torch.tensor(mean), torch.tensor(scale))
+
+
+def test_sign_flips_are_counted_among_shifts_that_are_not_zero() -> None:
+    before = {"a": shift([0.1, 0.1, 0.0], [0.1, -0.1, 0.1]), "b": shift([0.1], [-0.1])}
+    now = {"a": shift([0.1, -0.2, 0.1], [0.1, -0.1, 0.0]), "b": shift([-0.1], [0.1])}
+    assert sign_flips(before, now).item() == 3 / 6
+    assert sign_flips(now, before).item() == 3 / 6
+    assert sign_flips(now, now).item() == 0
+
+
+def test_no_sign_has_flipped_where_there_was_none() -> None:
+    model = convolutional()
+    assert sign_flips(init_perturbation(model), init_perturbation(model)).isnan()
+
+
+def test_signs_of_other_layers_are_not_compared() -> None:
+    one = {"a": shift([0.1], [0.1])}
+    for other in ({"b": one["a"]}, {"a": shift([0.1, 0.1], [0.1, 0.1])}, {}):
+        with pytest.raises(StateError, match="of the same model"):
+            sign_flips(one, other)
+    with pytest.raises(StateError, match="of the same model"):
+        sign_flips({}, {})
+
+
+def test_sign_flips_of_random_signs_are_about_half_under_vmap() -> None:
+    torch.manual_seed(0)
+    many = {"a": StatGrads(torch.ones(500), torch.ones(500))}
+
+    def flips(epsilon: Tensor) -> Tensor:
+        return sign_flips(*(random_sign_perturbation({}, many, epsilon) for _ in range(2)))
+
+    shares = torch.func.vmap(flips, randomness="different")(torch.tensor([0.1, 0.2]))
+    assert shares.shape == (2,)
+    assert ((shares - 0.5).abs() < 0.08).all()  # five standard deviations of 1000 coins
+
+
+def test_the_one_pass_output_prints_too() -> None:
+    model = convolutional()
+    out: Any = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)(
+        *split_state(model), images(), init_perturbation(model)
+    )
+    assert len(repr(out)) < 600
+    assert sign_flips(out.perturbation, out.perturbation) == 0

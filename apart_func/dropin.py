@@ -224,7 +224,7 @@ class APART:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise AttributeError
             optimizer.register_state_dict_post_hook(lambda _, state: {**state, "apart": self.state_dict()})
-            optimizer.register_load_state_dict_pre_hook(lambda _, state: self.load_state_dict(state.get("apart")))
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: self.load_state_dict(state.get("apart", {})))
             optimizer.register_step_post_hook(lambda *_: self._find_perturbation())
         except AttributeError as error:
             raise UsageError(

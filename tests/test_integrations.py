@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import os
+import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from loops import both_passes
 from small import convolutional, images
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from apart_func import APART, SettingError, StateError, UsageError
+from apart_func.functional import unwrapped_names
 
 EPSILON, GROUPS, RATIO, LEARNING_RATE = 0.2, 2, 0.5, 0.1
 # Rounding of float64 in another order, and its growth over a few steps.
@@ -30,10 +33,10 @@ lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pi
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
 
 from apart_func.integrations.lightning import OnePassApart, TwoPassApart  # noqa: E402
-
 
 pytestmark = [
     # Lightning's advice on how to set up a run, such as more workers, or logging less often than there are steps.
@@ -77,7 +80,9 @@ def loader(dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=SAMPLES)
 
 
-def fit(module: Any, *callbacks: Any, path: Any = None, data: Any = None, val_dataloaders: Any = None, **options: Any) -> Any:
+def fit(
+    module: Any, *callbacks: Any, path: Any = None, data: Any = None, val_dataloaders: Any = None, **options: Any
+) -> Any:
     """Train on the CPU, quietly."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
@@ -240,6 +245,75 @@ def test_what_is_logged_is_of_the_clean_pass() -> None:
     assert logged["accuracy_epoch"].item() == pytest.approx(accuracy.compute().item())
     assert module.accuracy is module._modules["accuracy"]
     assert "log" not in vars(module)
+
+
+class ByHand(lightning.Callback):
+    """After training, trains again by hand on each rank, in the process group that is still there, and compares."""
+
+    def __init__(self, form: str, path: Path) -> None:
+        self.form, self.path, self.batches = form, path, []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        model = DistributedDataParallel(convolutional())
+        apart = APART(model, EPSILON, GROUPS)
+        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+        apart.save_with(optimizer)
+        for batch in self.batches:
+            optimizer.zero_grad()
+            step_by_hand(self.form, apart, batch)
+            optimizer.step()
+        assert_same(pl_module.model, model.module)
+        if trainer.is_global_zero:  # alone
+            torch.save({"lightning": trainer.callbacks[0].state_dict(), **optimizer.state_dict()}, self.path)
+
+
+@both_forms
+def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, tmp_path: Path) -> None:
+    module, alone, path = Classifier(), Classifier(), tmp_path / "of rank 0.pt"
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
+    fit(module, callback_of(form), ByHand(form, path), strategy=strategy, devices=2)
+    fit(alone, callback_of(form))
+    assert (module.model[0].weight - alone.model[0].weight).abs().max() > 1e-3
+    saved = torch.load(path)
+    if form == "one pass":
+        of_lightning, of_optimizer = (unwrapped_names(saved[key]["perturbation"]) for key in ("lightning", "apart"))
+        torch.testing.assert_close({f"model.{k}": v for k, v in of_optimizer.items()}, of_lightning, **EXACTLY)
+
+
+UNDER_THE_OTHER_NAME = """
+import torch, torch.nn.functional as F
+from pytorch_lightning import LightningModule, Trainer
+from apart_func.integrations.lightning import OnePassApart
+from small import convolutional, images
+from torch.utils.data import DataLoader
+
+class Classifier(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = convolutional()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+callback = OnePassApart(0.2, 2)
+trainer = Trainer(max_steps=2, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(Classifier(), DataLoader([images(), images()], batch_size=None))
+print(len(callback.apart.perturbation), "layers")
+"""
+
+
+def test_the_trainer_may_be_of_pytorch_lightning() -> None:
+    pytest.importorskip("pytorch_lightning")
+    command = [sys.executable, "-c", UNDER_THE_OTHER_NAME]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["2 layers"], done.stderr
 
 
 # Checkpoints.

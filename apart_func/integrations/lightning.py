@@ -1,7 +1,7 @@
 """APART under Lightning's automatic optimisation: a callback, and no change in the `LightningModule`.
 
     Trainer(callbacks=[OnePassApart(epsilon=0.1, groups=4)])         # what plain training costs
-    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice
+    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice a batch
 
 `training_step` returns the plain loss, as ever. Precision plugins, accumulation, clipping, DDP and averaging of weights
 work as they do without: the callbacks stand around `Strategy.training_step` and `Strategy.backward`, the two places
@@ -16,8 +16,11 @@ no state.
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -32,14 +35,15 @@ from apart_func.rules import Rule, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.trees import batch_size, cut_batch
 
-try:
-    from lightning.pytorch import Callback
-except ModuleNotFoundError:  # the package by its older name
-    from pytorch_lightning import Callback
-
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.distributed import ProcessGroup
+else:  # the package has two names, whose classes do not mix: that of the trainer that is there already
+    names = ["lightning.pytorch", "pytorch_lightning"]
+    found = [name for name in sorted(names, key=lambda name: name not in sys.modules) if find_spec(name.split(".")[0])]
+    if not found:
+        raise ModuleNotFoundError("these callbacks need Lightning: pip install 'apart_func[lightning]'")
+    Callback = import_module(found[0]).Callback
 
 
 class _ApartCallback(Callback):
@@ -217,14 +221,15 @@ class TwoPassApart(_ApartCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise UsageError(
-                "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. Give "
-                "it (batch, batch_idx), or use OnePassApart."
+                "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. "
+                "Give it (batch, batch_idx), or use OnePassApart."
             )
 
     def _around(
         self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        ratio, spares, batch = self._settings.ratio, {}, ()
+        ratio, batch = self._settings.ratio, ()
+        spares: dict[nn.Module, Any] = {}
 
         def proxy_forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal batch
@@ -270,7 +275,7 @@ def _loss_of(output: Any) -> Any:
     return output.get("loss") if isinstance(output, dict) else output
 
 
-def _check(callback: _ApartCallback, trainer: "Trainer", pl_module: "LightningModule") -> None:
+def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule") -> None:
     name = type(callback).__name__
     if not pl_module.automatic_optimization:
         raise UsageError(

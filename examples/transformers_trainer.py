@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from apart_func import APART
 
 
-class ApartTrainer(Trainer):
+class ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
     """A `Trainer` whose every micro-batch is a pass of clean and perturbed samples."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -51,11 +51,13 @@ def dataset(split: InMemory) -> list[dict[str, Tensor]]:
 def network(seed: int) -> ResNetForImageClassification:
     """A ResNet of two stages with two blocks each, without weights from elsewhere."""
     torch.manual_seed(seed)
-    return ResNetForImageClassification(
+    model = ResNetForImageClassification(
         ResNetConfig(
             num_channels=1, num_labels=10, embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
         )
     )
+    model.accepts_loss_kwargs = False  # its loss is a mean; else the Trainer would add up those of micro-batches
+    return model
 
 
 def settings(folder: Path, epochs: int, seed: int) -> TrainingArguments:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from experiments.datasets import load_dataset
+from experiments.settings import DataSettings
+from experiments.splits import InMemory
 from loops import both_passes
 from small import convolutional, images
 from torch import Tensor, nn
@@ -38,12 +43,8 @@ from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
 
 from apart_func.integrations.lightning import OnePassApart, TwoPassApart  # noqa: E402
 
-pytestmark = [
-    # Lightning's advice on how to set up a run, such as more workers, or logging less often than there are steps.
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    # Lightning calls what torch has deprecated.
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
+# Lightning's advice on how to set up a run, such as logging less often than there are steps.
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
 class Classifier(lightning.LightningModule):
@@ -447,3 +448,43 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         OnePassApart(EPSILON, 1)
     with pytest.raises(SettingError, match="ratio"):
         TwoPassApart(EPSILON, ratio=2.0)
+
+
+# Loops of other packages, around `APART` as it is.
+
+
+def test_the_example_of_lightning_runs() -> None:
+    errors = importlib.import_module("lightning_fit").main(epochs=2)
+    assert errors.keys() == {"plain", "APART in one pass", "APART in two passes"}
+    assert all(0 < error < 1 for error in errors.values())
+
+
+def test_the_loop_of_accelerate_goes_on_from_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="needs Accelerate: pip install 'apart_func[frameworks]'")
+    errors = importlib.import_module("accelerate_loop").main(epochs=2)
+    assert "bit for bit" in capsys.readouterr().out
+    assert errors.keys() == {"plain", "APART in one pass"}
+
+
+def test_the_loop_of_timm_runs() -> None:
+    errors = importlib.import_module("timm_loop").main(epochs=1)
+    assert errors.keys() == {"plain", "APART in two passes"}
+
+
+def test_the_trainer_of_transformers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'apart_func[frameworks]'")
+    example = importlib.import_module("transformers_trainer")
+    images = load_dataset(DataSettings("digits")).train
+    images = example.dataset(InMemory(images.samples[:128], images.labels[:128]))
+
+    def trained(folder: Path, **options: Any) -> Any:
+        settings = dataclasses.replace(example.settings(folder, epochs=2, seed=0), save_strategy="epoch")
+        trainer = example.ApartTrainer(example.network(seed=0), settings, train_dataset=images)
+        trainer.train(**options)
+        return trainer
+
+    undisturbed = trained(tmp_path)
+    resumed = trained(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (undisturbed.state.global_step, resumed.state.global_step) == (4, 4)
+    assert_same(resumed.model, undisturbed.model, **EXACTLY)
+    assert resumed.apart.perturbation["resnet.embedder.embedder.normalization"].mean.abs().max() > 0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from experiments.datasets import DataSet, load_dataset
+from experiments.datasets import load_dataset, whole
 from experiments.resnets import small_resnet
 from experiments.settings import DataSettings
 from torch import nn
@@ -32,18 +32,18 @@ class Run:
 
     Args:
         initial: the network before training; the run has a copy.
-        data: what it is trained on.
+        images: what it is trained on.
         epochs: until the learning rate is zero.
         seed: of the batches.
         with_apart: or plainly.
     """
 
-    def __init__(self, initial: nn.Module, data: DataSet, epochs: int, seed: int, *, with_apart: bool) -> None:
+    def __init__(self, initial: nn.Module, images: TensorDataset, epochs: int, seed: int, *, with_apart: bool) -> None:
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=ACCUMULATED)
         model = copy.deepcopy(initial)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-        self.images, self.seed = TensorDataset(data.train.samples, data.train.labels), seed
+        self.images, self.seed = images, seed
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = schedule
         self.accelerator.register_for_checkpointing(schedule)
@@ -67,10 +67,11 @@ class Run:
             self.schedule.step()
 
     @torch.no_grad()
-    def error(self, data: DataSet) -> float:
-        """The share of test images that are taken for another digit."""
+    def error(self, images: TensorDataset) -> float:
+        """The share of images that are taken for another digit."""
         self.model.eval()
-        return (self.model(data.test.samples).argmax(dim=1) != data.test.labels).float().mean().item()
+        x, y = images.tensors
+        return float((self.model(x).argmax(dim=1) != y).float().mean())
 
 
 def main(epochs: int = 60, seed: int = 0) -> dict[str, float]:
@@ -85,23 +86,23 @@ def main(epochs: int = 60, seed: int = 0) -> dict[str, float]:
     """
     torch.manual_seed(seed)
     data = load_dataset(DataSettings("digits"))
-    initial = small_resnet(in_channels=1, classes=data.classes)
+    initial, images, test = small_resnet(1, data.classes), whole(data, data.train), whole(data, data.test)
     half = epochs // 2
 
-    plain = Run(initial, data, epochs, seed, with_apart=False)
+    plain = Run(initial, images, epochs, seed, with_apart=False)
     plain.train(range(epochs))
     with tempfile.TemporaryDirectory() as folder:
-        stopped = Run(initial, data, epochs, seed, with_apart=True)
+        stopped = Run(initial, images, epochs, seed, with_apart=True)
         stopped.train(range(half))
         stopped.accelerator.save_state(folder)
-        resumed = Run(initial, data, epochs, seed, with_apart=True)
+        resumed = Run(initial, images, epochs, seed, with_apart=True)
         resumed.accelerator.load_state(folder)
         resumed.train(range(half, epochs))
 
     stopped.train(range(half, epochs))  # as if it had not been
     same = zip(stopped.model.parameters(), resumed.model.parameters(), strict=True)
     print("the resumed run ends", "bit for bit" if all(torch.equal(*pair) for pair in same) else "NOT", "as the other")
-    errors = {"plain": plain.error(data), "APART in one pass": resumed.error(data)}
+    errors = {"plain": plain.error(test), "APART in one pass": resumed.error(test)}
     for name, error in errors.items():
         print(f"{name:>20}: test error {error:.2%}")
     return errors

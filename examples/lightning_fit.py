@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from experiments.datasets import load_dataset
+from experiments.datasets import load_dataset, whole
 from experiments.resnets import small_resnet
 from experiments.settings import DataSettings
-from experiments.splits import InMemory
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,16 +49,15 @@ class Digits(LightningModule):
         wrong = self.model(images).argmax(dim=1) != labels
         self.log("test error", wrong.float().mean(), batch_size=len(labels))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a cosine schedule."""
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.trainer.max_epochs or 1)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
-def loader(split: InMemory, seed: int | None = None) -> DataLoader[Any]:
+def loader(images: TensorDataset, seed: int | None = None) -> DataLoader[Any]:
     """Batches in an order of a seed, all of one size; or all images, in their order."""
-    images = TensorDataset(split.samples, split.labels)
     if seed is None:
         return DataLoader(images, batch_size=256)
     return DataLoader(images, BATCH, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
@@ -98,8 +97,8 @@ def main(epochs: int = 60, seed: int = 0) -> dict[str, float]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, loader(data.train, seed))
-        (result,) = trainer.test(module, loader(data.test), verbose=False)
+        trainer.fit(module, loader(whole(data, data.train), seed))
+        (result,) = trainer.test(module, loader(whole(data, data.test)), verbose=False)
         errors[name] = result["test error"]
         print(f"{name:>20}: test error {errors[name]:.2%}")
     return errors

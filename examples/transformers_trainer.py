@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from experiments.datasets import load_dataset
+from experiments.datasets import load_dataset, whole
 from experiments.settings import DataSettings
-from experiments.splits import InMemory
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,22 +30,25 @@ class ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into tr
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Keep the perturbation in the optimizer's state: a resumed run then ends as one that was not disturbed."""
-        optimizer = super().create_optimizer(model)
-        ranks = "world" if self.args.world_size > 1 else None
-        self.apart = APART(self.model, epsilon=0.1, groups=4, process_group=ranks)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        several = self.args.world_size > 1
+        self.apart = APART(self.model, epsilon=0.1, groups=4, process_group="world" if several else None)
         self.apart.save_with(optimizer)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-batch."""
         with self.apart.one_pass():
-            return super().training_step(*args, **kwargs)
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
 
 
-def dataset(split: InMemory) -> list[dict[str, Tensor]]:
+def dataset(images: TensorDataset) -> list[dict[str, Tensor]]:
     """Images of 32 × 32 as the model takes them."""
-    images = F.interpolate(split.samples, scale_factor=4)
-    return [{"pixel_values": image, "labels": label} for image, label in zip(images, split.labels, strict=True)]
+    return [
+        {"pixel_values": F.interpolate(x[None], scale_factor=4)[0], "labels": y}
+        for x, y in zip(*images.tensors, strict=True)
+    ]
 
 
 def network(seed: int) -> ResNetForImageClassification:
@@ -100,8 +103,8 @@ def main(epochs: int = 30, seed: int = 0) -> dict[str, float]:
             trainer = kind(
                 network(seed),
                 settings(Path(folder), epochs, seed),
-                train_dataset=dataset(data.train),
-                eval_dataset=dataset(data.test),
+                train_dataset=dataset(whole(data, data.train)),
+                eval_dataset=dataset(whole(data, data.test)),
                 compute_metrics=lambda p: {"error": float((p.predictions.argmax(axis=1) != p.label_ids).mean())},
             )
             trainer.remove_callback(PrinterCallback)

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments.datasets import load_dataset
+from experiments.datasets import load_dataset, whole
 from experiments.settings import DataSettings
-from experiments.splits import InMemory
 from loops import both_passes
 from small import convolutional, images
 from torch import Tensor, nn
@@ -474,8 +473,8 @@ def test_the_loop_of_timm_runs() -> None:
 def test_the_trainer_of_transformers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs transformers: pip install 'apart_func[frameworks]'")
     example = importlib.import_module("transformers_trainer")
-    images = load_dataset(DataSettings("digits")).train
-    images = example.dataset(InMemory(images.samples[:128], images.labels[:128]))
+    digits = load_dataset(DataSettings("digits"))
+    images = example.dataset(whole(digits, digits.train))[:128]
 
     def trained(folder: Path, **options: Any) -> Any:
         settings = dataclasses.replace(example.settings(folder, epochs=2, seed=0), save_strategy="epoch")

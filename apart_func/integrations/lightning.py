@@ -98,7 +98,7 @@ class _ApartCallback(Callback):
         with ExitStack() as stack:
             stack.enter_context(context)
             output = apart.model(*args, **kwargs)
-            _check_gradients(apart.model, before)
+            _check_gradients(before)
             if _loss_of(output) is not None:
                 self._open = stack.pop_all()
         return output
@@ -292,15 +292,15 @@ def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule")
         raise UsageError(f"the trainer has {' and '.join(others)} among its callbacks. Keep one of them.")
 
 
-def _gradients(model: nn.Module) -> list[tuple[Tensor | None, int]]:
-    gradients = [parameter.grad for parameter in model.parameters()]
-    return [(gradient, 0 if gradient is None else gradient._version) for gradient in gradients]
+def _gradients(model: nn.Module) -> list[tuple[nn.Parameter, Tensor | None, int]]:
+    """Parameters, and what tells whether the gradient of one has changed."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    return [(parameter, grad, 0 if grad is None else grad._version) for parameter, grad in gradients]
 
 
-def _check_gradients(model: nn.Module, before: list[tuple[Tensor | None, int]]) -> None:
+def _check_gradients(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> None:
     """Make sure that nothing was differentiated inside of `training_step`."""
-    pairs = zip(before, _gradients(model), strict=True)
-    if any(old[0] is not new[0] or old[1] != new[1] for old, new in pairs):
+    if any(parameter.grad is not grad or (grad is not None and grad._version != old) for parameter, grad, old in before):
         raise UsageError(
             "training_step called backward(). Lightning clears gradients after training_step, so that those would be "
             "lost: half of a gradient, where they are of a proxy pass. Return the plain loss, and call no backward(); "

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -250,8 +251,8 @@ def test_what_is_logged_is_of_the_clean_pass() -> None:
 class ByHand(lightning.Callback):
     """After training, trains again by hand on each rank, in the process group that is still there, and compares."""
 
-    def __init__(self, form: str, path: Path) -> None:
-        self.form, self.path, self.batches = form, path, []
+    def __init__(self, form: str, accumulated: int, path: Path) -> None:
+        self.form, self.accumulated, self.path, self.batches = form, accumulated, path, []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
@@ -261,21 +262,27 @@ class ByHand(lightning.Callback):
         apart = APART(model, EPSILON, GROUPS)
         optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
         apart.save_with(optimizer)
-        for batch in self.batches:
-            optimizer.zero_grad()
-            step_by_hand(self.form, apart, batch)
-            optimizer.step()
+        for t, batch in enumerate(self.batches, start=1):
+            last = t % self.accumulated == 0
+            with nullcontext() if last else model.no_sync():
+                step_by_hand(self.form, apart, batch, 1 / self.accumulated)
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
         assert_same(pl_module.model, model.module)
         if trainer.is_global_zero:  # alone
             torch.save({"lightning": trainer.callbacks[0].state_dict(), **optimizer.state_dict()}, self.path)
 
 
 @both_forms
-def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int, tmp_path: Path) -> None:
     module, alone, path = Classifier(), Classifier(), tmp_path / "of rank 0.pt"
     strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
-    fit(module, callback_of(form), ByHand(form, path), strategy=strategy, devices=2)
-    fit(alone, callback_of(form))
+    by_hand = ByHand(form, accumulated, path)
+    options = {"accumulate_grad_batches": accumulated, "max_epochs": 2}
+    fit(module, callback_of(form), by_hand, strategy=strategy, devices=2, **options)
+    fit(alone, callback_of(form), **options)
     assert (module.model[0].weight - alone.model[0].weight).abs().max() > 1e-3
     saved = torch.load(path)
     if form == "one pass":
@@ -427,6 +434,12 @@ def test_a_batch_that_training_step_skips_is_skipped() -> None:
             step_by_hand("one pass", apart, (x, y))
         optimizer.step()
     assert_same(module.model, model)
+
+
+def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'apart_func\[lightning\]'"):
+        importlib.reload(sys.modules["apart_func.integrations.lightning"])
 
 
 def test_what_cannot_work_is_refused_by_name() -> None:

@@ -188,7 +188,8 @@ class TwoPassApart(_ApartCallback):
     """Train in `APART(...).to_proxy()` and `.to_adver()`: `training_step` runs again, perturbed, after its backward.
 
     The second call gets the first samples of the batch. What it logs is dropped, and metrics of torchmetrics do not
-    count it; whatever else `training_step` does, it does twice, and it may draw other random numbers.
+    count it; whatever else `training_step` does, it does twice, and it may draw other random numbers. Hooks around the
+    backward are called for both.
 
     Args:
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
@@ -300,7 +301,9 @@ def _gradients(model: nn.Module) -> list[tuple[nn.Parameter, Tensor | None, int]
 
 def _check_gradients(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> None:
     """Make sure that nothing was differentiated inside of `training_step`."""
-    if any(parameter.grad is not grad or (grad is not None and grad._version != old) for parameter, grad, old in before):
+    if any(
+        parameter.grad is not grad or (grad is not None and grad._version != old) for parameter, grad, old in before
+    ):
         raise UsageError(
             "training_step called backward(). Lightning clears gradients after training_step, so that those would be "
             "lost: half of a gradient, where they are of a proxy pass. Return the plain loss, and call no backward(); "

@@ -211,7 +211,7 @@ class APART:
         self.stats = handler.record.statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next `one_pass()` depends on, for a checkpoint: its perturbation."""
+        """What the next `one_pass()` depends on, for a checkpoint: its perturbation. See `save_with`."""
         self._find_perturbation()
         return {"perturbation": {layer: tuple(shift) for layer, shift in self.perturbation.items()}}
 
@@ -223,6 +223,28 @@ class APART:
         """
         self.perturbation = self._checked_state(state)
         self._mixed = None
+
+    def save_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep `state_dict()` in that of an optimizer from now on, and so in every checkpoint that the optimizer is in.
+
+        It stands there under "apart", and is loaded from there. The perturbation is then found in each step of the
+        optimizer, which all ranks take, so that one of them may save by itself; not after a step that a scaler skipped.
+
+        Raises:
+            UsageError: it is no optimizer of torch, or one without hooks. The optimizer raises a `StateError` itself
+                where it is to load a state without a perturbation: to go on from a plain run, load that first.
+        """
+        try:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise AttributeError
+            optimizer.register_state_dict_post_hook(lambda _, state: {**state, "apart": self.state_dict()})
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: self.load_state_dict(state.get("apart", {})))
+            optimizer.register_step_post_hook(lambda *_: self._find_perturbation())
+        except AttributeError as error:
+            raise UsageError(
+                f"{type(optimizer).__name__} takes no hooks for its state; expected a torch.optim.Optimizer, of torch "
+                "from 2.1 on. Pass the one that it wraps, or save apart.state_dict() in the checkpoint yourself."
+            ) from error
 
     def _checked_state(self, state: Any) -> PerturbationTree:
         perturbation = state.get("perturbation") if isinstance(state, Mapping) else None

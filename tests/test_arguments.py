@@ -116,6 +116,11 @@ CALLS = {
     "APART.load_state_dict": Call(
         lambda state: APART(MODEL).load_state_dict(state), {"state": APART(MODEL).state_dict()}, {}
     ),
+    "APART.save_with": Call(
+        lambda optimizer: APART(MODEL).save_with(optimizer),
+        {"optimizer": torch.optim.SGD(convolutional().parameters(), 0.1)},
+        {},
+    ),
     "functionalize": Call(functionalize, {"model": MODEL}, {}),
     "FunctionalModel": Call(lambda params, buffers: FMODEL(params, buffers, images()[0]), STATE, {}),
     "split_state": Call(split_state, {"model": MODEL}, {"model": {"a module"}}),

@@ -29,6 +29,8 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RUN_TIME = {"torch", "einops"}
+# Below all of them: a module for each package, which it is named after, and which it may import.
+INTEGRATIONS = {"integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"}}
 
 
 def name_of(path: Path) -> str:
@@ -37,14 +39,15 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-FILES = {name_of(path): path for path in PACKAGE.rglob("*.py") if path.parent.name != "integrations"}
+ALL = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+FILES = {name: path for name, path in ALL.items() if not name.startswith("integrations")}
 every_module = pytest.mark.parametrize("module", sorted(FILES))
 
 
 def imported(module: str) -> set[str]:
     """Every dotted name that a module imports, wherever in the file."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(ast.parse(ALL[module].read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,6 +71,15 @@ def test_a_module_imports_only_from_above(module: str) -> None:
 def test_the_library_depends_on_torch_and_einops_alone(module: str) -> None:
     foreign = {name.split(".")[0] for name in imported(module)} - stdlib_module_names - {"apart_func"}
     assert foreign <= RUN_TIME
+
+
+def test_integrations_import_the_library_and_their_package_alone() -> None:
+    assert {name for name in ALL if name not in FILES} == {"integrations", *INTEGRATIONS}
+    assert imported("integrations") == set()
+    for module, packages in INTEGRATIONS.items():
+        names = imported(module)
+        assert {name.split(".")[0] for name in names} - stdlib_module_names <= {"apart_func", "torch"} | packages
+        assert {name.partition(".")[2] for name in names if name.startswith("apart_func")} <= LEVEL.keys()
 
 
 def test_private_names_of_torch_are_in_one_file() -> None:

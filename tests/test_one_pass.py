@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from apart_func import (
     SettingError,
     StateError,
     StepOutput,
+    UsageError,
     functionalize,
     init_perturbation,
     make_one_pass_step,
@@ -433,6 +435,48 @@ def test_a_state_dict_goes_on_where_it_was_taken() -> None:
     for apart in (first, second):
         drop_in_pass(apart, images(seed=5))
     torch.testing.assert_close(gradients(second.model), gradients(first.model), rtol=0, atol=0)
+
+
+def trained(apart: APART, optimizer: torch.optim.Optimizer, steps: range) -> nn.Module:
+    """The model after so many steps of a loop."""
+    for seed in steps:
+        optimizer.zero_grad()
+        drop_in_pass(apart, images(seed=seed))
+        optimizer.step()
+    return apart.model
+
+
+def saved_with(model: nn.Module) -> tuple[APART, torch.optim.Optimizer]:
+    """A drop-in whose state is in that of an optimizer."""
+    apart, optimizer = APART(model, 0.1, 4), torch.optim.AdamW(model.parameters(), lr=0.01)
+    apart.save_with(optimizer)
+    return apart, optimizer
+
+
+def test_with_its_state_in_the_optimizers_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    undisturbed, (apart, optimizer) = trained(*saved_with(convolutional()), range(6)), saved_with(convolutional())
+    stopped = trained(apart, optimizer, range(3))
+    torch.save({"model": stopped.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+
+    checkpoint = torch.load(tmp_path / "checkpoint.pt")
+    apart, optimizer = saved_with(convolutional())
+    apart.model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    resumed = trained(apart, optimizer, range(3, 6))
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(undisturbed.state_dict()), rtol=0, atol=0)
+
+
+def test_an_optimizers_state_without_a_perturbation_is_refused_once_it_should_have_one() -> None:
+    plain = torch.optim.AdamW(convolutional().parameters(), lr=0.5)
+    _, optimizer = saved_with(convolutional())
+    with pytest.raises(StateError, match="no perturbation"):
+        optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_what_is_no_optimizer_keeps_no_state() -> None:
+    with pytest.raises(UsageError, match=r"expected a torch\.optim\.Optimizer"):
+        APART(convolutional(), 0.1, 4).save_with(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_gradients_that_overflowed_leave_the_perturbation() -> None:

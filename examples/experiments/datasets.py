@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -203,6 +203,12 @@ def evaluation_batches(
     samples = share.of(range(len(split)))
     chosen = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     return _iterate(_Batches(split, data.mean, data.std, chosen, None), 0, workers, pin_memory)
+
+
+def whole(data: DataSet, split: Split) -> TensorDataset:
+    """A split as it is, in memory: what a `DataLoader` takes."""
+    ((samples, labels),) = evaluation_batches(data, split, batch_size=len(split))
+    return TensorDataset(samples, labels)
 
 
 @dataclass(frozen=True)

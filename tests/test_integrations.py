@@ -1,0 +1,502 @@
+"""The callbacks of Lightning against loops written by hand, and `APART` in the loops of other trainers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from experiments.datasets import load_dataset, whole
+from experiments.settings import DataSettings
+from loops import both_passes
+from small import convolutional, images
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
+from torch.utils.data import DataLoader, TensorDataset
+
+from apart_func import APART, SettingError, StateError, UsageError
+from apart_func.functional import unwrapped_names
+
+EPSILON, GROUPS, RATIO, LEARNING_RATE = 0.2, 2, 0.5, 0.1
+# Rounding of float64 in another order, and its growth over a few steps.
+ROUNDING = {"rtol": 1e-9, "atol": 1e-13}
+STEPS, SAMPLES = 6, 8
+
+lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install 'apart_func[lightning]'")
+
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
+
+from apart_func.integrations.lightning import OnePassApart, TwoPassApart  # noqa: E402
+
+# Lightning's advice on how to set up a run, such as logging less often than there are steps.
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+
+
+class Classifier(lightning.LightningModule):
+    """A model, its loss and its optimizer, as anyone writes them."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = convolutional() if model is None else model
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        output = self.model(x)
+        loss = F.cross_entropy(output, y)
+        self.accuracy(output, y)
+        self.log("loss", loss, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("validation loss", F.cross_entropy(self.model(x), y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), LEARNING_RATE, momentum=0.9)
+
+
+def batches(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    return [images(SAMPLES, dtype, seed=t) for t in range(STEPS)]
+
+
+def loader(dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
+    x, y = (torch.cat(parts) for parts in zip(*batches(dtype), strict=True))
+    return DataLoader(TensorDataset(x, y), batch_size=SAMPLES)
+
+
+def fit(
+    module: Any, *callbacks: Any, path: Any = None, data: Any = None, val_dataloaders: Any = None, **options: Any
+) -> Any:
+    """Train on the CPU, quietly."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+    trainer = lightning.Trainer(callbacks=list(callbacks), **(quiet | options))
+    trainer.fit(module, loader() if data is None else data, val_dataloaders, ckpt_path=path)
+    return trainer
+
+
+def callback_of(form: str) -> OnePassApart | TwoPassApart:
+    return OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS, RATIO)
+
+
+def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Tensor:
+    """Add the gradient of a batch, and return the loss that plain training would log."""
+    if form == "two passes":
+        return both_passes(apart, batch, RATIO, scale=scale)[0]
+    x, y = batch
+    with apart.one_pass():
+        loss = F.cross_entropy(apart.model(x), y)
+        (scale * loss).backward()
+    return loss.detach()
+
+
+def by_hand(form: str, accumulated: int = 1, clip: float = 0.0) -> nn.Module:
+    """The same training, with the contexts of `APART` in a loop."""
+    model = convolutional()
+    apart = APART(model, EPSILON, GROUPS)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    for t, batch in enumerate(batches(), start=1):
+        step_by_hand(form, apart, batch, 1 / accumulated)
+        if t % accumulated == 0:
+            if clip:
+                assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def assert_same(one: nn.Module, other: nn.Module, **tolerance: Any) -> None:
+    """Parameters and buffers agree."""
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), **(tolerance or ROUNDING))
+
+
+both_forms = pytest.mark.parametrize("form", ["one pass", "two passes"])
+EXACTLY = {"rtol": 0, "atol": 0}
+
+
+# Lightning's own loop, around the callbacks.
+
+
+@both_forms
+@pytest.mark.parametrize(("accumulated", "clip"), [(1, 0.0), (3, 0.0), (1, 0.05), (2, 0.05)])
+def test_a_callback_takes_the_steps_of_the_loop_by_hand(form: str, accumulated: int, clip: float) -> None:
+    module = Classifier()
+    fit(module, callback_of(form), accumulate_grad_batches=accumulated, gradient_clip_val=clip or None)
+    assert_same(module.model, by_hand(form, accumulated, clip))
+
+
+@both_forms
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_precision_plugins_do_what_autocast_and_a_scaler_do_by_hand(form: str, precision: str) -> None:
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "16-mixed")
+    plugin = MixedPrecision(precision, "cpu", copy.deepcopy(scaler) if scaler.is_enabled() else None)
+    module = Classifier(convolutional(dtype=torch.float32))
+    fit(module, callback_of(form), data=loader(torch.float32), plugins=[plugin])
+
+    model = convolutional(dtype=torch.float32)
+    apart = APART(model, EPSILON, GROUPS)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    for x, y in batches(torch.float32):
+        optimizer.zero_grad()
+        if form == "one pass":
+            with apart.one_pass():
+                with torch.autocast("cpu", dtype):
+                    loss = F.cross_entropy(model(x), y)
+                scaler.scale(loss).backward()
+        else:
+            for context, samples, weight in (apart.to_proxy(), 8, 2 / 3), (apart.to_adver(), 4, 1 / 3):
+                with context:
+                    with torch.autocast("cpu", dtype):
+                        loss = F.cross_entropy(model(x[:samples]), y[:samples])
+                    scaler.scale(weight * loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    # The weight is multiplied in float32, once with r and once with 1 − r, in another order.
+    assert_same(module.model, model, rtol=1e-4, atol=1e-6)
+
+
+@both_forms
+def test_a_closure_that_the_optimizer_calls_again_is_a_whole_step_each_time(form: str) -> None:
+    class WithLBFGS(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    module, model = WithLBFGS(), convolutional()
+    fit(module, callback_of(form), max_steps=2)
+    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    for batch in batches()[:2]:
+
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            return step_by_hand(form, apart, batch)
+
+        optimizer.step(closure)
+    assert model[1].num_batches_tracked == 6
+    assert_same(module.model, model)
+
+
+@both_forms
+def test_validation_and_averaged_weights_are_beside_it(form: str) -> None:
+    module, model = Classifier(), convolutional()
+    average = WeightAveraging(avg_fn=get_ema_avg_fn(0.5), use_buffers=False)
+    trainer = fit(module, callback_of(form), average, data=loader(), val_dataloaders=loader(), val_check_interval=2)
+    assert trainer.callback_metrics["validation loss"].isfinite()
+
+    twin = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
+    apart = APART(model, EPSILON, GROUPS)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    for batch in batches():
+        optimizer.zero_grad()
+        step_by_hand(form, apart, batch)
+        optimizer.step()
+        twin.update_parameters(model)
+    torch.testing.assert_close(dict(module.model.named_parameters()), dict(twin.module.named_parameters()), **ROUNDING)
+    torch.testing.assert_close(dict(module.model.named_buffers()), dict(model.named_buffers()), **ROUNDING)
+
+
+@both_forms
+def test_the_last_epoch_of_swa_takes_the_statistics_of_plain_passes(form: str) -> None:
+    averaged = []
+
+    class Keep(lightning.Callback):
+        """The model as it goes into the last epoch: Lightning steps the optimizer once more after it."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.fit_loop._skip_backward and not averaged:
+                averaged.append(copy.deepcopy(pl_module.model))
+
+    module = Classifier()
+    fit(module, callback_of(form), StochasticWeightAveraging(0.05, swa_epoch_start=1), Keep(), max_epochs=2)
+    update_bn([x for x, _ in batches()], averaged[0])
+    torch.testing.assert_close(dict(module.model.named_buffers()), dict(averaged[0].named_buffers()), **ROUNDING)
+
+
+def test_what_is_logged_is_of_the_clean_pass() -> None:
+    callback, module = callback_of("two passes"), Classifier()
+    logged = fit(module, callback).callback_metrics
+    model = convolutional()
+    apart, accuracy = APART(model, EPSILON, GROUPS), MulticlassAccuracy(3)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    losses = []
+    for batch in batches():
+        optimizer.zero_grad()
+        loss, _, output = both_passes(apart, batch, RATIO)
+        optimizer.step()
+        losses.append(loss)
+        accuracy(output, batch[1])
+    assert logged["loss_epoch"].item() == pytest.approx(torch.stack(losses).mean().item())
+    assert logged["accuracy_epoch"].item() == pytest.approx(accuracy.compute().item())
+    assert module.accuracy is module._modules["accuracy"]
+    assert "log" not in vars(module)
+
+
+class ByHand(lightning.Callback):
+    """After training, trains again by hand on each rank, in the process group that is still there, and compares."""
+
+    def __init__(self, form: str, accumulated: int, path: Path) -> None:
+        self.form, self.accumulated, self.path, self.batches = form, accumulated, path, []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        model = DistributedDataParallel(convolutional())
+        apart = APART(model, EPSILON, GROUPS)
+        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+        apart.save_with(optimizer)
+        for t, batch in enumerate(self.batches, start=1):
+            last = t % self.accumulated == 0
+            with nullcontext() if last else model.no_sync():
+                step_by_hand(self.form, apart, batch, 1 / self.accumulated)
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same(pl_module.model, model.module)
+        if trainer.is_global_zero:  # alone
+            torch.save({"lightning": trainer.callbacks[0].state_dict(), **optimizer.state_dict()}, self.path)
+
+
+@both_forms
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int, tmp_path: Path) -> None:
+    module, alone, path = Classifier(), Classifier(), tmp_path / "of rank 0.pt"
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
+    by_hand = ByHand(form, accumulated, path)
+    options = {"accumulate_grad_batches": accumulated, "max_epochs": 2}
+    fit(module, callback_of(form), by_hand, strategy=strategy, devices=2, **options)
+    fit(alone, callback_of(form), **options)
+    assert (module.model[0].weight - alone.model[0].weight).abs().max() > 1e-3
+    saved = torch.load(path)
+    if form == "one pass":
+        of_lightning, of_optimizer = (unwrapped_names(saved[key]["perturbation"]) for key in ("lightning", "apart"))
+        torch.testing.assert_close({f"model.{k}": v for k, v in of_optimizer.items()}, of_lightning, **EXACTLY)
+
+
+UNDER_THE_OTHER_NAME = """
+import torch, torch.nn.functional as F
+from pytorch_lightning import LightningModule, Trainer
+from apart_func.integrations.lightning import OnePassApart
+from small import convolutional, images
+from torch.utils.data import DataLoader
+
+class Classifier(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = convolutional()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+callback = OnePassApart(0.2, 2)
+trainer = Trainer(max_steps=2, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(Classifier(), DataLoader([images(), images()], batch_size=None))
+print(len(callback.apart.perturbation), "layers")
+"""
+
+
+def test_the_trainer_may_be_of_pytorch_lightning() -> None:
+    pytest.importorskip("pytorch_lightning")
+    command = [sys.executable, "-c", UNDER_THE_OTHER_NAME]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["2 layers"], done.stderr
+
+
+# Checkpoints.
+
+
+@both_forms
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(form: str, tmp_path: Path) -> None:
+    undisturbed, first, resumed = Classifier(), Classifier(), Classifier()
+    fit(undisturbed, callback_of(form), max_epochs=2)
+    fit(first, callback_of(form)).save_checkpoint(tmp_path / "run.ckpt")
+    fit(resumed, callback_of(form), path=tmp_path / "run.ckpt", max_epochs=2)
+    assert_same(resumed.model, undisturbed.model, **EXACTLY)
+
+
+def test_it_is_the_perturbation_in_the_checkpoint_that_does_this(tmp_path: Path) -> None:
+    undisturbed, first, resumed = Classifier(), Classifier(), Classifier()
+    fit(undisturbed, callback_of("one pass"), max_epochs=2)
+    fit(first, callback_of("one pass")).save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt")
+    del checkpoint["callbacks"]["OnePassApart"]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    fit(resumed, callback_of("one pass"), path=tmp_path / "without.ckpt", max_epochs=2)
+    assert (resumed.model[0].weight - undisturbed.model[0].weight).abs().max() > 1e-3
+
+
+def test_a_second_fit_goes_on_for_the_same_model_and_begins_anew_for_another() -> None:
+    callback, module, undisturbed, other = callback_of("one pass"), Classifier(), Classifier(), Classifier()
+    fit(undisturbed, callback_of("one pass"), max_epochs=2)
+
+    class KeepOptimizer(Classifier):
+        """Momentum outlives the first fit."""
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.kept = getattr(self, "kept", None) or super().configure_optimizers()
+            return self.kept
+
+    module = KeepOptimizer()
+    for _ in range(2):
+        fit(module, callback)
+    assert_same(module.model, undisturbed.model, **EXACTLY)
+    fit(other, callback)
+    assert_same(other.model, by_hand("one pass"))
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
+    fit(Classifier(), callback_of("one pass")).save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt")
+    perturbation = checkpoint["callbacks"]["OnePassApart"]["perturbation"]
+    perturbation["another"] = perturbation.pop(next(iter(perturbation)))
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(StateError, match="another"):
+        fit(Classifier(), callback_of("one pass"), path=tmp_path / "other.ckpt", max_epochs=2)
+
+
+# What is refused.
+
+
+@both_forms
+@pytest.mark.parametrize("contexts", [True, False])
+def test_half_a_gradient_is_refused_before_a_parameter_moves(form: str, contexts: bool) -> None:
+    class ByHand(Classifier):
+        """Lightning clears the gradient of the first backward before it comes to the second."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            if contexts:
+                apart = APART(self.model, EPSILON)
+                with apart.to_proxy():
+                    F.cross_entropy(self.model(x), y).backward()
+            F.cross_entropy(self.model(x), y).backward()
+            return F.cross_entropy(self.model(x), y)
+
+    module = ByHand()
+    with pytest.raises(UsageError, match="another APART" if contexts else "half of a gradient"):
+        fit(module, callback_of(form))
+    before = convolutional()
+    torch.testing.assert_close(dict(module.model.named_parameters()), dict(before.named_parameters()), **EXACTLY)
+    assert all("forward" not in vars(layer) for layer in module.model)
+
+
+@both_forms
+def test_an_error_leaves_the_strategy_and_the_model_as_they_were(form: str) -> None:
+    class Failing(Classifier):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            raise ZeroDivisionError  # between the forward and its backward
+
+    module, callback = Failing(), callback_of(form)
+    trainer = lightning.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, loader())
+    assert not {"training_step", "backward"} & vars(trainer.strategy).keys()
+    assert all("forward" not in vars(layer) and not layer._forward_pre_hooks for layer in module.model)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_a_batch_that_training_step_skips_is_skipped() -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 2 else loss
+
+    module, model = Skipping(), convolutional()
+    fit(module, callback_of("one pass"))
+    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    for t, (x, y) in enumerate(batches()):
+        optimizer.zero_grad()
+        if t == 2:  # its forward moves the running statistics
+            with apart.one_pass():
+                model(x)
+        else:
+            step_by_hand("one pass", apart, (x, y))
+        optimizer.step()
+    assert_same(module.model, model)
+
+
+def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'apart_func\[lightning\]'"):
+        importlib.reload(sys.modules["apart_func.integrations.lightning"])
+
+
+def test_what_cannot_work_is_refused_by_name() -> None:
+    class Manual(Classifier):
+        automatic_optimization = False
+
+    class Iterating(Classifier):
+        def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(UsageError, match="Manual has automatic_optimization = False"):
+        fit(Manual(), callback_of("one pass"))
+    with pytest.raises(UsageError, match="dataloader_iter"):
+        fit(Iterating(), callback_of("two passes"))
+    with pytest.raises(UsageError, match="OnePassApart and TwoPassApart"):
+        fit(Classifier(), callback_of("one pass"), callback_of("two passes"))
+    with pytest.raises(SettingError, match="groups=1"):
+        OnePassApart(EPSILON, 1)
+    with pytest.raises(SettingError, match="ratio"):
+        TwoPassApart(EPSILON, ratio=2.0)
+
+
+# Loops of other packages, around `APART` as it is.
+
+
+def test_the_example_of_lightning_runs() -> None:
+    errors = importlib.import_module("lightning_fit").main(epochs=2)
+    assert errors.keys() == {"plain", "APART in one pass", "APART in two passes"}
+    assert all(0 < error < 1 for error in errors.values())
+
+
+def test_the_loop_of_accelerate_goes_on_from_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("accelerate", reason="needs Accelerate: pip install 'apart_func[frameworks]'")
+    errors = importlib.import_module("accelerate_loop").main(epochs=2)
+    assert "bit for bit" in capsys.readouterr().out
+    assert errors.keys() == {"plain", "APART in one pass"}
+
+
+def test_the_loop_of_timm_runs() -> None:
+    errors = importlib.import_module("timm_loop").main(epochs=1)
+    assert errors.keys() == {"plain", "APART in two passes"}
+
+
+def test_the_trainer_of_transformers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'apart_func[frameworks]'")
+    example = importlib.import_module("transformers_trainer")
+    digits = load_dataset(DataSettings("digits"))
+    images = example.dataset(whole(digits, digits.train))[:128]
+
+    def trained(folder: Path, **options: Any) -> Any:
+        settings = dataclasses.replace(example.settings(folder, epochs=2, seed=0), save_strategy="epoch")
+        trainer = example.ApartTrainer(example.network(seed=0), settings, train_dataset=images)
+        trainer.train(**options)
+        return trainer
+
+    undisturbed = trained(tmp_path)
+    resumed = trained(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (undisturbed.state.global_step, resumed.state.global_step) == (4, 4)
+    assert_same(resumed.model, undisturbed.model, **EXACTLY)
+    assert resumed.apart.perturbation["resnet.embedder.embedder.normalization"].mean.abs().max() > 0

@@ -1,0 +1,315 @@
+"""The models of the zoo: how to find and make them, each with a batch.
+
+    for entry in entries("timm"):          # the smallest network of every module that has batch norm
+        case = entry.make()                # a model in training mode, a batch, and a loss
+
+None has weights that were trained. What is the same in all channels at first (γ, β, zeroed branches) is drawn at
+random, so that no gradient vanishes for that reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+CLASSES = 5
+SAMPLES = 8
+PACKAGES = ("timm", "torchvision", "transformers")
+
+
+class Case(NamedTuple):
+    """A model to train.
+
+    Attributes:
+        model: in training mode.
+        batch: `(input, target)`; a dict as input holds keywords.
+        loss_fn: `(output, target) -> scalar`.
+        samples: in the batch.
+    """
+
+    model: nn.Module
+    batch: tuple[Any, Any]
+    loss_fn: Callable[[Any, Any], Tensor]
+    samples: int = SAMPLES
+
+
+class Entry(NamedTuple):
+    """A model that can be made.
+
+    Attributes:
+        package: that it is in.
+        family: module that it is in.
+        name: its own.
+        make: the model with its batch.
+    """
+
+    package: str
+    family: str
+    name: str
+    make: Callable[[], Case]
+
+
+def entries(package: str) -> Iterator[Entry]:
+    """The models of a package.
+
+    Args:
+        package: one of `PACKAGES`.
+    """
+    yield from {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}[package]()
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Draw what an initialisation makes the same everywhere: the affine of batch norm, and zeros."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm) and layer.affine:
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_(std=0.3)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def images(size: int, samples: int = SAMPLES, channels: int = 3) -> Tensor:
+    """Images of which every channel has a mean of its own."""
+    return torch.randn(samples, channels, size, size) + torch.randn(channels, 1, 1)
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """The loss of a classifier."""
+    return F.cross_entropy(logits_of(output), target)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores, wherever a package puts them."""
+    found: Any = output["logits"] if isinstance(output, Mapping) else output
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def smooth(output: Any, target: Any) -> Tensor:
+    """A loss of any output: smooth, and of no symmetry of normalised values."""
+    return torch.stack([(leaf - 0.5).square().log1p().mean() for leaf in floating(output)]).sum()
+
+
+def sum_of_losses(output: Mapping[str, Tensor], target: Any) -> Tensor:
+    """The loss of a detector, which computes its losses itself."""
+    return torch.stack(list(output.values())).sum()
+
+
+def floating(tree: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    children: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else tree
+    return [leaf for child in children for leaf in floating(child)] if isinstance(children, Iterable) else []
+
+
+def labels(samples: int = SAMPLES) -> Tensor:
+    """A class for every sample."""
+    return torch.randint(CLASSES, (samples,))
+
+
+# timm.
+
+
+def of_timm() -> Iterator[Entry]:
+    """The smallest network with batch norm of every module; of a module that has none, its first network."""
+    import timm
+
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if names:
+            name = smallest(names, partial(_quiet, timm.create_model)) or names[0]
+            yield Entry("timm", module, name, partial(timm_case, name))
+
+
+def smallest(names: Iterable[str], make: Callable[[str], nn.Module]) -> str | None:
+    """The network with batch norm that has the fewest parameters; None where no network has it."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        with torch.device("meta"):
+            try:
+                model = make(name)
+            except Exception:  # a few compute with values while they are made, which meta tensors have not
+                continue
+        if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+            sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    return min(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def timm_case(name: str) -> Case:
+    """A classifier of timm, on images as small as it takes."""
+    import timm
+
+    kwargs: dict[str, Any] = {"num_classes": CLASSES}
+    attempts = [({}, 64), ({}, 96), ({"img_size": 64}, 64), ({"img_size": 128}, 128), ({}, 128), ({}, None)]
+    for more, size in attempts:
+        try:
+            model = _quiet(timm.create_model, name, **kwargs, **more)
+            size = size or model.default_cfg["input_size"][-1]
+            if accepts(model, images(size, samples=2)):
+                return Case(drawn(model), (images(size), labels()), cross_entropy)
+        except TypeError:  # it has no such argument
+            continue
+    raise ValueError(f"{name} takes no images of its own size")
+
+
+def accepts(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model evaluates an input."""
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    except Exception:
+        return False
+    return True
+
+
+def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function without warnings, as of models that are called something else by now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+# torchvision.
+
+
+def of_torchvision() -> Iterator[Entry]:
+    """The smallest model with batch norm of every module, and classifiers prepared for quantisation-aware training."""
+    from torchvision import models
+
+    modules: dict[str, list[str]] = {}
+    for name in models.list_models():
+        modules.setdefault(models.get_model_builder(name).__module__.removeprefix("torchvision.models."), []).append(name)
+    for module, names in sorted(modules.items()):
+        name = smallest(names, partial(torchvision_model, size=64)) or names[0]
+        yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
+    for name in ("quantized_resnet18", "quantized_mobilenet_v2", "quantized_shufflenet_v2_x0_5"):
+        yield Entry("torchvision", "prepare_qat", name, partial(quantisation_aware_case, name))
+
+
+def torchvision_model(name: str, size: int) -> nn.Module:
+    """A model of torchvision. Detectors resize images, to a size that is said when they are made."""
+    from torchvision import models
+
+    module = models.get_model_builder(name).__module__
+    kwargs: dict[str, Any] = {"weights": None}
+    if "optical_flow" not in module:
+        kwargs["num_classes"] = CLASSES
+    if any(part in module for part in ("detection", "segmentation")):
+        kwargs["weights_backbone"] = None
+    if "detection" in module and "ssd" not in module:
+        kwargs |= {"min_size": size, "max_size": size}
+    if name.startswith("maxvit"):
+        kwargs["input_size"] = (224, 224)
+    model: nn.Module = _quiet(models.get_model, name, **kwargs)
+    return model
+
+
+def torchvision_case(name: str, module: str) -> Case:
+    """A model of torchvision with a batch of its kind."""
+    kind, _, _ = module.partition(".")
+    if kind == "detection":
+        model = drawn(Detector(torchvision_model(name, 128)))
+        return Case(model, (detection_inputs(128, 4), torch.zeros(4)), sum_of_losses, 4)
+    model = drawn(torchvision_model(name, 64))
+    if kind == "optical_flow":
+        inputs = {"image1": images(128, 2), "image2": images(128, 2), "num_flow_updates": 2}
+        return Case(model, (inputs, torch.zeros(2)), smooth, 2)
+    if kind == "video":
+        x = torch.randn(SAMPLES, 3, 16 if "s3d" in name else 4, *[224 if "s3d" in name else 32] * 2)
+        return Case(model, (x, labels()), cross_entropy)
+    if kind == "segmentation":
+        return Case(model, (images(64), torch.zeros(SAMPLES)), smooth)
+    size = {"inception_v3": 96, "quantized_inception_v3": 96, "maxvit_t": 224}.get(name, 64)
+    size = size if accepts(model, images(size, samples=2)) else 128
+    loss = smooth if any(part in name for part in ("inception", "googlenet")) else cross_entropy  # auxiliary heads
+    return Case(model.train(), (images(size), labels()), loss)
+
+
+class Detector(nn.Module):
+    """A detector of torchvision on tensors with an entry a sample: a step must see which samples there are."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, **targets: Tensor) -> Any:
+        """The losses."""
+        of_samples = [dict(zip(targets, values, strict=True)) for values in zip(*targets.values(), strict=True)]
+        return self.detector(list(images), of_samples)
+
+
+def detection_inputs(size: int, samples: int) -> dict[str, Tensor]:
+    """Images with two objects each, which have boxes, labels, masks and key points."""
+    corners = torch.rand(samples, 2, 2) * size / 2
+    masks = torch.zeros(samples, 2, size, size, dtype=torch.uint8)
+    masks[..., size // 4 : size // 2, size // 4 : size // 2] = 1
+    points = torch.cat([torch.rand(samples, 2, 17, 2) * size, torch.ones(samples, 2, 17, 1)], -1)
+    return {
+        "images": torch.rand(samples, 3, size, size),
+        "boxes": torch.cat([corners, corners + size / 4 + torch.rand(samples, 2, 2) * size / 4], -1),
+        "labels": torch.randint(1, CLASSES if False else 2, (samples, 2)),
+        "masks": masks,
+        "keypoints": points,
+    }
+
+
+def quantisation_aware_case(name: str) -> Case:
+    """A classifier with fused layers that simulate quantisation while it trains."""
+    from torch.ao import quantization
+    from torchvision.models import get_model
+
+    def prepared() -> nn.Module:
+        model = get_model(name, weights=None, quantize=False, num_classes=CLASSES).train()
+        model.fuse_model(is_qat=True)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        made: nn.Module = quantization.prepare_qat(model)
+        return made
+
+    return Case(drawn(_quiet(prepared)), (images(64), labels()), cross_entropy)
+
+
+# transformers.
+
+
+def of_transformers() -> Iterator[Entry]:
+    """Vision models of random weights, from small configurations."""
+    for name, (config, settings, size) in TRANSFORMERS.items():
+        yield Entry("transformers", config.lower(), name, partial(transformers_case, name, config, settings, size))
+
+
+def transformers_case(name: str, config: str, settings: Mapping[str, Any], size: int) -> Case:
+    """A model of transformers, with a dict as input."""
+    transformers = importlib.import_module("transformers")
+    made = getattr(transformers, f"{config}Config")(**{"num_labels": CLASSES, **resolved(settings)})
+    model = drawn(getattr(transformers, name)(made))
+    classifies = name.endswith("ForImageClassification")
+    return Case(model, ({"pixel_values": images(size)}, labels()), cross_entropy if classifies else smooth)
+
+
+def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with configurations of parts, which are written as (class, settings)."""
+    transformers = importlib.import_module("transformers")
+    return {
+        key: getattr(transformers, f"{value[0]}Config")(**resolved(value[1]))
+        if isinstance(value, tuple) and isinstance(value[0], str)
+        else value
+        for key, value in settings.items()
+    }
+
+
+SMALL_RESNET = ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+                           "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]})
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "ResNetForImageClassification": ("ResNet", SMALL_RESNET[1], 32),
+}

@@ -91,7 +91,8 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 def logits_of(output: Any) -> Tensor:
     """The class scores, wherever a package puts them."""
-    found: Any = output["logits"] if isinstance(output, Mapping) else output
+    found: Any = output.get("logits", output) if isinstance(output, Mapping) else output
+    found = next(iter(found.values())) if isinstance(found, Mapping) else found
     return found if isinstance(found, Tensor) else found[0]
 
 
@@ -109,8 +110,9 @@ def floating(tree: Any) -> list[Tensor]:
     """The floating-point tensors of an output."""
     if isinstance(tree, Tensor):
         return [tree] if tree.is_floating_point() else []
-    children: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else tree
-    return [leaf for child in children for leaf in floating(child)] if isinstance(children, Iterable) else []
+    if isinstance(tree, Mapping):
+        return [leaf for child in tree.values() for leaf in floating(child)]
+    return [leaf for child in tree for leaf in floating(child)] if isinstance(tree, tuple | list) else []
 
 
 def labels(samples: int = SAMPLES) -> Tensor:
@@ -121,8 +123,23 @@ def labels(samples: int = SAMPLES) -> Tensor:
 # timm.
 
 
+# Networks that are built otherwise than the smallest of their module.
+MORE_OF_TIMM = (
+    "gernet_s",
+    "lambda_resnet26t",
+    "mixnet_s",
+    "mobilenetv4_conv_small",
+    "mobileone_s0",
+    "regnety_002",
+    "repvgg_a0",
+    "resnet26d",
+    "seresnext26d_32x4d",
+    "tinynet_e",
+)
+
+
 def of_timm() -> Iterator[Entry]:
-    """The smallest network with batch norm of every module; of a module that has none, its first network."""
+    """The smallest network with batch norm of every module, and some more; of a module that has none, its first one."""
     import timm
 
     for module in timm.list_modules():
@@ -130,6 +147,8 @@ def of_timm() -> Iterator[Entry]:
         if names:
             name = smallest(names, partial(_quiet, timm.create_model)) or names[0]
             yield Entry("timm", module, name, partial(timm_case, name))
+    for name in MORE_OF_TIMM:
+        yield Entry("timm", timm.models.model_entrypoint(name).__module__.split(".")[-1], name, partial(timm_case, name))
 
 
 def smallest(names: Iterable[str], make: Callable[[str], nn.Module]) -> str | None:
@@ -193,6 +212,9 @@ def of_torchvision() -> Iterator[Entry]:
     for module, names in sorted(modules.items()):
         name = smallest(names, partial(torchvision_model, size=64)) or names[0]
         yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
+    for name in ("fasterrcnn_resnet50_fpn_v2", "resnext50_32x4d"):
+        module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+        yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
     for name in ("quantized_resnet18", "quantized_mobilenet_v2", "quantized_shufflenet_v2_x0_5"):
         yield Entry("torchvision", "prepare_qat", name, partial(quantisation_aware_case, name))
 
@@ -209,6 +231,8 @@ def torchvision_model(name: str, size: int) -> nn.Module:
         kwargs["weights_backbone"] = None
     if "detection" in module and "ssd" not in module:
         kwargs |= {"min_size": size, "max_size": size}
+    if "rcnn" in name:
+        kwargs |= {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 16}
     if name.startswith("maxvit"):
         kwargs["input_size"] = (224, 224)
     model: nn.Module = _quiet(models.get_model, name, **kwargs)
@@ -258,7 +282,7 @@ def detection_inputs(size: int, samples: int) -> dict[str, Tensor]:
     return {
         "images": torch.rand(samples, 3, size, size),
         "boxes": torch.cat([corners, corners + size / 4 + torch.rand(samples, 2, 2) * size / 4], -1),
-        "labels": torch.randint(1, CLASSES if False else 2, (samples, 2)),
+        "labels": torch.randint(1, 2, (samples, 2)),
         "masks": masks,
         "keypoints": points,
     }
@@ -293,8 +317,12 @@ def transformers_case(name: str, config: str, settings: Mapping[str, Any], size:
     transformers = importlib.import_module("transformers")
     made = getattr(transformers, f"{config}Config")(**{"num_labels": CLASSES, **resolved(settings)})
     model = drawn(getattr(transformers, name)(made))
+    channels = 4 if name.startswith("VitMatte") else 3
     classifies = name.endswith("ForImageClassification")
-    return Case(model, ({"pixel_values": images(size)}, labels()), cross_entropy if classifies else smooth)
+    inputs = {"pixel_values": images(size, channels=channels)}
+    if name == "GroupViTModel":
+        inputs["input_ids"] = torch.randint(3, 50, (SAMPLES, 8))
+    return Case(model, (inputs, labels()), cross_entropy if classifies else smooth)
 
 
 def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,8 +336,162 @@ def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-SMALL_RESNET = ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
-                           "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]})
+# A configuration and its settings, for a backbone of others: small, and with several feature maps.
+RESNET: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+BACKBONE = ("ResNet", {**RESNET, "out_features": ["stage2", "stage3", "stage4"]})
+DETECTOR_RESNET = ("RTDetrResNet", BACKBONE[1])
+DETECTOR: dict[str, Any] = {
+    "backbone_config": DETECTOR_RESNET,
+    "freeze_backbone_batch_norms": False,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_hidden_dim": 32,
+    "d_model": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "num_queries": 10,
+    "num_denoising": 0,
+}
+PLAIN_TRANSFORMER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 64,
+}
+SEGFORMER: dict[str, Any] = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 2, 2, 2],
+    "decoder_hidden_size": 16,
+    "drop_path_rate": 0.0,
+}
+MOBILEVIT: dict[str, Any] = {
+    "hidden_sizes": [32, 32, 32],
+    "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 48],
+    "num_attention_heads": 2,
+    "image_size": 64,
+}
+LCNET: dict[str, Any] = {"scale": 0.25}
+
+# By class: configuration, its settings, and the length of an image's sides.
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "ResNetForImageClassification": ("ResNet", SMALL_RESNET[1], 32),
+    "BeitForSemanticSegmentation": ("Beit", {**PLAIN_TRANSFORMER, "out_indices": [1, 2, 3, 4], "image_size": 128}, 128),
+    "CvtForImageClassification": ("Cvt", {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
+    "DFineForObjectDetection": (
+        "DFine",
+        {**DETECTOR, "backbone_config": ("HGNetV2", {
+            "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8],
+            "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1],
+            "stage_numb_of_layers": [2, 2, 2, 2], "hidden_sizes": [16, 16, 24, 32], "out_features": ["stage2", "stage3", "stage4"]})},
+        128,
+    ),
+    "DPTForSemanticSegmentation": (
+        "DPT",
+        {**PLAIN_TRANSFORMER, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32],
+         "fusion_hidden_size": 16, "use_batch_norm_in_fusion_residual": True},
+        64,
+    ),
+    "DetrForObjectDetection": (
+        "Detr",
+        {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
+         "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage4"]}), "d_model": 32, "encoder_layers": 1,
+         "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2,
+         "decoder_attention_heads": 2, "num_queries": 10},
+        64,
+    ),
+    "EfficientNetForImageClassification": (
+        "EfficientNet", {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}, 64
+    ),
+    "GLPNForDepthEstimation": ("GLPN", {**SEGFORMER, "decoder_hidden_size": 16}, 64),
+    "GroupViTVisionModel": (
+        "GroupViTVision",
+        {"hidden_size": 32, "intermediate_size": 32, "depths": [1, 1, 1], "num_hidden_layers": 3,
+         "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4], "num_attention_heads": 2, "image_size": 64},
+        64,
+    ),
+    "GroupViTModel": (
+        "GroupViT",
+        {
+            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "depths": [1, 1, 1], "num_hidden_layers": 3,
+                              "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4], "num_attention_heads": 2,
+                              "image_size": 64},
+            "text_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                            "num_attention_heads": 2, "max_position_embeddings": 8},
+            "projection_dim": 16,
+            "projection_intermediate_dim": 32,
+        },
+        64,
+    ),
+    "HGNetV2ForImageClassification": (
+        "HGNetV2",
+        {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8],
+         "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2],
+         "hidden_sizes": [16, 16, 24, 32], "use_learnable_affine_block": True},
+        64,
+    ),
+    "LevitForImageClassification": (
+        "Levit", {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+                  "key_dim": [8, 8, 8], "image_size": 64}, 64
+    ),
+    "LevitForImageClassificationWithTeacher": (
+        "Levit", {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+                  "key_dim": [8, 8, 8], "image_size": 64}, 64
+    ),
+    "MobileNetV1ForImageClassification": ("MobileNetV1", {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1}, 64),
+    "MobileNetV2ForImageClassification": ("MobileNetV2", {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1}, 64),
+    "MobileNetV2ForSemanticSegmentation": ("MobileNetV2", {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1}, 64),
+    "MobileViTForImageClassification": ("MobileViT", MOBILEVIT, 64),
+    "MobileViTForSemanticSegmentation": ("MobileViT", {**MOBILEVIT, "aspp_out_channels": 16}, 64),
+    "MobileViTV2ForImageClassification": ("MobileViTV2", {"width_multiplier": 0.25, "image_size": 64}, 64),
+    "PPLCNetForImageClassification": ("PPLCNet", LCNET, 64),
+    "PPLCNetV3Backbone": ("PPLCNetV3", LCNET, 64),
+    "RTDetrForObjectDetection": ("RTDetr", DETECTOR, 128),
+    "RTDetrV2ForObjectDetection": ("RTDetrV2", DETECTOR, 128),
+    "RegNetForImageClassification": (
+        "RegNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8}, 64
+    ),
+    "ResNetBackbone": BACKBONE + (64,),
+    "ResNetForImageClassification": ("ResNet", RESNET, 64),
+    "SegformerForSemanticSegmentation": ("Segformer", SEGFORMER, 64),
+    "SwiftFormerForImageClassification": (
+        "SwiftFormer", {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64}, 64
+    ),
+    "TextNetForImageClassification": (
+        "TextNet",
+        {"stem_out_channels": 8, "hidden_sizes": [8, 8, 16, 24, 32],
+         "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3], [3, 1]], [[3, 3]]],
+         "conv_layer_strides": [[2], [2, 1], [2, 1], [2]]},
+        64,
+    ),
+    "TimmWrapperForImageClassification": ("TimmWrapper", {"architecture": "test_efficientnet"}, 64),
+    "UperNetForSemanticSegmentation": (
+        "UperNet",
+        {"backbone_config": ("ResNet", {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
+         "hidden_size": 16, "auxiliary_in_channels": 24, "auxiliary_channels": 8},
+        64,
+    ),
+    "VitMatteForImageMatting": (
+        "VitMatte",
+        {"backbone_config": ("VitDet", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                        "num_channels": 4, "image_size": 64, "pretrain_image_size": 64, "out_features": ["stage2"]}),
+         "hidden_size": 32, "convstream_hidden_sizes": [8, 8, 16], "fusion_hidden_sizes": [16, 8, 8, 8]},
+        64,
+    ),
+    "VitPoseForPoseEstimation": (
+        "VitPose",
+        {"backbone_config": ("VitPoseBackbone", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                                 "image_size": [64, 64], "patch_size": [16, 16], "out_indices": [2]}),
+         "use_simple_decoder": False},
+        64,
+    ),
+    "ViTForImageClassification": ("ViT", PLAIN_TRANSFORMER, 64),
 }

@@ -136,7 +136,7 @@ class Clean:
 
     def __call__(self, name: str, call: Call) -> Tensor:
         x = call.x
-        self.shifts[name].append(Shift(*(torch.zeros(x.shape).double().requires_grad_() for _ in Shift._fields)))
+        self.shifts[name].append(Shift(*(torch.zeros_like(x, dtype=torch.float64).requires_grad_() for _ in Shift._fields)))
         move_running_statistics(call, x)
         return normalised(call, x, self.shifts[name][-1])
 

@@ -148,7 +148,9 @@ def of_timm() -> Iterator[Entry]:
             name = smallest(names, partial(_quiet, timm.create_model)) or names[0]
             yield Entry("timm", module, name, partial(timm_case, name))
     for name in MORE_OF_TIMM:
-        yield Entry("timm", timm.models.model_entrypoint(name).__module__.split(".")[-1], name, partial(timm_case, name))
+        yield Entry(
+            "timm", timm.models.model_entrypoint(name).__module__.split(".")[-1], name, partial(timm_case, name)
+        )
 
 
 def smallest(names: Iterable[str], make: Callable[[str], nn.Module]) -> str | None:
@@ -208,7 +210,9 @@ def of_torchvision() -> Iterator[Entry]:
 
     modules: dict[str, list[str]] = {}
     for name in models.list_models():
-        modules.setdefault(models.get_model_builder(name).__module__.removeprefix("torchvision.models."), []).append(name)
+        modules.setdefault(models.get_model_builder(name).__module__.removeprefix("torchvision.models."), []).append(
+            name
+        )
     for module, names in sorted(modules.items()):
         name = smallest(names, partial(torchvision_model, size=64)) or names[0]
         yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
@@ -388,44 +392,97 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "CvtForImageClassification": ("Cvt", {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
     "DFineForObjectDetection": (
         "DFine",
-        {**DETECTOR, "backbone_config": ("HGNetV2", {
-            "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8],
-            "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1],
-            "stage_numb_of_layers": [2, 2, 2, 2], "hidden_sizes": [16, 16, 24, 32], "out_features": ["stage2", "stage3", "stage4"]})},
+        {
+            **DETECTOR,
+            "backbone_config": (
+                "HGNetV2",
+                {
+                    "stem_channels": [3, 8, 8],
+                    "stage_in_channels": [8, 16, 16, 24],
+                    "stage_mid_channels": [8, 8, 8, 8],
+                    "stage_out_channels": [16, 16, 24, 32],
+                    "stage_num_blocks": [1, 1, 1, 1],
+                    "stage_numb_of_layers": [2, 2, 2, 2],
+                    "hidden_sizes": [16, 16, 24, 32],
+                    "out_features": ["stage2", "stage3", "stage4"],
+                },
+            ),
+        },
         128,
     ),
     "DPTForSemanticSegmentation": (
         "DPT",
-        {**PLAIN_TRANSFORMER, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32],
-         "fusion_hidden_size": 16, "use_batch_norm_in_fusion_residual": True},
+        {
+            **PLAIN_TRANSFORMER,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 16, 24, 32],
+            "fusion_hidden_size": 16,
+            "use_batch_norm_in_fusion_residual": True,
+        },
         64,
     ),
     "DetrForObjectDetection": (
         "Detr",
-        {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None,
-         "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage4"]}), "d_model": 32, "encoder_layers": 1,
-         "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2,
-         "decoder_attention_heads": 2, "num_queries": 10},
+        {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage4"]}),
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "num_queries": 10,
+        },
         64,
     ),
     "EfficientNetForImageClassification": (
-        "EfficientNet", {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}, 64
+        "EfficientNet",
+        {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+        64,
     ),
     "GLPNForDepthEstimation": ("GLPN", {**SEGFORMER, "decoder_hidden_size": 16}, 64),
     "GroupViTVisionModel": (
         "GroupViTVision",
-        {"hidden_size": 32, "intermediate_size": 32, "depths": [1, 1, 1], "num_hidden_layers": 3,
-         "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4], "num_attention_heads": 2, "image_size": 64},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "depths": [1, 1, 1],
+            "num_hidden_layers": 3,
+            "num_group_tokens": [8, 4, 0],
+            "num_output_groups": [8, 4, 4],
+            "num_attention_heads": 2,
+            "image_size": 64,
+        },
         64,
     ),
     "GroupViTModel": (
         "GroupViT",
         {
-            "vision_config": {"hidden_size": 32, "intermediate_size": 32, "depths": [1, 1, 1], "num_hidden_layers": 3,
-                              "num_group_tokens": [8, 4, 0], "num_output_groups": [8, 4, 4], "num_attention_heads": 2,
-                              "image_size": 64},
-            "text_config": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-                            "num_attention_heads": 2, "max_position_embeddings": 8},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "depths": [1, 1, 1],
+                "num_hidden_layers": 3,
+                "num_group_tokens": [8, 4, 0],
+                "num_output_groups": [8, 4, 4],
+                "num_attention_heads": 2,
+                "image_size": 64,
+            },
+            "text_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "vocab_size": 50,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 8,
+            },
             "projection_dim": 16,
             "projection_intermediate_dim": 32,
         },
@@ -433,22 +490,55 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "HGNetV2ForImageClassification": (
         "HGNetV2",
-        {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 24], "stage_mid_channels": [8, 8, 8, 8],
-         "stage_out_channels": [16, 16, 24, 32], "stage_num_blocks": [1, 1, 1, 1], "stage_numb_of_layers": [2, 2, 2, 2],
-         "hidden_sizes": [16, 16, 24, 32], "use_learnable_affine_block": True},
+        {
+            "stem_channels": [3, 8, 8],
+            "stage_in_channels": [8, 16, 16, 24],
+            "stage_mid_channels": [8, 8, 8, 8],
+            "stage_out_channels": [16, 16, 24, 32],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "stage_numb_of_layers": [2, 2, 2, 2],
+            "hidden_sizes": [16, 16, 24, 32],
+            "use_learnable_affine_block": True,
+        },
         64,
     ),
     "LevitForImageClassification": (
-        "Levit", {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
-                  "key_dim": [8, 8, 8], "image_size": 64}, 64
+        "Levit",
+        {
+            "hidden_sizes": [32, 48, 64],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "image_size": 64,
+        },
+        64,
     ),
     "LevitForImageClassificationWithTeacher": (
-        "Levit", {"hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
-                  "key_dim": [8, 8, 8], "image_size": 64}, 64
+        "Levit",
+        {
+            "hidden_sizes": [32, 48, 64],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "image_size": 64,
+        },
+        64,
     ),
-    "MobileNetV1ForImageClassification": ("MobileNetV1", {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1}, 64),
-    "MobileNetV2ForImageClassification": ("MobileNetV2", {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1}, 64),
-    "MobileNetV2ForSemanticSegmentation": ("MobileNetV2", {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1}, 64),
+    "MobileNetV1ForImageClassification": (
+        "MobileNetV1",
+        {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1},
+        64,
+    ),
+    "MobileNetV2ForImageClassification": (
+        "MobileNetV2",
+        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
+        64,
+    ),
+    "MobileNetV2ForSemanticSegmentation": (
+        "MobileNetV2",
+        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
+        64,
+    ),
     "MobileViTForImageClassification": ("MobileViT", MOBILEVIT, 64),
     "MobileViTForSemanticSegmentation": ("MobileViT", {**MOBILEVIT, "aspp_out_channels": 16}, 64),
     "MobileViTV2ForImageClassification": ("MobileViTV2", {"width_multiplier": 0.25, "image_size": 64}, 64),
@@ -457,40 +547,76 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "RTDetrForObjectDetection": ("RTDetr", DETECTOR, 128),
     "RTDetrV2ForObjectDetection": ("RTDetrV2", DETECTOR, 128),
     "RegNetForImageClassification": (
-        "RegNet", {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8}, 64
+        "RegNet",
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
+        64,
     ),
-    "ResNetBackbone": BACKBONE + (64,),
+    "ResNetBackbone": (*BACKBONE, 64),
     "ResNetForImageClassification": ("ResNet", RESNET, 64),
     "SegformerForSemanticSegmentation": ("Segformer", SEGFORMER, 64),
     "SwiftFormerForImageClassification": (
-        "SwiftFormer", {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64}, 64
+        "SwiftFormer",
+        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64},
+        64,
     ),
     "TextNetForImageClassification": (
         "TextNet",
-        {"stem_out_channels": 8, "hidden_sizes": [8, 8, 16, 24, 32],
-         "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3], [3, 1]], [[3, 3]]],
-         "conv_layer_strides": [[2], [2, 1], [2, 1], [2]]},
+        {
+            "stem_out_channels": 8,
+            "hidden_sizes": [8, 8, 16, 24, 32],
+            "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3], [3, 1]], [[3, 3]]],
+            "conv_layer_strides": [[2], [2, 1], [2, 1], [2]],
+        },
         64,
     ),
     "TimmWrapperForImageClassification": ("TimmWrapper", {"architecture": "test_efficientnet"}, 64),
     "UperNetForSemanticSegmentation": (
         "UperNet",
-        {"backbone_config": ("ResNet", {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
-         "hidden_size": 16, "auxiliary_in_channels": 24, "auxiliary_channels": 8},
+        {
+            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
+            "hidden_size": 16,
+            "auxiliary_in_channels": 24,
+            "auxiliary_channels": 8,
+        },
         64,
     ),
     "VitMatteForImageMatting": (
         "VitMatte",
-        {"backbone_config": ("VitDet", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                                        "num_channels": 4, "image_size": 64, "pretrain_image_size": 64, "out_features": ["stage2"]}),
-         "hidden_size": 32, "convstream_hidden_sizes": [8, 8, 16], "fusion_hidden_sizes": [16, 8, 8, 8]},
+        {
+            "backbone_config": (
+                "VitDet",
+                {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_channels": 4,
+                    "image_size": 64,
+                    "pretrain_image_size": 64,
+                    "out_features": ["stage2"],
+                },
+            ),
+            "hidden_size": 32,
+            "convstream_hidden_sizes": [8, 8, 16],
+            "fusion_hidden_sizes": [16, 8, 8, 8],
+        },
         64,
     ),
     "VitPoseForPoseEstimation": (
         "VitPose",
-        {"backbone_config": ("VitPoseBackbone", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                                                 "image_size": [64, 64], "patch_size": [16, 16], "out_indices": [2]}),
-         "use_simple_decoder": False},
+        {
+            "backbone_config": (
+                "VitPoseBackbone",
+                {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": [64, 64],
+                    "patch_size": [16, 16],
+                    "out_indices": [2],
+                },
+            ),
+            "use_simple_decoder": False,
+        },
         64,
     ),
     "ViTForImageClassification": ("ViT", PLAIN_TRANSFORMER, 64),

@@ -81,21 +81,21 @@ class Groups(NamedTuple):
     """Ghost groups: sample i is in group i mod G.
 
     Attributes:
-        count: G.
+        number: G.
         samples: in the batch.
         consecutive: whether the rows of a sample follow one another, where there are several.
     """
 
-    count: int
+    number: int
     samples: int
     consecutive: bool = False
 
     def of_rows(self, name: str, x: Tensor) -> Tensor:
         """The group of every row of a layer's input."""
         each = len(x) // self.samples
-        if self.count > 1 and (len(x) % self.samples or (each > 1 and not self.consecutive)):
+        if self.number > 1 and (len(x) % self.samples or (each > 1 and not self.consecutive)):
             raise RowsError(f"layer {name!r} sees {len(x)} rows of {self.samples} samples")
-        return torch.tensor([row // max(each, 1) % self.count for row in range(len(x))])
+        return torch.tensor([row // max(each, 1) % self.number for row in range(len(x))])
 
 
 def normalised(call: Call, x: Tensor, shift: Shift) -> Tensor:
@@ -135,8 +135,11 @@ class Clean:
         self.shifts: dict[str, list[Shift]] = {name: [] for name in layers}
 
     def __call__(self, name: str, call: Call) -> Tensor:
+        """What a layer computes."""
         x = call.x
-        self.shifts[name].append(Shift(*(torch.zeros_like(x, dtype=torch.float64).requires_grad_() for _ in Shift._fields)))
+        self.shifts[name].append(
+            Shift(*(torch.zeros_like(x, dtype=torch.float64).requires_grad_() for _ in Shift._fields))
+        )
         move_running_statistics(call, x)
         return normalised(call, x, self.shifts[name][-1])
 
@@ -152,8 +155,9 @@ class Perturbed:
         self.delta, self.groups = delta, groups
 
     def __call__(self, name: str, call: Call) -> Tensor:
+        """What a layer computes."""
         shift = Shift(*(per_channel(part.detach().double(), call.x) for part in self.delta[name]))
-        return in_groups(call, [shift] * self.groups.count, self.groups.of_rows(name, call.x))
+        return in_groups(call, [shift] * self.groups.number, self.groups.of_rows(name, call.x))
 
 
 class Mixed:
@@ -164,7 +168,8 @@ class Mixed:
         self.delta, self.groups, self.clean = delta, groups, clean
 
     def __call__(self, name: str, call: Call) -> Tensor:
-        of_groups = self.zero[name] + [Shift(*map(Tensor.detach, self.delta[name]))] * (self.groups.count - self.clean)
+        """What a layer computes."""
+        of_groups = self.zero[name] + [Shift(*map(Tensor.detach, self.delta[name]))] * (self.groups.number - self.clean)
         shifts = [Shift(*(per_channel(part.double(), call.x) for part in shift)) for shift in of_groups]
         of_rows = self.groups.of_rows(name, call.x)
         move_running_statistics(call, call.x[of_rows < self.clean])
@@ -241,7 +246,9 @@ def two_passes(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], delta: S
     proxy_grads = {name: next(found) for name in params}
     by_value = {name: [Shift(next(found), next(found)) for _ in calls] for name, calls in clean.shifts.items()}
     stat_grads = {name: summed(calls, layers[name]) for name, calls in by_value.items()}
-    terms = {name: summed([Shift(*map(Tensor.abs, g)) for g in calls], layers[name]) for name, calls in by_value.items()}
+    terms = {
+        name: summed([Shift(*map(Tensor.abs, g)) for g in calls], layers[name]) for name, calls in by_value.items()
+    }
     with computing(model, Perturbed(delta, groups)):
         adversarial_loss = loss_of(model, loss_fn, batch)
     adversarial = gradients_of(adversarial_loss, list(params.values()))
@@ -274,12 +281,14 @@ def one_pass(
         RowsError: a layer sees other than one row a sample.
     """
     model = copy.deepcopy(model)
-    params, layers, share = trained(model), training_layers(model), clean / groups.count
+    params, layers, share = trained(model), training_layers(model), clean / groups.number
     mixed = Mixed(layers, delta, groups, clean)
     with computing(model, mixed):
         if apart:
             output, target = run(model, batch[0]), fresh(batch[1])
-            of_kinds = [[i for i in range(groups.samples) if (i % groups.count < clean) is kind] for kind in (True, False)]
+            of_kinds = [
+                [i for i in range(groups.samples) if (i % groups.number < clean) is kind] for kind in (True, False)
+            ]
             loss, second = (loss_fn(pick(output, rows), pick(target, rows)) for rows in of_kinds)
             total = share * loss + (1 - share) * second
         else:
@@ -323,7 +332,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients_of(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """d loss / d leaf; zero where the loss does not depend on it."""
+    """The gradient by each leaf; zero where the loss does not depend on it."""
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 

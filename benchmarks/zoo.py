@@ -1,7 +1,7 @@
 """Whether the library is right on networks that people use: all forms of a step, against a definition.
 
     python benchmarks/zoo.py --models levit_128s resnet18 --name some
-    python benchmarks/zoo.py && python benchmarks/zoo_page.py
+    nice python benchmarks/zoo.py && python benchmarks/zoo_page.py
 
 For every entry of `catalogue.py` a step is taken by the functional step of two passes, by the functional step of one
 pass, and by both contexts of the drop-in, and again by `definition.py`, given the same δ. What is recorded is how far
@@ -11,56 +11,22 @@ norm, and which do not train at all. `docs/zoo.md` says what came out.
 
 from __future__ import annotations
 
-import copy
 import gc
-import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from typing import Any
 
-import definition
-import numpy as np
 import torch
-from catalogue import PACKAGES, Case, Entry, entries
+from agreement import KINDS, against_definition, described, in_dtype, plain_step, seeded
+from catalogue import PACKAGES, Entry, entries
 from common import Rounds, Row, Sheet, run_script
-from definition import Shift, trained, training_layers
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from apart_func import (
-    APART,
-    AdversarialOutput,
-    ApartError,
-    Perturbation,
-    adversarial_pass,
-    functionalize,
-    make_apart_step,
-    make_one_pass_step,
-    split_state,
-)
-
-RADIUS = 0.1
-GROUPS = 2
-CLEAN = 1
-FORMS = ("two passes", "drop-in", "one pass", "one-pass drop-in")
-
-# A statistic gradient is taken for zero where the terms that it is the sum of cancel to ten digits. Between those that
-# cancel to the last digit of float64 and those that do not there is nothing: the largest of the former are 1e-13 of
-# their terms, the smallest of the latter 1e-6.
-CANCELS = 1e-10
-# Below this the sign of a statistic gradient is left out of the comparison of signs.
-CLEAR = 1e-6
-# Largest ‖difference‖/‖expected‖ of a tensor, where the norm of the definition's is taken as no less than this share
-# of the largest one's: the gradient of a bias in front of batch norm is zero.
-LEAST_NORM = 1e-4
-# Rounding of float64 in another order, as far as networks of two hundred layers enlarge it; and that of float32, to
-# which some networks convert their activations whatever they are given.
-TOLERANCE = {"float64": 1e-7, "float32": 2e-2}
+from definition import training_layers
 
 
 class TooLongError(BaseException):
@@ -85,34 +51,6 @@ class Settings(Rounds):
     rounds: int = 1
     threads: int = 1
     device: str = "cpu"
-
-
-class Taken(NamedTuple):
-    """A step that the library has taken.
-
-    Attributes:
-        grads: by parameter.
-        stat_grads: ∂L_p/∂δ by layer.
-        buffers: after the step.
-        perturbation: δ, of this step where it has two passes, of the next where it has one.
-    """
-
-    grads: Mapping[str, Tensor]
-    stat_grads: Mapping[str, Any]
-    buffers: Mapping[str, Tensor]
-    perturbation: Mapping[str, Perturbation]
-
-
-class Options(NamedTuple):
-    """How a step is taken.
-
-    Attributes:
-        groups: ghost groups.
-        rows: how rows belong to samples.
-    """
-
-    groups: int = GROUPS
-    rows: Any = None
 
 
 def measure(settings: Settings) -> Iterator[Row]:
@@ -178,320 +116,14 @@ def compared(entry: Entry, settings: Settings) -> Row:
         return row | {"outcome": "too large", "reason": f"{parameters / 1e6:.0f} million parameters"}
     reasons = {}
     for dtype in (torch.float64, torch.float32):
-        typed = replace_dtype(case, dtype)
+        typed = in_dtype(case, dtype)
         try:
             plain = plain_step(typed)
         except Exception as error:
-            reasons[name_of(dtype)] = described(error)
+            reasons[dtype] = described(error)
             continue
-        return row | {"dtype": name_of(dtype), "float64": reasons.get("float64")} | against_definition(typed, plain)
-    return row | {"outcome": "fails", "reason": f"plain training fails: {reasons['float32']}"}
-
-
-def against_definition(case: Case, plain: Plain) -> Row:
-    """Take a step in every form, and compare it with the definition."""
-    options, taken, refused = most_of(case)
-    precision = "float64" if plain.is_double else "float32"
-    row: Row = {"precision": precision, "groups": options.groups, "rows": options.rows, "refused": refused}
-    if "two passes" not in taken:
-        return row | {"outcome": "refused"}
-    groups = definition.Groups(options.groups, case.samples, options.rows == "consecutive")
-    errors: dict[str, dict[str, float]] = {}
-    delta = taken["two passes"].perturbation
-    steps: dict[str, definition.Step] = {}
-    for form in taken:
-        if form in ("two passes", "drop-in"):
-            same = steps and same_shifts(delta, taken[form].perturbation)
-            at = taken[form].perturbation
-            steps[form] = steps["two passes"] if same else defined(case, at, groups)
-        else:
-            apart = "one pass" in taken
-            steps[form] = steps["one pass"] if form != "one pass" and apart else defined(case, delta, groups, apart)
-        errors[form] = errors_of(taken[form], steps[form])
-    first = steps["two passes"]
-    errors["plain"] = {
-        "gradients": largest_error(first.proxy_grads, plain.grads),
-        "running statistics": largest_error(moving(first.buffers), moving(plain.buffers)),
-    }
-    wrong = {form: wrong_signs(taken[form], first) for form in taken if form in ("two passes", "drop-in")}
-    worst = max(error for of_form in errors.values() for error in of_form.values())
-    agrees = worst <= TOLERANCE[precision] and not any(wrong.values())
-    return row | {
-        "outcome": "compared" if agrees else "DIFFERS",
-        "errors": errors,
-        "wrong_signs": wrong,
-        **(cancelled(case, taken["two passes"], first, options) if case_dtype(case) is torch.float64 else {}),
-    }
-
-
-# The forms of the library.
-
-
-def most_of(case: Case) -> tuple[Options, dict[str, Taken], dict[str, str]]:
-    """Take a step in all forms, with settings that are not refused where there are some."""
-    tried = [Options(), Options(rows="consecutive"), Options(groups=1)]
-    found: dict[str, Taken] = {}
-    refused: dict[str, str] = {}
-    for options in tried:
-        found, again = all_forms(case, options)
-        refused = {**again, **({} if options == Options() else {"two groups": refused.get("two passes", refused.get("two groups", ""))})}
-        if "two passes" in found or "rows=" not in again["two passes"]:
-            break
-    return options, found, {form: message for form, message in refused.items() if message}
-
-
-def all_forms(case: Case, options: Options) -> tuple[dict[str, Taken], dict[str, str]]:
-    """A step in every form, and the errors of those that refuse."""
-    taken: dict[str, Taken] = {}
-    refused: dict[str, str] = {}
-    for form in FORMS:
-        seeded()
-        try:
-            taken[form] = STEPS[form](case, options, taken)
-        except ApartError as error:
-            refused[form] = described(error)
-            if form == "two passes":
-                break
-    return taken, refused
-
-
-def functional(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
-    """The functional step."""
-    step = make_apart_step(case.model, case.loss_fn, epsilon=RADIUS, groups=options.groups, rows=options.rows)
-    out = step(*split_state(case.model), case.batch)
-    return Taken(out.grads, out.stat_grads, buffers_of(case, out.buffers), out.perturbation)
-
-
-def functional_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
-    """The functional step of one pass, at the δ that the step of two passes has found."""
-    step = make_one_pass_step(case.model, case.loss_fn, epsilon=RADIUS, groups=options.groups, rows=options.rows)
-    out = step(*split_state(case.model), case.batch, before["two passes"].perturbation)
-    return Taken(out.grads, out.stat_grads, buffers_of(case, out.buffers), out.perturbation)
-
-
-def drop_in(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
-    """Both passes of a loop with `backward()`."""
-    model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
-    for context in (apart.to_proxy, apart.to_adver):
-        with context():
-            (0.5 * definition.loss_of(model, case.loss_fn, case.batch)).backward()
-    stat_grads = {layer: Shift(*(2 * part for part in g)) for layer, g in apart.stat_grads.items()}
-    return Taken(left_in(model), stat_grads, dict(model.named_buffers()), apart.perturbation)
-
-
-def drop_in_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
-    """The one pass of a loop with `backward()`, at the δ that the step of two passes has found."""
-    model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
-    apart.load_state_dict({"perturbation": {k: tuple(v) for k, v in before["two passes"].perturbation.items()}})
-    with apart.one_pass():
-        definition.loss_of(model, case.loss_fn, case.batch).backward()
-    apart.state_dict()  # finds the next perturbation
-    return Taken(left_in(model), apart.stat_grads, dict(model.named_buffers()), apart.perturbation)
-
-
-STEPS: dict[str, Callable[[Case, Options, Mapping[str, Taken]], Taken]] = {
-    "two passes": functional,
-    "drop-in": drop_in,
-    "one pass": functional_one_pass,
-    "one-pass drop-in": drop_in_one_pass,
-}
-
-
-def buffers_of(case: Case, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers of a step, without the frozen parameters, which it returns with them."""
-    return {name: buffers[name] for name, _ in case.model.named_buffers()}
-
-
-def left_in(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that `backward()` has left, zero where there are none."""
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained(model).items()}
-
-
-# What they are compared with.
-
-
-class Plain(NamedTuple):
-    """A step of plain training, by PyTorch.
-
-    Attributes:
-        grads: by parameter.
-        buffers: after it.
-        is_double: whether all of the forward was in float64.
-    """
-
-    grads: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    is_double: bool
-
-
-class _Dtypes(TorchDispatchMode):
-    """Notes whether an operator made a tensor that is less precise than float64, and no constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_double = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dtype in (torch.float32, torch.float16, torch.bfloat16) and out.dim():
-            self.is_double = False
-        return out
-
-
-def plain_step(case: Case) -> Plain:
-    """Train as everybody does."""
-    seeded()
-    model, dtypes = copy.deepcopy(case.model), _Dtypes()
-    with dtypes:
-        loss = definition.loss_of(model, case.loss_fn, case.batch)
-    loss.backward()
-    return Plain(left_in(model), dict(model.named_buffers()), dtypes.is_double)
-
-
-def defined(
-    case: Case, delta: Mapping[str, Any], groups: definition.Groups, apart: bool | None = None
-) -> definition.Step:
-    """A step by the definition: of two passes, or of one."""
-    seeded()
-    shifts = {name: Shift(*pair) for name, pair in delta.items()}
-    if apart is None:
-        return definition.two_passes(case.model, case.loss_fn, case.batch, shifts, groups)
-    return definition.one_pass(case.model, case.loss_fn, case.batch, shifts, groups, CLEAN, apart)
-
-
-def errors_of(taken: Taken, step: definition.Step) -> dict[str, float]:
-    """How far a step is from the definition's."""
-    return {
-        "gradients": largest_error(taken.grads, step.grads),
-        "statistic gradients": largest_error(flat(taken.stat_grads), flat(step.stat_grads)),
-        "running statistics": largest_error(moving(taken.buffers), moving(step.buffers)),
-    }
-
-
-def largest_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative error of a tensor; infinite where names, shapes or integers differ, or a value is none."""
-    if actual.keys() != expected.keys() or any(actual[name].shape != expected[name].shape for name in expected):
-        return float("inf")
-    real = {name for name, value in expected.items() if value.is_floating_point() or value.is_complex()}
-    if not all(torch.equal(actual[name], expected[name]) for name in expected.keys() - real):
-        return float("inf")
-    norms = {name: expected[name].detach().norm().item() for name in real}
-    least = LEAST_NORM * max(norms.values(), default=0.0)
-    errors = [
-        (actual[name].detach() - expected[name].detach()).norm().item() / (max(norms[name], least) or 1.0)
-        for name in real
-    ]
-    return max((error if error == error else float("inf") for error in errors), default=0.0)
-
-
-def moving(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Buffers that a step may change: all but those of which nobody says how they are counted."""
-    return {name: buffer for name, buffer in buffers.items() if "observer" not in name or buffer.isfinite().all()}
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A tree by layer as one by layer and statistic."""
-    return {f"{layer}.{kind}": part for layer, pair in tree.items() for kind, part in zip("μσ", pair, strict=True)}
-
-
-def same_shifts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two perturbations are the same."""
-    return all(torch.equal(part, flat(other)[name]) for name, part in flat(one).items())
-
-
-def wrong_signs(taken: Taken, step: definition.Step) -> int:
-    """How many components of δ are not ε · sign(g), where the sign of g is no matter of rounding."""
-    terms, found = flat(step.terms), flat(taken.perturbation)
-    wrong = 0
-    for name, g in flat(step.stat_grads).items():
-        clear = g.abs() > CLEAR * terms[name]
-        expected = torch.tensor(RADIUS, dtype=found[name].dtype) * g.sign()
-        wrong += int((found[name] != expected.to(found[name].dtype))[clear].sum())
-    return wrong
-
-
-# Statistic gradients that are zero but for rounding.
-
-
-def cancelled(case: Case, taken: Taken, step: definition.Step, options: Options) -> Row:
-    """How many there are, and what their random signs do to the gradient of the second pass.
-
-    Args:
-        case: in float64.
-        taken: the step of two passes.
-        step: the same by the definition.
-        options: of the step.
-
-    Returns:
-        Their share; the change of the second pass's gradient where they alone are perturbed, where they alone are not,
-        and where as many others, drawn by lot, are not.
-    """
-    gradients, terms, delta = flat(taken.stat_grads), flat(step.terms), flat(taken.perturbation)
-    zero = {name: (g != 0) & (g.abs() <= CANCELS * terms[name]) for name, g in gradients.items()}
-    count, total = (sum(int(kind(part)) for part in zero.values()) for kind in (torch.sum, torch.numel))
-    row: Row = {"cancelled": count / total}
-    if not count:
-        return row
-    seeded()
-    others = {name: ~part & (torch.rand(part.shape) < count / (total - count)) for name, part in zero.items()}
-    fmodel, state = functionalize(case.model), split_state(case.model)
-
-    def pass_at(flat_delta: Mapping[str, Tensor]) -> AdversarialOutput:
-        seeded()
-        tree = {name: Perturbation(flat_delta[f"{name}.μ"], flat_delta[f"{name}.σ"]) for name in taken.perturbation}
-        rows, groups = options.rows, options.groups
-        return adversarial_pass(fmodel, case.loss_fn, *state, case.batch, tree, groups=groups, rows=rows)
-
-    nothing = pass_at({name: 0 * part for name, part in delta.items()})
-    alone = pass_at({name: part * zero[name] for name, part in delta.items()})
-    everything = pass_at(delta)
-    without = pass_at({name: part * ~zero[name] for name, part in delta.items()})
-    without_others = pass_at({name: part * ~others[name] for name, part in delta.items()})
-    return row | {
-        "alone": distance(alone.grads, nothing.grads),
-        "without": distance(without.grads, everything.grads),
-        "without_others": distance(without_others.grads, everything.grads),
-        "rises": [(each.loss - nothing.loss).item() for each in (alone, everything, without, without_others)],
-    }
-
-
-def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """‖one − other‖/‖other‖ over all tensors together."""
-    difference = sum((one[name] - other[name]).square().sum().item() for name in other)
-    return float((difference / sum(tensor.square().sum().item() for tensor in other.values())) ** 0.5)
-
-
-# Small things.
-
-
-def seeded() -> None:
-    """Begin all sources of random numbers anew: dropout draws the same masks in every form."""
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-
-
-def replace_dtype(case: Case, dtype: torch.dtype) -> Case:
-    """The same case in another precision."""
-    batch = definition.mapped(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, list(case.batch))
-    return case._replace(model=copy.deepcopy(case.model).to(dtype), batch=tuple(batch))
-
-
-def case_dtype(case: Case) -> torch.dtype:
-    """The precision of a case."""
-    return next(parameter.dtype for parameter in case.model.parameters() if parameter.is_floating_point())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def described(error: Exception) -> str:
-    """Class and message of an error, as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        return row | {"float64": reasons.get(torch.float64, "")} | against_definition(typed, plain)
+    return row | {"outcome": "fails", "reason": f"plain training fails: {reasons[torch.float32]}"}
 
 
 def sheets(content: Mapping[str, Any]) -> list[Sheet]:
@@ -501,10 +133,118 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
         content: what was recorded.
 
     Returns:
-        What was compared, by package; and the rest.
+        A summary; what was compared, by package; what was refused; all others; and what rounding decides.
     """
     rows = content["rows"]
-    return [Sheet("compared", ["m"], [[row["model"]+" "+row["outcome"]] for row in rows])]
+    kinds = {
+        "what was tried": summary(rows),
+        **{package: compared_lines(rows, package) for package in PACKAGES},
+        "refused": [[row["model"], form, error] for row in rows for form, error in row.get("refused", {}).items()],
+        "not compared": [
+            [row["model"], row["family"], row["outcome"], row.get("reason", "")]
+            for row in rows
+            if row["outcome"] not in ("compared", "DIFFERS", "refused")
+        ],
+        "statistic gradients that are zero but for rounding": cancelled_lines(rows),
+    }
+    return [Sheet(title, COLUMNS.get(title, COMPARED), lines) for title, lines in kinds.items() if lines]
+
+
+COMPARED = (
+    "model",
+    "module",
+    "BN layers",
+    "gradients",
+    "statistic gradients",
+    "running statistics",
+    "one pass",
+    "settings",
+    "zero but for rounding",
+)
+COLUMNS = {
+    "what was tried": (
+        "package",
+        "models",
+        "compared",
+        "differ",
+        "no batch norm",
+        "refused",
+        "others",
+        "largest error",
+    ),
+    "refused": ("model", "form", "error"),
+    "not compared": ("model", "module", "outcome", "reason"),
+    "statistic gradients that are zero but for rounding": (
+        "model",
+        "share",
+        "alone",
+        "without them",
+        "without as many others",
+        "rise of the loss, with / without them",
+    ),
+}
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    """How many models there are of every outcome, by package."""
+    lines = []
+    for package in PACKAGES:
+        of_package = [row for row in rows if row["package"] == package]
+        outcomes = Counter(row["outcome"] for row in of_package)
+        named = [outcomes.pop(outcome, 0) for outcome in ("compared", "DIFFERS", "no batch norm", "refused")]
+        errors = [worst(row, kind) for row in of_package if "errors" in row for kind in KINDS]
+        if of_package:
+            largest = format_error(max(errors, default=0.0))
+            lines.append([package, *map(str, [len(of_package), *named, sum(outcomes.values())]), largest])
+    return lines
+
+
+def compared_lines(rows: Sequence[Row], package: str) -> list[list[str]]:
+    """A line for every model of a package that was compared."""
+    return [
+        [
+            row["model"] + (" **differs**" if row["outcome"] == "DIFFERS" else ""),
+            row["family"],
+            str(row["layers"]),
+            *(format_error(worst(row, kind)) for kind in KINDS),
+            "refused" if "one pass" in row["refused"] else "yes",
+            settings_of(row),
+            f"{row['cancelled']:.1%}" if "cancelled" in row else "",
+        ]
+        for row in rows
+        if row["package"] == package and "errors" in row
+    ]
+
+
+def cancelled_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for every model that has such gradients, those with the largest share first."""
+    found = sorted((row for row in rows if row.get("cancelled")), key=lambda row: -row["cancelled"])
+    return [
+        [
+            row["model"],
+            f"{row['cancelled']:.2%}",
+            *(f"{row[key]:.1e}" for key in ("alone", "without", "without_others")),
+            f"{row['rises'][1]:.4f} / {row['rises'][2]:.4f}",
+        ]
+        for row in found
+    ]
+
+
+def worst(row: Row, kind: str) -> float:
+    """The largest error of a kind, over all forms."""
+    return max(float(of_form[kind]) for of_form in row["errors"].values() if kind in of_form)
+
+
+def settings_of(row: Row) -> str:
+    """What had to be set for a model."""
+    said = [f"rows={row['rows']!r}"] if row["rows"] else []
+    said += ["one group"] if row["groups"] == 1 else []
+    return ", ".join(said + (["float32"] if row["float64"] else ["float32 inside"] * (row["precision"] == "float32")))
+
+
+def format_error(error: float) -> str:
+    """A relative error."""
+    return f"{error:.0e}"
 
 
 if __name__ == "__main__":

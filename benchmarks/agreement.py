@@ -21,6 +21,7 @@ from catalogue import Case
 from common import Row
 from definition import Shift, trained
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apart_func import (
@@ -375,7 +376,11 @@ def seeded() -> None:
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """The same case in another precision."""
     batch = definition.mapped(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, list(case.batch))
-    return case._replace(model=copy.deepcopy(case.model).to(dtype), batch=tuple(batch))
+    model = copy.deepcopy(case.model).to(dtype)
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeBase):  # it takes a step of quantisation in single precision alone
+            module.scale = module.scale.float()
+    return case._replace(model=model, batch=tuple(batch))
 
 
 def dtype_of(case: Case) -> torch.dtype:

@@ -48,13 +48,13 @@ class Entry(NamedTuple):
         package: that it is in.
         family: module that it is in.
         name: its own.
-        make: the model with its batch.
+        make: the model with its batch; None where no model of the family has batch norm.
     """
 
     package: str
     family: str
     name: str
-    make: Callable[[], Case]
+    make: Callable[[], Case] | None
 
 
 def entries(package: str) -> Iterator[Entry]:
@@ -139,14 +139,14 @@ MORE_OF_TIMM = (
 
 
 def of_timm() -> Iterator[Entry]:
-    """The smallest network with batch norm of every module, and some more; of a module that has none, its first one."""
+    """The smallest network with batch norm of every module, and some more; a module without stands for all of it."""
     import timm
 
     for module in timm.list_modules():
         names = timm.list_models(module=module)
         if names:
-            name = smallest(names, partial(_quiet, timm.create_model)) or names[0]
-            yield Entry("timm", module, name, partial(timm_case, name))
+            name = smallest(names, partial(_quiet, timm.create_model))
+            yield Entry("timm", module, name or f"all {len(names)}", partial(timm_case, name) if name else None)
     for name in MORE_OF_TIMM:
         yield Entry(
             "timm", timm.models.model_entrypoint(name).__module__.split(".")[-1], name, partial(timm_case, name)
@@ -214,8 +214,9 @@ def of_torchvision() -> Iterator[Entry]:
             name
         )
     for module, names in sorted(modules.items()):
-        name = smallest(names, partial(torchvision_model, size=64)) or names[0]
-        yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
+        name = smallest(names, partial(torchvision_model, size=64))
+        make = partial(torchvision_case, name, module) if name else None
+        yield Entry("torchvision", module, name or f"all {len(names)}", make)
     for name in ("fasterrcnn_resnet50_fpn_v2", "resnext50_32x4d"):
         module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
         yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
@@ -300,11 +301,13 @@ def quantisation_aware_case(name: str) -> Case:
     def prepared() -> nn.Module:
         model = get_model(name, weights=None, quantize=False, num_classes=CLASSES).train()
         model.fuse_model(is_qat=True)
-        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm", version=0)
         made: nn.Module = quantization.prepare_qat(model)
         return made
 
-    return Case(drawn(_quiet(prepared)), (images(64), labels()), cross_entropy)
+    model, x = drawn(_quiet(prepared)), images(64)
+    _quiet(model, x)  # observers know their shapes after a first forward
+    return Case(model, (x, labels()), cross_entropy)
 
 
 # transformers.

@@ -1,0 +1,66 @@
+"""Write the tables of docs/zoo.md from what `zoo.py` recorded; the text around them stays.
+
+python benchmarks/zoo_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from common import RESULTS, Sheet, markdown, where
+from zoo import sheets
+
+# <!-- table: timm --> and <!-- end -->, and what is between them.
+TABLE = re.compile(r"(<!-- table: (?P<title>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is rendered.
+
+    Attributes:
+        results: what was recorded.
+        page: whose tables are replaced.
+    """
+
+    results: Path = RESULTS / "zoo-cpu.json"
+    page: Path = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
+
+
+def rendered(page: str, content: Mapping[str, Any]) -> str:
+    """A page with the tables of a result.
+
+    Args:
+        page: with marks for tables, by title; "machine" is what the result was recorded with.
+        content: what was recorded.
+    """
+    made = {sheet.title: table(sheet) for sheet in sheets(content)}
+    made["machine"] = f"`{content['command']}` on {where(content['environment'])}.\n"
+    return TABLE.sub(lambda found: found[1] + made.get(found["title"], "None.\n") + found[3], page)
+
+
+def table(sheet: Sheet) -> str:
+    """A table without its title, which the page has as a heading."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in sheet.lines]
+    return markdown(sheet._replace(lines=lines)).partition("\n\n")[2]
+
+
+def main(settings: Settings) -> None:
+    """Write the page.
+
+    Args:
+        settings: from the command line.
+    """
+    content = json.loads(settings.results.read_text(encoding="utf-8"))
+    settings.page.write_text(rendered(settings.page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    print(settings.page)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -49,7 +49,8 @@ bench: .venv/ready
 # core. It writes the tables of docs/zoo.md.
 zoo: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[zoo]'
-	nice $(RUN) benchmarks/zoo.py
+	for package in timm torchvision transformers; do \
+		nice $(RUN) benchmarks/zoo.py --packages $$package --name $$package || exit 1; done
 	$(RUN) benchmarks/zoo_page.py
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of

@@ -1,7 +1,7 @@
 """Whether the library is right on networks that people use: all forms of a step, against a definition.
 
     python benchmarks/zoo.py --models levit_128s resnet18 --name some
-    nice python benchmarks/zoo.py && python benchmarks/zoo_page.py
+    python benchmarks/zoo.py --packages timm --name timm && python benchmarks/zoo_page.py
 
 For every entry of `catalogue.py` a step is taken by the functional step of two passes, by the functional step of one
 pass, and by both contexts of the drop-in, and again by `definition.py`, given the same δ. What is recorded is how far

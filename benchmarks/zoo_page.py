@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,24 @@ class Settings:
     """What is rendered.
 
     Attributes:
-        results: what was recorded.
+        results: folder of what was recorded.
         page: whose tables are replaced.
     """
 
-    results: Path = RESULTS / "zoo-cpu.json"
+    results: Path = RESULTS
     page: Path = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
 
 
-def rendered(page: str, content: Mapping[str, Any]) -> str:
-    """A page with the tables of a result.
+def rendered(page: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the tables of some results.
 
     Args:
-        page: with marks for tables, by title; "machine" is what the result was recorded with.
-        content: what was recorded.
+        page: with marks for tables, by title; "machine" is what the results were recorded with.
+        results: what was recorded, package by package.
     """
-    made = {sheet.title: table(sheet) for sheet in sheets(content)}
-    made["machine"] = f"`{content['command']}` on {where(content['environment'])}.\n"
+    rows = [row for content in results for row in content["rows"]]
+    made = {sheet.title: table(sheet) for sheet in sheets({"rows": rows})}
+    made["machine"] = "".join(f"- `{each['command']}` on {where(each['environment'])}\n" for each in results)
     return TABLE.sub(lambda found: found[1] + made.get(found["title"], "None.\n") + found[3], page)
 
 
@@ -51,14 +52,19 @@ def table(sheet: Sheet) -> str:
     return markdown(sheet._replace(lines=lines)).partition("\n\n")[2]
 
 
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """What was recorded of every package."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("zoo-cpu-*.json"))]
+
+
 def main(settings: Settings) -> None:
     """Write the page.
 
     Args:
         settings: from the command line.
     """
-    content = json.loads(settings.results.read_text(encoding="utf-8"))
-    settings.page.write_text(rendered(settings.page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    page = settings.page.read_text(encoding="utf-8")
+    settings.page.write_text(rendered(page, recorded(settings.results)), encoding="utf-8")
     print(settings.page)
 
 

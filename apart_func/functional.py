@@ -548,6 +548,6 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, 
             raise StateError(f"{name!r} is a {type(tensor).__name__}; expected a tensor of shape {shape}.")
         if tensor.shape != shape:
             raise StateError(
-                f"{name!r} has shape {tuple(tensor.shape)}, and the model expects {shape}. A buffer that takes its shape "
-                "in a first forward, as of observers of quantisation, has it after one: run one first."
+                f"{name!r} has shape {tuple(tensor.shape)}, and the model expects {shape}. A buffer that takes its "
+                "shape in a first forward, as of observers of quantisation, has it after one: run one first."
             )

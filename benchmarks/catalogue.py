@@ -189,12 +189,16 @@ TIMM = (
     "gernet_s",
     "lambda_resnet26t",
     "mixnet_s",
+    "mnasnet_small",
+    "mobilenetv2_035",
     "mobilenetv4_conv_small",
     "mobileone_s0",
     "regnety_002",
     "repvgg_a0",
     "resnet26d",
     "seresnext26d_32x4d",
+    "semnasnet_075",
+    "tf_mobilenetv3_small_minimal_100",
     "tinynet_e",
 )
 # Where it is not the smallest that a network takes, or more than is needed.
@@ -320,8 +324,8 @@ def torchvision_case(name: str, module: str) -> Case:
     """A model of torchvision with a batch of its kind."""
     kind, _, _ = module.partition(".")
     if kind == "detection":
-        model = drawn(Detector(torchvision_model(name, 128)))
-        return Case(model, (detection_inputs(128, 4), torch.zeros(4)), sum_of_losses, 4)
+        model = drawn(Detector(torchvision_model(name, 64)))
+        return Case(model, (detection_inputs(64, 4), torch.zeros(4)), sum_of_losses, 4)
     model = drawn(torchvision_model(name, 64))
     if kind == "optical_flow":
         inputs = {"image1": images(128, 2), "image2": images(128, 2), "num_flow_updates": 2}

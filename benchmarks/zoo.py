@@ -46,7 +46,7 @@ class Settings(Rounds):
 
     packages: tuple[str, ...] = PACKAGES
     models: tuple[str, ...] = ("*",)
-    seconds: int = 30
+    seconds: int = 20
     largest: int = 65
     rounds: int = 1
     threads: int = 1

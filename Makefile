@@ -51,6 +51,7 @@ zoo: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[zoo]'
 	for package in timm torchvision transformers; do \
 		nice $(RUN) benchmarks/zoo.py --packages $$package --name $$package || exit 1; done
+	nice $(RUN) benchmarks/cancelled.py
 	$(RUN) benchmarks/zoo_page.py
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of

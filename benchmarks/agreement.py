@@ -79,10 +79,12 @@ class Options(NamedTuple):
     Attributes:
         groups: ghost groups.
         rows: how rows belong to samples.
+        epsilon: the radius.
     """
 
     groups: int = GROUPS
     rows: Any = None
+    epsilon: float = RADIUS
 
 
 def against_definition(case: Case, plain: Plain) -> Row:
@@ -162,14 +164,16 @@ def all_forms(case: Case, options: Options) -> tuple[dict[str, Taken], dict[str,
 
 def functional(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The functional step."""
-    step = make_apart_step(case.model, case.loss_fn, epsilon=RADIUS, groups=options.groups, rows=options.rows)
+    step = make_apart_step(case.model, case.loss_fn, epsilon=options.epsilon, groups=options.groups, rows=options.rows)
     out = step(*split_state(case.model), case.batch)
     return Taken(out.grads, out.stat_grads, buffers_of(case, out.buffers), out.perturbation)
 
 
 def functional_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The functional step of one pass, at the δ that the step of two passes has found."""
-    step = make_one_pass_step(case.model, case.loss_fn, epsilon=RADIUS, groups=options.groups, rows=options.rows)
+    step = make_one_pass_step(
+        case.model, case.loss_fn, epsilon=options.epsilon, groups=options.groups, rows=options.rows
+    )
     out = step(*split_state(case.model), case.batch, before["two passes"].perturbation)
     return Taken(out.grads, out.stat_grads, buffers_of(case, out.buffers), out.perturbation)
 
@@ -177,7 +181,7 @@ def functional_one_pass(case: Case, options: Options, before: Mapping[str, Taken
 def drop_in(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """Both passes of a loop with `backward()`."""
     model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
+    apart = APART(model, options.epsilon, options.groups, rows=options.rows)
     for context in (apart.to_proxy, apart.to_adver):
         with context():
             (0.5 * definition.loss_of(model, case.loss_fn, case.batch)).backward()
@@ -188,7 +192,7 @@ def drop_in(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
 def drop_in_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The one pass of a loop with `backward()`, at the δ that the step of two passes has found."""
     model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
+    apart = APART(model, options.epsilon, options.groups, rows=options.rows)
     apart.load_state_dict({"perturbation": {k: tuple(v) for k, v in before["two passes"].perturbation.items()}})
     with apart.one_pass():
         definition.loss_of(model, case.loss_fn, case.batch).backward()
@@ -328,8 +332,7 @@ def cancelled(case: Case, taken: Taken, step: definition.Step, options: Options)
         Their share; the change of the second pass's gradient where they alone are perturbed, where they alone are not,
         and where as many others, drawn by lot, are not.
     """
-    gradients, terms, delta = flat(taken.stat_grads), flat(step.terms), flat(taken.perturbation)
-    zero = {name: (g != 0) & (g.abs() <= CANCELS * terms[name]) for name, g in gradients.items()}
+    delta, zero = flat(taken.perturbation), zero_but_for_rounding(taken, step)
     count, total = (sum(int(kind(part)) for part in zero.values()) for kind in (torch.sum, torch.numel))
     row: Row = {"cancelled": count / total}
     if not count:
@@ -355,6 +358,12 @@ def cancelled(case: Case, taken: Taken, step: definition.Step, options: Options)
         "without_others": distance(without_others.grads, everything.grads),
         "rises": [(each.loss - nothing.loss).item() for each in (alone, everything, without, without_others)],
     }
+
+
+def zero_but_for_rounding(taken: Taken, step: definition.Step) -> dict[str, Tensor]:
+    """Which statistic gradients are, in float64: their terms cancel."""
+    terms = flat(step.terms)
+    return {name: (g != 0) & (g.abs() <= CANCELS * terms[name]) for name, g in flat(taken.stat_grads).items()}
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

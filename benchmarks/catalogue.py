@@ -66,6 +66,13 @@ def entries(package: str) -> Iterator[Entry]:
     yield from {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}[package]()
 
 
+def entry(package: str, name: str) -> Entry:
+    """A model of timm or transformers by its name, without a look through its package."""
+    if package == "timm":
+        return Entry(package, "", name, partial(timm_case, name))
+    return Entry(package, "", name, partial(transformers_case, name, *TRANSFORMERS[name]))
+
+
 def drawn(model: nn.Module) -> nn.Module:
     """Draw what an initialisation makes the same everywhere: the affine of batch norm, and zeros."""
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Write the tables of docs/zoo.md from what `zoo.py` recorded; the text around them stays.
+"""Write the tables of docs/zoo.md from what `zoo.py` and `cancelled.py` recorded; the text around them stays.
 
 python benchmarks/zoo_page.py
 """
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cancelled
 import tyro
+import zoo
 from common import RESULTS, Sheet, markdown, where
-from zoo import sheets
 
 # <!-- table: timm --> and <!-- end -->, and what is between them.
 TABLE = re.compile(r"(<!-- table: (?P<title>[^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,10 +39,9 @@ def rendered(page: str, results: Sequence[Mapping[str, Any]]) -> str:
 
     Args:
         page: with marks for tables, by title; "machine" is what the results were recorded with.
-        results: what was recorded, package by package.
+        results: what was recorded.
     """
-    rows = [row for content in results for row in content["rows"]]
-    made = {sheet.title: table(sheet) for sheet in sheets({"rows": rows})}
+    made = {sheet.title: table(sheet) for sheet in tables(results)}
     made["machine"] = "".join(f"- `{each['command']}` on {where(each['environment'])}\n" for each in results)
     return TABLE.sub(lambda found: found[1] + made.get(found["title"], "None.\n") + found[3], page)
 
@@ -52,9 +52,17 @@ def table(sheet: Sheet) -> str:
     return markdown(sheet._replace(lines=lines)).partition("\n\n")[2]
 
 
+def tables(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:
+    """The tables of the zoo, of all packages together, and those of `cancelled.py`."""
+    rows = [row for content in results if content["benchmark"] == "zoo" for row in content["rows"]]
+    others = [content for content in results if content["benchmark"] == "cancelled"]
+    return [*zoo.sheets({"rows": rows}), *(sheet for content in others for sheet in cancelled.sheets(content))]
+
+
 def recorded(folder: Path) -> list[dict[str, Any]]:
-    """What was recorded of every package."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("zoo-cpu-*.json"))]
+    """What was recorded, of every package, and by `cancelled.py`."""
+    paths = [*sorted(folder.glob("zoo-cpu-*.json")), *folder.glob("cancelled-cpu.json")]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def main(settings: Settings) -> None:

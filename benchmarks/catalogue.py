@@ -193,16 +193,19 @@ TIMM = (
     "xception41p",
     "xcit_nano_12_p8_224",
     # Networks that are built otherwise than the smallest of their module.
+    "fbnetc_100",
     "gernet_s",
     "lambda_resnet26t",
+    "lcnet_035",
     "mixnet_s",
     "mnasnet_small",
+    "mobilenetv1_100",
     "mobilenetv2_035",
     "mobilenetv4_conv_small",
     "mobileone_s0",
     "regnety_002",
     "repvgg_a0",
-    "resnet26d",
+    "resnet10t",
     "seresnext26d_32x4d",
     "semnasnet_075",
     "tf_mobilenetv3_small_minimal_100",
@@ -260,11 +263,17 @@ def timm_case(name: str) -> Case:
             model = _quiet(timm.create_model, name, **kwargs, **more)
             size = size or model.default_cfg["input_size"][-1]
             if accepts(model, images(size, samples=2)):
-                samples = SAMPLES if size <= 128 else SAMPLES // 2
+                samples = samples_for(model, size)
                 return Case(drawn(model), (images(size, samples), labels(samples)), cross_entropy, samples)
         except TypeError:  # it has no such argument
             continue
     raise ValueError(f"{name} takes no images of its own size")
+
+
+def samples_for(model: nn.Module, size: int) -> int:
+    """How many images to train a model on: fewer where each takes long."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return SAMPLES if size <= 128 and parameters < 5e6 else SAMPLES // 2
 
 
 def accepts(model: nn.Module, x: Tensor) -> bool:
@@ -338,14 +347,16 @@ def torchvision_case(name: str, module: str) -> Case:
         inputs = {"image1": images(128, 2), "image2": images(128, 2), "num_flow_updates": 2}
         return Case(model, (inputs, torch.zeros(2)), smooth, 2)
     if kind == "video":
-        x = torch.randn(SAMPLES, 3, 16 if "s3d" in name else 4, *[224 if "s3d" in name else 32] * 2)
-        return Case(model, (x, labels()), cross_entropy)
+        x = torch.randn(4, 3, 16 if "s3d" in name else 4, *[224 if "s3d" in name else 32] * 2)
+        return Case(model, (x, labels(4)), cross_entropy, 4)
     if kind == "segmentation":
-        return Case(model, (images(64), torch.zeros(SAMPLES)), smooth)
+        samples = samples_for(model, 64)
+        return Case(model, (images(64, samples), torch.zeros(samples)), smooth, samples)
     size = {"inception_v3": 96, "quantized_inception_v3": 96, "maxvit_t": 224}.get(name, 64)
     size = size if accepts(model, images(size, samples=2)) else 128
     loss = smooth if any(part in name for part in ("inception", "googlenet")) else cross_entropy  # auxiliary heads
-    return Case(model.train(), (images(size), labels()), loss)
+    samples = samples_for(model, size)
+    return Case(model.train(), (images(size, samples), labels(samples)), loss, samples)
 
 
 class Detector(nn.Module):

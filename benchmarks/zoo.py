@@ -46,8 +46,8 @@ class Settings(Rounds):
 
     packages: tuple[str, ...] = PACKAGES
     models: tuple[str, ...] = ("*",)
-    seconds: int = 20
-    largest: int = 65
+    seconds: int = 15
+    largest: int = 35
     rounds: int = 1
     threads: int = 1
     device: str = "cpu"

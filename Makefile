@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
 EXPERIMENTS := train sweep report evaluate evidence robustness
-.PHONY: demo test lint format docs tutorial wheel matrix bench gpu clean $(EXPERIMENTS)
+.PHONY: demo test lint format docs tutorial wheel matrix bench zoo gpu clean $(EXPERIMENTS)
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
@@ -65,6 +65,15 @@ bench: .venv/ready
 	for script in layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	for script in memory functionalize_cost distributed; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
 	$(RUN) benchmarks/render.py
+
+# All forms of a step against a definition, on the networks of timm, torchvision and transformers: half an hour on one
+# core. It writes the tables of docs/zoo.md.
+zoo: .venv/ready
+	$(RUN) -m pip install --quiet --editable '.[zoo]'
+	for package in timm torchvision transformers; do \
+		nice $(RUN) benchmarks/zoo.py --packages $$package --name $$package || exit 1; done
+	nice $(RUN) benchmarks/cancelled.py
+	$(RUN) benchmarks/zoo_page.py
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of
 # packages only PyTorch from 2.8 on, einops and pytest: without .venv, those of $(PYTHON) are taken.

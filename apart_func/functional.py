@@ -552,4 +552,7 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, 
         if not isinstance(tensor, Tensor):
             raise StateError(f"{name!r} is a {type(tensor).__name__}; expected a tensor of shape {shape}.")
         if tensor.shape != shape:
-            raise StateError(f"{name!r} has shape {tuple(tensor.shape)}, and the model expects {shape}.")
+            raise StateError(
+                f"{name!r} has shape {tuple(tensor.shape)}, and the model expects {shape}. A buffer that takes its "
+                "shape in a first forward, as of observers of quantisation, has it after one: run one first."
+            )

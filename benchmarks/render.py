@@ -98,8 +98,9 @@ def figure(content: Mapping[str, Any], path: Path, page: Path) -> list[str]:
 
 
 def results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """All recorded results: script by script, those without a name first."""
+    """All recorded results about costs: script by script, those without a name first."""
     found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
+    found = [each for each in found if each[1]["benchmark"] in QUESTIONS]  # the zoo has a page of its own
     order = list(QUESTIONS)
     return sorted(found, key=lambda each: (order.index(each[1]["benchmark"]), each[0].stem))
 

@@ -237,6 +237,26 @@ def test_a_quantisation_aware_network_takes_plain_trainings_step_at_no_perturbat
     assert not torch.allclose(first, second)  # it is perturbed
 
 
+class Observer(nn.Module):
+    """Knows the number of channels once it has seen some, as torch.ao's observers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, x.detach().abs().amax((0, 2, 3)))
+        return x
+
+
+def test_a_buffer_that_takes_its_shape_in_a_first_forward_is_refused_until_there_was_one() -> None:
+    model = nn.Sequential(Observer(), convolutional())
+    with pytest.raises(StateError, match=r"'0.largest' has shape \(2,\), and the model expects \(1,\).*run one first"):
+        functional_step(model, BATCH)
+    model(BATCH[0])
+    assert functional_step(model, BATCH).buffers["0.largest"].shape == (2,)
+
+
 # Complex parameters.
 
 

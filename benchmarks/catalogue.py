@@ -1,0 +1,720 @@
+"""The models of the zoo: how to find and make them, each with a batch.
+
+    for entry in entries("timm"):          # the smallest network of every module that has batch norm
+        case = entry.make()                # a model in training mode, a batch, and a loss
+
+None has weights that were trained. What is the same in all channels at first (γ, β, zeroed branches) is drawn at
+random, so that no gradient vanishes for that reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+CLASSES = 5
+SAMPLES = 8
+PACKAGES = ("timm", "torchvision", "transformers")
+
+
+class Case(NamedTuple):
+    """A model to train.
+
+    Attributes:
+        model: in training mode.
+        batch: `(input, target)`; a dict as input holds keywords.
+        loss_fn: `(output, target) -> scalar`.
+        samples: in the batch.
+    """
+
+    model: nn.Module
+    batch: tuple[Any, Any]
+    loss_fn: Callable[[Any, Any], Tensor]
+    samples: int = SAMPLES
+
+
+class Entry(NamedTuple):
+    """A model that can be made.
+
+    Attributes:
+        package: that it is in.
+        family: module that it is in.
+        name: its own.
+        make: the model with its batch; None where no model of the family has batch norm.
+    """
+
+    package: str
+    family: str
+    name: str
+    make: Callable[[], Case] | None
+
+
+def entries(package: str) -> Iterator[Entry]:
+    """The models of a package.
+
+    Args:
+        package: one of `PACKAGES`.
+    """
+    yield from {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}[package]()
+
+
+def entry(package: str, name: str) -> Entry:
+    """A model of timm or transformers by its name, without a look through its package."""
+    if package == "timm":
+        return Entry(package, "", name, partial(timm_case, name))
+    return Entry(package, "", name, partial(transformers_case, name, *TRANSFORMERS[name]))
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Draw what an initialisation makes the same everywhere: the affine of batch norm, and zeros."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm) and layer.affine:
+                layer.weight.uniform_(0.5, 1.5)
+                layer.bias.normal_(std=0.3)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+def images(size: int, samples: int = SAMPLES, channels: int = 3) -> Tensor:
+    """Images of which every channel has a mean of its own."""
+    return torch.randn(samples, channels, size, size) + torch.randn(channels, 1, 1)
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """The loss of a classifier."""
+    return F.cross_entropy(logits_of(output), target)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The class scores, wherever a package puts them."""
+    found: Any = output.get("logits", output) if isinstance(output, Mapping) else output
+    found = next(iter(found.values())) if isinstance(found, Mapping) else found
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def smooth(output: Any, target: Any) -> Tensor:
+    """A loss of any output: smooth, and of no symmetry of normalised values."""
+    return torch.stack([(leaf - 0.5).square().log1p().mean() for leaf in floating(output)]).sum()
+
+
+def sum_of_losses(output: Mapping[str, Tensor], target: Any) -> Tensor:
+    """The loss of a detector, which computes its losses itself."""
+    return torch.stack(list(output.values())).sum()
+
+
+def floating(tree: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_floating_point() else []
+    if isinstance(tree, Mapping):
+        return [leaf for child in tree.values() for leaf in floating(child)]
+    return [leaf for child in tree for leaf in floating(child)] if isinstance(tree, tuple | list) else []
+
+
+def labels(samples: int = SAMPLES) -> Tensor:
+    """A class for every sample."""
+    return torch.randint(CLASSES, (samples,))
+
+
+# timm.
+
+
+# The smallest network with batch norm of every module of timm 1.0.31 that has one, as found by
+# `smallest(timm.list_models(module=module), timm.create_model)`, which takes minutes for all of them.
+TIMM = (
+    "halonet_h1",
+    "test_byobnet",
+    "convmixer_768_32",
+    "cpubone_nano",
+    "cs3darknet_focus_s",
+    "cspnext_tiny",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "test_efficientnet",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "fasternet_t0",
+    "fastvit_t8",
+    "ghostnet_050",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "lcnetv2_small",
+    "levit_128s",
+    "lowformer_b0",
+    "test_coatnet",
+    "mobilenetv3_small_050",
+    "mobilevit_xxs",
+    "nasnetalarge",
+    "nextvit_small",
+    "pnasnet5large",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "res2next50",
+    "resnest14d",
+    "test_resnet",
+    "resnetv2_18",
+    "rexnet_100",
+    "selecsls42",
+    "legacy_seresnet18",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "tiny_vit_5m_224",
+    "tresnet_m",
+    "vgg11_bn",
+    "visformer_tiny",
+    "vit_small_resnet50d_s16_224",
+    "volo_d1_224",
+    "ese_vovnet19b_slim_dw",
+    "legacy_xception",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+    # Networks that are built otherwise than the smallest of their module.
+    "fbnetc_100",
+    "gernet_s",
+    "lambda_resnet26t",
+    "lcnet_035",
+    "mixnet_s",
+    "mnasnet_small",
+    "mobilenetv1_100",
+    "mobilenetv2_035",
+    "mobilenetv4_conv_small",
+    "mobileone_s0",
+    "regnety_002",
+    "repvgg_a0",
+    "resnet10t",
+    "seresnext26d_32x4d",
+    "semnasnet_075",
+    "tf_mobilenetv3_small_minimal_100",
+    "tinynet_e",
+)
+# Where it is not the smallest that a network takes, or more than is needed.
+SIZES = {"convmixer_768_32": 28}
+
+
+def of_timm() -> Iterator[Entry]:
+    """The networks of `TIMM`; and of every module that has none of them, its first one."""
+    import timm
+
+    modules = {name: timm.models.model_entrypoint(name).__module__.split(".")[-1] for name in TIMM}
+    for name, module in modules.items():
+        yield Entry("timm", module, name, partial(timm_case, name))
+    for module in timm.list_modules():
+        first = timm.list_models(module=module)[:1]
+        if first and module not in modules.values():
+            found = smallest(first, partial(_quiet, timm.create_model))
+            yield Entry("timm", module, first[0], partial(timm_case, first[0]) if found else None)
+
+
+def smallest(names: Iterable[str], make: Callable[[str], nn.Module]) -> str | None:
+    """The network with batch norm that has the fewest parameters; None where no network has it."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        with torch.device("meta"):
+            try:
+                model = make(name)
+            except Exception:  # a few compute with values while they are made, which meta tensors have not
+                continue
+        if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
+            sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    return min(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def timm_case(name: str) -> Case:
+    """A classifier of timm, on images as small as it takes."""
+    import timm
+
+    kwargs: dict[str, Any] = {"num_classes": CLASSES}
+    attempts: list[tuple[dict[str, Any], int | None]] = [
+        ({}, 64),
+        ({}, 96),
+        ({"img_size": 64}, 64),
+        ({"img_size": 128}, 128),
+        ({}, 128),
+        ({}, None),
+    ]
+    if name in SIZES:
+        attempts = [({}, SIZES[name])]
+    for more, size in attempts:
+        try:
+            model = _quiet(timm.create_model, name, **kwargs, **more)
+            size = size or model.default_cfg["input_size"][-1]
+            if accepts(model, images(size, samples=2)):
+                samples = samples_for(model, size)
+                return Case(drawn(model), (images(size, samples), labels(samples)), cross_entropy, samples)
+        except TypeError:  # it has no such argument
+            continue
+    raise ValueError(f"{name} takes no images of its own size")
+
+
+def samples_for(model: nn.Module, size: int) -> int:
+    """How many images to train a model on: fewer where each takes long."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return SAMPLES if size <= 128 and parameters < 5e6 else SAMPLES // 2
+
+
+def accepts(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model evaluates an input."""
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    except Exception:
+        return False
+    return True
+
+
+def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function without warnings, as of models that are called something else by now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+# torchvision.
+
+
+def of_torchvision() -> Iterator[Entry]:
+    """The smallest model with batch norm of every module, and classifiers prepared for quantisation-aware training."""
+    from torchvision import models
+
+    modules: dict[str, list[str]] = {}
+    for name in models.list_models():
+        modules.setdefault(models.get_model_builder(name).__module__.removeprefix("torchvision.models."), []).append(
+            name
+        )
+    for module, names in sorted(modules.items()):
+        name = smallest(names, partial(torchvision_model, size=64))
+        make = partial(torchvision_case, name, module) if name else None
+        yield Entry("torchvision", module, name or f"all {len(names)}", make)
+    for name in ("fasterrcnn_resnet50_fpn_v2", "resnext50_32x4d"):
+        module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+        yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
+    for name in ("quantized_resnet18", "quantized_mobilenet_v2", "quantized_shufflenet_v2_x0_5"):
+        yield Entry("torchvision", "prepare_qat", name, partial(quantisation_aware_case, name))
+
+
+def torchvision_model(name: str, size: int) -> nn.Module:
+    """A model of torchvision. Detectors resize images, to a size that is said when they are made."""
+    from torchvision import models
+
+    module = models.get_model_builder(name).__module__
+    kwargs: dict[str, Any] = {"weights": None}
+    if "optical_flow" not in module:
+        kwargs["num_classes"] = CLASSES
+    if any(part in module for part in ("detection", "segmentation")):
+        kwargs["weights_backbone"] = None
+    if "detection" in module and "ssd" not in module:
+        kwargs |= {"min_size": size, "max_size": size}
+    if "rcnn" in name:
+        kwargs |= {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 16}
+    if name.startswith("maxvit"):
+        kwargs["input_size"] = (224, 224)
+    model: nn.Module = _quiet(models.get_model, name, **kwargs)
+    return model
+
+
+def torchvision_case(name: str, module: str) -> Case:
+    """A model of torchvision with a batch of its kind."""
+    kind, _, _ = module.partition(".")
+    if kind == "detection":
+        model = drawn(Detector(torchvision_model(name, 64)))
+        return Case(model, (detection_inputs(64, 4), torch.zeros(4)), sum_of_losses, 4)
+    model = drawn(torchvision_model(name, 64))
+    if kind == "optical_flow":
+        inputs = {"image1": images(128, 2), "image2": images(128, 2), "num_flow_updates": 2}
+        return Case(model, (inputs, torch.zeros(2)), smooth, 2)
+    if kind == "video":
+        x = torch.randn(4, 3, 16 if "s3d" in name else 4, *[224 if "s3d" in name else 32] * 2)
+        return Case(model, (x, labels(4)), cross_entropy, 4)
+    if kind == "segmentation":
+        samples = samples_for(model, 64)
+        return Case(model, (images(64, samples), torch.zeros(samples)), smooth, samples)
+    size = {"inception_v3": 96, "quantized_inception_v3": 96, "maxvit_t": 224}.get(name, 64)
+    size = size if accepts(model, images(size, samples=2)) else 128
+    loss = smooth if any(part in name for part in ("inception", "googlenet")) else cross_entropy  # auxiliary heads
+    samples = samples_for(model, size)
+    return Case(model.train(), (images(size, samples), labels(samples)), loss, samples)
+
+
+class Detector(nn.Module):
+    """A detector of torchvision on tensors with an entry a sample: a step must see which samples there are."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor, **targets: Tensor) -> Any:
+        """The losses."""
+        of_samples = [dict(zip(targets, values, strict=True)) for values in zip(*targets.values(), strict=True)]
+        return self.detector(list(images), of_samples)
+
+
+def detection_inputs(size: int, samples: int) -> dict[str, Tensor]:
+    """Images with two objects each, which have boxes, labels, masks and key points."""
+    corners = torch.rand(samples, 2, 2) * size / 2
+    masks = torch.zeros(samples, 2, size, size, dtype=torch.uint8)
+    masks[..., size // 4 : size // 2, size // 4 : size // 2] = 1
+    points = torch.cat([torch.rand(samples, 2, 17, 2) * size, torch.ones(samples, 2, 17, 1)], -1)
+    return {
+        "images": torch.rand(samples, 3, size, size),
+        "boxes": torch.cat([corners, corners + size / 4 + torch.rand(samples, 2, 2) * size / 4], -1),
+        "labels": torch.randint(1, 2, (samples, 2)),
+        "masks": masks,
+        "keypoints": points,
+    }
+
+
+def quantisation_aware_case(name: str) -> Case:
+    """A classifier with fused layers that simulate quantisation while it trains."""
+    from torch.ao import quantization
+    from torchvision.models import get_model
+
+    def prepared() -> nn.Module:
+        model = get_model(name, weights=None, quantize=False, num_classes=CLASSES).train()
+        model.fuse_model(is_qat=True)
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm", version=0)
+        made: nn.Module = quantization.prepare_qat(model)
+        return made
+
+    model, x = drawn(_quiet(prepared)), images(64)
+    _quiet(model, x)  # observers know their shapes after a first forward
+    return Case(model, (x, labels()), cross_entropy)
+
+
+# transformers.
+
+
+def of_transformers() -> Iterator[Entry]:
+    """Vision models of random weights, from small configurations."""
+    for name, (config, settings, size) in TRANSFORMERS.items():
+        yield Entry("transformers", config.lower(), name, partial(transformers_case, name, config, settings, size))
+
+
+def transformers_case(name: str, config: str, settings: Mapping[str, Any], size: int) -> Case:
+    """A model of transformers, with a dict as input."""
+    transformers = importlib.import_module("transformers")
+    made = getattr(transformers, f"{config}Config")(**{"num_labels": CLASSES, **resolved(settings)})
+    model = drawn(getattr(transformers, name)(made))
+    channels = 4 if name.startswith("VitMatte") else 3
+    classifies = name.endswith("ForImageClassification")
+    inputs = {"pixel_values": images(size, channels=channels)}
+    if name == "GroupViTModel":
+        inputs["input_ids"] = torch.randint(3, 50, (SAMPLES, 8))
+    return Case(model, (inputs, labels()), cross_entropy if classifies else smooth)
+
+
+def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with configurations of parts, which are written as (class, settings)."""
+    transformers = importlib.import_module("transformers")
+    return {
+        key: getattr(transformers, f"{value[0]}Config")(**resolved(value[1]))
+        if isinstance(value, tuple) and isinstance(value[0], str)
+        else value
+        for key, value in settings.items()
+    }
+
+
+# A configuration and its settings, for a backbone of others: small, and with several feature maps.
+RESNET: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+BACKBONE = ("ResNet", {**RESNET, "out_features": ["stage2", "stage3", "stage4"]})
+DETECTOR_RESNET = ("RTDetrResNet", BACKBONE[1])
+DETECTOR: dict[str, Any] = {
+    "backbone_config": DETECTOR_RESNET,
+    "freeze_backbone_batch_norms": False,
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_hidden_dim": 32,
+    "d_model": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "decoder_layers": 2,
+    "num_queries": 10,
+    "num_denoising": 0,
+}
+PLAIN_TRANSFORMER: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 64,
+}
+SEGFORMER: dict[str, Any] = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 2, 2, 2],
+    "decoder_hidden_size": 16,
+    "drop_path_rate": 0.0,
+}
+MOBILEVIT: dict[str, Any] = {
+    "hidden_sizes": [32, 32, 32],
+    "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 48],
+    "num_attention_heads": 2,
+    "image_size": 64,
+}
+LCNET: dict[str, Any] = {"scale": 0.25}
+
+# By class: configuration, its settings, and the length of an image's sides.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "BeitForSemanticSegmentation": ("Beit", {**PLAIN_TRANSFORMER, "out_indices": [1, 2, 3, 4], "image_size": 128}, 128),
+    "CvtForImageClassification": ("Cvt", {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
+    "DFineForObjectDetection": (
+        "DFine",
+        {
+            **DETECTOR,
+            "backbone_config": (
+                "HGNetV2",
+                {
+                    "stem_channels": [3, 8, 8],
+                    "stage_in_channels": [8, 16, 16, 24],
+                    "stage_mid_channels": [8, 8, 8, 8],
+                    "stage_out_channels": [16, 16, 24, 32],
+                    "stage_num_blocks": [1, 1, 1, 1],
+                    "stage_numb_of_layers": [2, 2, 2, 2],
+                    "hidden_sizes": [16, 16, 24, 32],
+                    "out_features": ["stage2", "stage3", "stage4"],
+                },
+            ),
+        },
+        128,
+    ),
+    "DPTForSemanticSegmentation": (
+        "DPT",
+        {
+            **PLAIN_TRANSFORMER,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 16, 24, 32],
+            "fusion_hidden_size": 16,
+            "use_batch_norm_in_fusion_residual": True,
+        },
+        64,
+    ),
+    "DetrForObjectDetection": (
+        "Detr",
+        {
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage4"]}),
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "num_queries": 10,
+        },
+        64,
+    ),
+    "EfficientNetForImageClassification": (
+        "EfficientNet",
+        {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+        64,
+    ),
+    "GLPNForDepthEstimation": ("GLPN", {**SEGFORMER, "decoder_hidden_size": 16}, 64),
+    "GroupViTVisionModel": (
+        "GroupViTVision",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "depths": [1, 1, 1],
+            "num_hidden_layers": 3,
+            "num_group_tokens": [8, 4, 0],
+            "num_output_groups": [8, 4, 4],
+            "num_attention_heads": 2,
+            "image_size": 64,
+        },
+        64,
+    ),
+    "GroupViTModel": (
+        "GroupViT",
+        {
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "depths": [1, 1, 1],
+                "num_hidden_layers": 3,
+                "num_group_tokens": [8, 4, 0],
+                "num_output_groups": [8, 4, 4],
+                "num_attention_heads": 2,
+                "image_size": 64,
+            },
+            "text_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "vocab_size": 50,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 8,
+            },
+            "projection_dim": 16,
+            "projection_intermediate_dim": 32,
+        },
+        64,
+    ),
+    "HGNetV2ForImageClassification": (
+        "HGNetV2",
+        {
+            "stem_channels": [3, 8, 8],
+            "stage_in_channels": [8, 16, 16, 24],
+            "stage_mid_channels": [8, 8, 8, 8],
+            "stage_out_channels": [16, 16, 24, 32],
+            "stage_num_blocks": [1, 1, 1, 1],
+            "stage_numb_of_layers": [2, 2, 2, 2],
+            "hidden_sizes": [16, 16, 24, 32],
+            "use_learnable_affine_block": True,
+        },
+        64,
+    ),
+    "LevitForImageClassification": (
+        "Levit",
+        {
+            "hidden_sizes": [32, 48, 64],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "image_size": 64,
+        },
+        64,
+    ),
+    "LevitForImageClassificationWithTeacher": (
+        "Levit",
+        {
+            "hidden_sizes": [32, 48, 64],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "image_size": 64,
+        },
+        64,
+    ),
+    "MobileNetV1ForImageClassification": (
+        "MobileNetV1",
+        {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1},
+        64,
+    ),
+    "MobileNetV2ForImageClassification": (
+        "MobileNetV2",
+        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
+        64,
+    ),
+    "MobileNetV2ForSemanticSegmentation": (
+        "MobileNetV2",
+        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
+        64,
+    ),
+    "MobileViTForImageClassification": ("MobileViT", MOBILEVIT, 64),
+    "MobileViTForSemanticSegmentation": ("MobileViT", {**MOBILEVIT, "aspp_out_channels": 16}, 64),
+    "MobileViTV2ForImageClassification": ("MobileViTV2", {"width_multiplier": 0.25, "image_size": 64}, 64),
+    "PPLCNetForImageClassification": ("PPLCNet", LCNET, 64),
+    "PPLCNetV3Backbone": ("PPLCNetV3", LCNET, 64),
+    "RTDetrForObjectDetection": ("RTDetr", DETECTOR, 128),
+    "RTDetrV2ForObjectDetection": ("RTDetrV2", DETECTOR, 128),
+    "RegNetForImageClassification": (
+        "RegNet",
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
+        64,
+    ),
+    "ResNetBackbone": (*BACKBONE, 64),
+    "ResNetForImageClassification": ("ResNet", RESNET, 64),
+    "SegformerForSemanticSegmentation": ("Segformer", SEGFORMER, 64),
+    "SwiftFormerForImageClassification": (
+        "SwiftFormer",
+        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64},
+        64,
+    ),
+    "TextNetForImageClassification": (
+        "TextNet",
+        {
+            "stem_out_channels": 8,
+            "hidden_sizes": [8, 8, 16, 24, 32],
+            "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3], [3, 1]], [[3, 3]]],
+            "conv_layer_strides": [[2], [2, 1], [2, 1], [2]],
+        },
+        64,
+    ),
+    "TimmWrapperForImageClassification": ("TimmWrapper", {"architecture": "test_efficientnet"}, 64),
+    "UperNetForSemanticSegmentation": (
+        "UperNet",
+        {
+            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
+            "hidden_size": 16,
+            "auxiliary_in_channels": 24,
+            "auxiliary_channels": 8,
+        },
+        64,
+    ),
+    "VitMatteForImageMatting": (
+        "VitMatte",
+        {
+            "backbone_config": (
+                "VitDet",
+                {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_channels": 4,
+                    "image_size": 64,
+                    "pretrain_image_size": 64,
+                    "out_features": ["stage2"],
+                },
+            ),
+            "hidden_size": 32,
+            "convstream_hidden_sizes": [8, 8, 16],
+            "fusion_hidden_sizes": [16, 8, 8, 8],
+        },
+        64,
+    ),
+    "VitPoseForPoseEstimation": (
+        "VitPose",
+        {
+            "backbone_config": (
+                "VitPoseBackbone",
+                {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": [64, 64],
+                    "patch_size": [16, 16],
+                    "out_indices": [2],
+                },
+            ),
+            "use_simple_decoder": False,
+        },
+        64,
+    ),
+    "ViTForImageClassification": ("ViT", PLAIN_TRANSFORMER, 64),
+}

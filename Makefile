@@ -48,7 +48,7 @@ wheel: .venv/ready
 	PYTHON=$(RUN) tests/wheel.sh
 
 # The table of docs/torch-versions.md; some 15 GB of packages and half an hour. MATRIX is pairs of Python and torch.
-MATRIX ?= python3.10:2.0.1 python3.11:2.4.1 python3.12:2.8.0 python3.13:2.14.1
+MATRIX ?= python3.10:2.0.1 python3.11:2.4.1 python3.12:2.8.0 python3.11:2.13.0 python3.11:2.14.1
 matrix:
 	tests/torch_matrix.sh $(MATRIX)
 

@@ -37,6 +37,11 @@ def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
 
     Returns:
         `params` and `buffers`, keyed as in `named_parameters()` and `named_buffers()`.
+
+    Example:
+        >>> params, buffers = split_state(nn.BatchNorm2d(3))
+        >>> list(params), list(buffers)
+        (['weight', 'bias'], ['running_mean', 'running_var', 'num_batches_tracked'])
     """
     check_model(model)
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}

@@ -137,6 +137,11 @@ def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor
 
     Returns:
         A perturbation for every layer in `stat_grads`: |δ| ≤ ε, and 0 where the gradient is 0.
+
+    Example:
+        >>> grads = {"bn": StatGrads(mean=torch.tensor([0.3, -2.0]), scale=torch.tensor([0.0, 0.1]))}
+        >>> sign_perturbation({}, grads, torch.tensor(0.5))["bn"].mean
+        tensor([ 0.5000, -0.5000])
     """
     return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.scale.sign()) for layer, g in stat_grads.items()}
 
@@ -255,6 +260,12 @@ def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
 
     Raises:
         StateError: the layers or shapes differ.
+
+    Example:
+        >>> before = {"bn": Perturbation(mean=torch.tensor([0.1, -0.1]), scale=torch.tensor([0.1, 0.0]))}
+        >>> after = {"bn": Perturbation(mean=torch.tensor([0.1, 0.1]), scale=torch.tensor([-0.1, 0.1]))}
+        >>> sign_flips(before, after)  # two of three
+        tensor(0.6667)
     """
     check_by_name("previous", previous)
     check_by_name("current", current)
@@ -302,6 +313,13 @@ def perturbed_stats(
     Raises:
         SettingError: a |δσ| ≥ 1, where the standard deviation would be infinite or negative.
         StateError: a layer in `stats` has no perturbation, or one of another width.
+
+    Example:
+        >>> stats = {"bn": BatchStats(mean=torch.tensor([2.0]), var=torch.tensor([4.0]))}
+        >>> shift = {"bn": Perturbation(mean=torch.tensor([0.5]), scale=torch.tensor([-0.5]))}
+        >>> mean, std = perturbed_stats(stats, shift, eps=0.0)["bn"]
+        >>> mean, std
+        (tensor([3.]), tensor([4.]))
     """
     check_by_name("stats", stats)
     check_by_name("perturbation", perturbation)

@@ -377,6 +377,10 @@ def climb(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float)
         params: θ by name.
         grads: g, likewise.
         rho: radius ρ ≥ 0.
+
+    Example:
+        >>> climb({"weight": torch.zeros(2)}, {"weight": torch.tensor([3.0, 4.0])}, rho=0.5)["weight"]
+        tensor([0.3000, 0.4000])
     """
     check_by_name("params", params)
     check_by_name("grads", grads)

@@ -32,6 +32,6 @@ def on_page_content(content: str, **_: Any) -> str:
     """Put MathML, which browsers draw by themselves, in the place of LaTeX."""
 
     def mathml(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block")
+        return str(convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block"))
 
     return FORMULA.sub(mathml, content)

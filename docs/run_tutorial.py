@@ -10,20 +10,11 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).parent / "tutorial.ipynb"
 
 
-def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run, and no trace of when that was.
-
-    Raises:
-        CellExecutionError: a cell raised an error.
-    """
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, record_timing=False).execute()
-    return notebook
-
-
 def main() -> None:
-    """Write it in place."""
-    nbformat.write(executed(NOTEBOOK), NOTEBOOK)
+    """Write it in place, without a trace of when that was; an error in a cell is raised."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=600, record_timing=False).execute()
+    nbformat.write(notebook, NOTEBOOK)
 
 
 if __name__ == "__main__":

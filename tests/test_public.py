@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
+import pkgutil
 import re
 
 import apart_func
@@ -78,3 +81,12 @@ def test_help_shows_how_a_step_is_called() -> None:
     assert "out = apart_step(params, buffers, batch)" in inspect.getdoc(apart_func.ApartStep)
     assert "perturbation" in inspect.signature(apart_func.OnePassStep.__call__).parameters
     assert "with apart.to_proxy():" in inspect.getdoc(apart_func.APART)
+
+
+def test_the_examples_in_docstrings_are_right() -> None:
+    """Of every module that torch and einops suffice for."""
+    names = [module.name for module in pkgutil.walk_packages(apart_func.__path__, "apart_func.")]
+    own = [importlib.import_module(name) for name in names if "integrations" not in name]
+    results = [doctest.testmod(module) for module in own]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 0

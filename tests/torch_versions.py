@@ -7,6 +7,7 @@ where it is transformed or compiled.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,15 +21,17 @@ from small import convolutional, images
 from apart_func import make_apart_step, split_state
 
 ROOT = Path(__file__).parent.parent
-EAGER = ("test_golden.py", "test_oracle.py", "test_laws.py", "test_layer.py", "test_second_derivatives.py")
+EAGER = ("test_golden.py", "test_layer.py", "test_step.py")
 
 
-def tests_pass() -> None:
-    """The golden cases and the definition."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "default", *(f"tests/{name}" for name in EAGER)]
+def tests_pass() -> str:
+    """The golden cases, the layer in all its forms, and what the step decides: how many tests pass of how many."""
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", *(f"tests/{name}" for name in EAGER)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise AssertionError(finished.stdout[-2000:] + finished.stderr[-2000:])
+    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error)", finished.stdout)}
+    if set(counts) != {"passed"}:
+        print(finished.stdout[-2000:], file=sys.stderr)
+    return f"{counts.get('passed', 0)} of {sum(counts.values())}"
 
 
 def forms_agree() -> None:
@@ -80,8 +83,8 @@ def compiled_drop_in_agrees() -> None:
         torch.testing.assert_close(grad, wanted)
 
 
-CHECKS: dict[str, Callable[[], None]] = {
-    "definition, golden cases": tests_pass,
+CHECKS: dict[str, Callable[[], str | None]] = {
+    "tests": tests_pass,
     "both interfaces, one pass": forms_agree,
     "vmap": vmap_agrees,
     "grad": grad_agrees,
@@ -96,8 +99,7 @@ def main() -> None:
     cells = []
     for name, check in CHECKS.items():
         try:
-            check()
-            cells.append("✓")
+            cells.append(check() or "✓")
         except Exception as error:  # any failure is a cell of the table
             cells.append(f"✗ {type(error).__name__}")
             print(f"{name}: {str(error)[-1500:]}", file=sys.stderr)

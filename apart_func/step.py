@@ -249,7 +249,7 @@ class ApartStep(Step):
     ) -> StepOutput:
         fmodel, loss_fn, settings = self.fmodel, self.loss_fn, self.settings
         samples = batch_size(batch)
-        chosen = _adversarial_samples(samples, settings)
+        chosen = adversarial_samples(samples, settings)
         proxy = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=precision)
         zero = zero_shifts(fmodel.layers, radius)
 
@@ -444,8 +444,12 @@ def _mean_output(outputs: list[StepOutput]) -> StepOutput:
     )
 
 
-def _adversarial_samples(samples: int, settings: Settings) -> int:
-    """N: how many of the M samples go through the adversarial pass."""
+def adversarial_samples(samples: int, settings: Settings) -> int:
+    """N: how many of the M samples go through the adversarial pass.
+
+    Raises:
+        BatchError: none would, or the ghost groups do not divide them.
+    """
     ratio, groups = settings.ratio, settings.groups
     chosen = int(ratio * samples)
     if settings.remainder == "drop" and groups > 1:

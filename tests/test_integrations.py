@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from apart_func import APART, SettingError, StateError, UsageError
+from apart_func import APART, BatchError, SettingError, StateError, UsageError
 from apart_func.functional import unwrapped_names
 
 EPSILON, GROUPS, RATIO, LEARNING_RATE = 0.2, 2, 0.5, 0.1
@@ -456,6 +456,8 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         fit(Iterating(), callback_of("two passes"))
     with pytest.raises(UsageError, match="OnePassApart and TwoPassApart"):
         fit(Classifier(), callback_of("one pass"), callback_of("two passes"))
+    with pytest.raises(BatchError, match="leave no sample of a batch of 8"):
+        fit(Classifier(), TwoPassApart(EPSILON, ratio=0.1))
     with pytest.raises(SettingError, match="groups=1"):
         OnePassApart(EPSILON, 1)
     with pytest.raises(SettingError, match="ratio"):

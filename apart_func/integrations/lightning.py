@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
 from apart_func.dropin import APART
 from apart_func.errors import UsageError
@@ -33,6 +32,7 @@ from apart_func.layer.rows import Rows
 from apart_func.one_pass import clean_groups
 from apart_func.rules import Rule, sign_perturbation
 from apart_func.settings import Settings
+from apart_func.step import adversarial_samples
 from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ class _ApartCallback(Callback):
         """What stands in for the strategy's `training_step` and `backward`."""
         raise NotImplementedError
 
-    def _forward(
-        self, trainer: "Trainer", apart: APART, context: AbstractContextManager[None], args: Any, kwargs: Any
-    ) -> Any:
+    def _forward(self, apart: APART, context: AbstractContextManager[None], args: Any, kwargs: Any) -> Any:
         """Run a training step in a context, and leave it open for the backward if there is to be one."""
         before = _gradients(apart.model)
         with ExitStack() as stack:
@@ -151,17 +149,16 @@ class OnePassApart(_ApartCallback):
         rows: Rows | None = None,
         process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:
-        clean_groups(clean_fraction, groups)
-        super().__init__(
-            Settings(
-                epsilon=epsilon,
-                groups=groups,
-                clean_fraction=clean_fraction,
-                rule=rule,
-                rows=rows,
-                process_group=process_group,
-            )
+        settings = Settings(
+            epsilon=epsilon,
+            groups=groups,
+            clean_fraction=clean_fraction,
+            rule=rule,
+            rows=rows,
+            process_group=process_group,
         )
+        clean_groups(clean_fraction, groups)
+        super().__init__(settings)
 
     def _around(
         self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
@@ -169,7 +166,7 @@ class OnePassApart(_ApartCallback):
         def forward_once(*args: Any, **kwargs: Any) -> Any:
             if trainer.fit_loop._skip_backward:  # SWA's last epoch, which takes running statistics alone
                 return apart.model(*args, **kwargs)
-            return self._forward(trainer, apart, apart.one_pass(self._settings.clean_fraction), args, kwargs)
+            return self._forward(apart, apart.one_pass(self._settings.clean_fraction), args, kwargs)
 
         def backward_once(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             with self._open:
@@ -229,26 +226,21 @@ class TwoPassApart(_ApartCallback):
     def _around(
         self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        ratio, batch = self._settings.ratio, ()
         spares: dict[nn.Module, Any] = {}
+        again, r = (), 0.5
 
         def proxy_forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal batch
-            batch = args
+            nonlocal again, r
             if trainer.fit_loop._skip_backward:
                 return apart.model(*args, **kwargs)
-            return self._forward(trainer, apart, apart.to_proxy(), args, kwargs)
+            again, r = _adversarial_part(args, self._settings)
+            return self._forward(apart, apart.to_proxy(), args, kwargs)
 
         def both_backwards(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            part, r = batch, 0.5
-            if ratio < 1:
-                samples = batch_size(batch)
-                chosen = int(ratio * samples)
-                part, r = cut_batch(batch, 0, chosen), samples / (samples + chosen)
             with self._open:
                 done = backward(r * loss, *args, **kwargs)
             with apart.to_adver(), _aside(pl_module, spares):
-                adversarial_loss = _loss_of(apart.model(*part))
+                adversarial_loss = _loss_of(apart.model(*again))
                 if adversarial_loss is None:
                     raise UsageError(
                         "training_step returned a loss for the clean batch, and none for the perturbed one. Return one "
@@ -274,6 +266,15 @@ class _Step(nn.Module):
 def _loss_of(output: Any) -> Any:
     """The loss in what `training_step` returned; None to skip the batch."""
     return output.get("loss") if isinstance(output, dict) else output
+
+
+def _adversarial_part(batch: Any, settings: Settings) -> tuple[Any, float]:
+    """The first N of M samples, and r = M / (M + N)."""
+    if settings.ratio == 1:
+        return batch, 0.5
+    samples = batch_size(batch)
+    chosen = adversarial_samples(samples, settings)
+    return cut_batch(batch, 0, chosen), samples / (samples + chosen)
 
 
 def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule") -> None:
@@ -314,6 +315,8 @@ def _check_gradients(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> N
 @contextmanager
 def _aside(pl_module: "LightningModule", spares: dict[nn.Module, Any]) -> Iterator[None]:
     """Let `training_step` log nothing while open, and count in spare metrics."""
+    from torchmetrics import Metric, MetricCollection  # it comes with Lightning
+
     kinds = (Metric, MetricCollection)
     parents = [module for module in pl_module.modules() if not isinstance(module, kinds)]
     places = [

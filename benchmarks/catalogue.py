@@ -213,6 +213,8 @@ TIMM = (
 )
 # Where it is not the smallest that a network takes, or more than is needed.
 SIZES = {"convmixer_768_32": 28}
+# Where layers see one position of an image: a group of two images would leave them next to no variance.
+OF_ONE_POSITION = ("efficientvim_m1",)
 
 
 def of_timm() -> Iterator[Entry]:
@@ -263,7 +265,7 @@ def timm_case(name: str) -> Case:
             model = _quiet(timm.create_model, name, **kwargs, **more)
             size = size or model.default_cfg["input_size"][-1]
             if accepts(model, images(size, samples=2)):
-                samples = samples_for(model, size)
+                samples = SAMPLES if name in OF_ONE_POSITION else samples_for(model, size)
                 return Case(drawn(model), (images(size, samples), labels(samples)), cross_entropy, samples)
         except TypeError:  # it has no such argument
             continue

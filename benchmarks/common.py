@@ -360,10 +360,16 @@ def record(benchmark: str, settings: Rounds, rows: Sequence[Row], complete: bool
         "rows": list(rows),
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    parts = [benchmark, device.partition(":")[0], settings.name]
-    path = settings.out / f"{'-'.join(filter(None, parts))}.json"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    result_path(benchmark, settings).write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return content
+
+
+def result_path(benchmark: str, settings: Rounds) -> Path:
+    """Where a benchmark records what it measures."""
+    parts = [benchmark, settings.device.partition(":")[0], settings.name]
+    return settings.out / f"{'-'.join(filter(None, parts))}.json"
 
 
 def markdown(sheet: Sheet) -> str:

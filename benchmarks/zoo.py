@@ -12,6 +12,7 @@ norm, and which do not train at all. `docs/zoo.md` says what came out.
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import time
 import warnings
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from agreement import KINDS, against_definition, described, in_dtype, plain_step, seeded
 from catalogue import PACKAGES, Entry, entries
-from common import Rounds, Row, Sheet, run_script
+from common import Rounds, Row, Sheet, result_path, run_script
 from definition import training_layers
 
 
@@ -42,12 +43,14 @@ class Settings(Rounds):
         models: names of models; * stands for anything.
         seconds: processor time that a model may take.
         largest: parameters, in millions, that a model may have.
+        resume: whether to keep what an earlier run has compared, and found alike.
     """
 
     packages: tuple[str, ...] = PACKAGES
     models: tuple[str, ...] = ("*",)
     seconds: int = 15
     largest: int = 35
+    resume: bool = False
     rounds: int = 1
     threads: int = 1
     device: str = "cpu"
@@ -63,12 +66,20 @@ def measure(settings: Settings) -> Iterator[Row]:
         A row for every model.
     """
     torch.set_num_threads(settings.threads)
+    kept = earlier(settings) if settings.resume else {}
     for package in settings.packages:
         for entry in entries(package):
             if any(fnmatch(entry.name, pattern) for pattern in settings.models):
                 print(f"{package}: {entry.name}", flush=True)
-                yield row_of(entry, settings)
+                yield kept.get((package, entry.name)) or row_of(entry, settings)
                 gc.collect()
+
+
+def earlier(settings: Settings) -> dict[tuple[str, str], Row]:
+    """The rows of an earlier run, stopped or not, by package and model."""
+    path = result_path("zoo", settings)
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return {(row["package"], row["model"]): row for row in rows if row["outcome"] != "DIFFERS"}
 
 
 def row_of(entry: Entry, settings: Settings) -> Row:

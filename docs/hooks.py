@@ -14,7 +14,13 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = ("examples/RESULTS.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+ELSEWHERE = (
+    "examples/RESULTS.md",
+    "examples/results/README.md",
+    "benchmarks/README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 FIGURES = ("examples/results/*.png", "benchmarks/results/*.png")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -26,6 +32,14 @@ def on_files(files: Files, config: Any) -> Files:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead links to where pages are on the site: in the repository those of this folder lie a level deeper."""
+    if page.file.src_uri in ELSEWHERE:
+        return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
+    out = "../" * (page.file.src_uri.count("/") + 1)
+    return markdown.replace(f"]({out}", f"]({out.removeprefix('../')}")
 
 
 def on_page_content(content: str, **_: Any) -> str:

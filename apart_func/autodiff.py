@@ -5,6 +5,8 @@ So where neither a `torch.func` transform nor a compiler is active, gradients co
 fresh leaves, and from `torch.func.grad_and_value` otherwise. `differentiate` is the one place that decides.
 """
 
+from __future__ import annotations  # Dynamo of old versions traces those of inner functions
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -33,6 +33,7 @@ from apart_func.trees import (
     StatTree,
     StepOutput,
     Tensors,
+    replaced,
     tensors_of,
     vectors,
 )
@@ -285,7 +286,8 @@ def output_over_ranks(
     ]
     losses = [tensor.to(like) for tensor in (out.loss, out.adversarial_loss, out.all_finite)]
     *means, loss, adversarial_loss, finite = _means([*out.grads.values(), *moves, *losses], group)
-    return out._replace(
+    return replaced(
+        out,
         grads=dict(zip(out.grads, means, strict=False)),
         buffers=out.buffers
         | {name: before[name] + move for name, move in zip(names, means[len(out.grads) :], strict=True)},

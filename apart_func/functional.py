@@ -5,6 +5,8 @@ caller's parameters and buffers for the time of a call, in which the loss is com
 layer that is run once more during the backward finds its tensors. The caller's model is never run.
 """
 
+from __future__ import annotations  # Dynamo of old versions traces those of inner functions
+
 import copy
 import threading
 import weakref
@@ -135,7 +137,7 @@ def scalar_loss(loss: Any) -> Tensor:
     return loss
 
 
-def functionalize(model: nn.Module) -> "FunctionalModel":
+def functionalize(model: nn.Module) -> FunctionalModel:
     """Make a function of `params` and `buffers` from a model. Its layers keep the modes they have now.
 
     Raises:
@@ -144,7 +146,7 @@ def functionalize(model: nn.Module) -> "FunctionalModel":
     return FunctionalModel(model)
 
 
-def as_functional(model: "nn.Module | FunctionalModel") -> "FunctionalModel":
+def as_functional(model: nn.Module | FunctionalModel) -> FunctionalModel:
     """A model as a function, if it is not one already."""
     return model if isinstance(model, FunctionalModel) else functionalize(model)
 
@@ -221,12 +223,12 @@ class FunctionalModel:
         """
         tensors = self.check_state(params, buffers)
 
-        def forward(template: "_Template") -> Any:
+        def forward(template: _Template) -> Any:
             return template.module(*inputs, **keywords)
 
         return self.run(tensors, _plain_batch_norm if training else None, forward)
 
-    def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
+    def run(self, tensors: Tensors, handler: Handler | None, function: Callable[[_Template], Any]) -> Any:
         """Call a function while a copy of the model holds some tensors, and its batch norm goes to a handler.
 
         Args:
@@ -266,7 +268,7 @@ class FunctionalModel:
         reference, name = self._of_caller.get(id(parameter), (None, None))
         return name if reference is not None and reference() is parameter else None
 
-    def _template(self, evaluates: bool) -> "_Template":
+    def _template(self, evaluates: bool) -> _Template:
         if is_compiling() and not evaluates:
             return self._fixed
         kind = "evaluation" if evaluates else "training"
@@ -293,10 +295,10 @@ class _Template:
     ) -> None:
         self.module, self.checked = module, False
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in momenta}
-        self.route = Route(layers, momenta)
         for layer in layers.values():
             if not is_stock(layer) and layer.momentum is None:
                 layer.momentum = 0.0  # None would make its forward read a counter, which no tracing allows
+        self.route = Route(layers, momenta)
         if eager:
             watch(layers, self.route)
         self._program = _Program(module)
@@ -311,7 +313,7 @@ class _Template:
         self._lent: dict[str, tuple[Tensor, int]] = {}
         self._modes = [(layer, layer.training) for layer in layers.values()]
 
-    def run(self, tensors: Tensors, handler: Handler | None, function: "Callable[[_Template], Any]") -> Any:
+    def run(self, tensors: Tensors, handler: Handler | None, function: Callable[[_Template], Any]) -> Any:
         """See `FunctionalModel.run`."""
         held = {**tensors, **self._copies(tensors)}
         lent = {place: held[name] for place, name in self._aliases}
@@ -368,8 +370,11 @@ class _Program(nn.Module):
     def forward(self, function: Callable[[_Template], Any], template: _Template, handler: Handler | None) -> Any:
         if handler is None:
             return function(template)
-        with template.route.opened(handler):
+        template.route.open(handler)
+        try:
             return function(template)
+        finally:
+            template.route.close()
 
 
 class _Absent:

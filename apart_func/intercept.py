@@ -85,7 +85,8 @@ class Route:
 
     Args:
         layers: by name.
-        momenta: weight of a batch in their running statistics; None takes what the layers say whenever it is opened.
+        momenta: weight of a batch in their running statistics, of layers that are nobody else's; None takes what the
+            layers say whenever it is `opened`.
 
     Attributes:
         layers: by name.
@@ -98,26 +99,41 @@ class Route:
         self.handler: Handler | None = None
         self.reached = False
         self._detours = [_Detour(self, site) for site in self._sites()]
+        if momenta is not None:
+            self._stand_in()
 
     def _sites(self) -> list[Site]:
         momenta = self._momenta or {name: layer.momentum for name, layer in self.layers.items()}
         return [Site(name, layer, momenta[name], is_stock(layer)) for name, layer in self.layers.items()]
 
-    @contextmanager
-    def opened(self, handler: Handler) -> Iterator[None]:
-        """Lead the layers' calls to `handler` while open, and leave the layers as they were."""
-        if self._momenta is None:
-            for detour, site in zip(self._detours, self._sites(), strict=True):
-                detour.take(site)
+    def _stand_in(self) -> None:
         for detour in self._detours:
             vars(detour.site.layer)["forward"] = detour
-        self.handler, self.reached = handler, False
+
+    @contextmanager
+    def opened(self, handler: Handler) -> Iterator[None]:
+        """Lead the calls of somebody's layers to `handler` while open, and leave the layers as they were."""
+        for detour, site in zip(self._detours, self._sites(), strict=True):
+            detour.take(site)
+        self._stand_in()
+        self.open(handler)
         try:
             yield
         finally:
-            self.handler = None
+            self.close()
             for detour in self._detours:
                 detour.leave()
+
+    def open(self, handler: Handler) -> None:
+        """Lead the calls of private layers to `handler`, in which the detours always stand.
+
+        Dynamo of torch 2.8 traces neither a context manager that is made of a generator nor the attributes of a layer.
+        """
+        self.handler, self.reached = handler, False
+
+    def close(self) -> None:
+        """Leave every layer as it is."""
+        self.handler = None
 
 
 class _Detour:

@@ -8,6 +8,8 @@
 Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs.
 """
 
+from __future__ import annotations  # Dynamo of old versions traces those of inner functions
+
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,6 +34,7 @@ from apart_func.trees import (
     batch_size,
     check_by_name,
     constant,
+    replaced,
     vectors,
 )
 
@@ -50,8 +53,8 @@ def make_one_pass_step(
     rule: Rule = sign_perturbation,
     rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
-    process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
-) -> "OnePassStep":
+    process_group: ProcessGroup | Literal["world", "local"] | None = None,
+) -> OnePassStep:
     """Make a training step of APART that costs one pass: a pure function of parameters, buffers, batch and δ.
 
     Running statistics advance by those of the clean samples, all of their groups together: perturbed samples would
@@ -160,14 +163,15 @@ class OnePassStep(Step):
             perturbation is not None and may_draw(self.settings.rule),
         )
         finite = out.all_finite & in_range & all_finite(vectors(after))
-        return out._replace(
+        return replaced(
+            out,
             buffers=chosen(finite, out.buffers, dict(buffers)),
             stat_grads=stat_grads,
             perturbation=chosen(finite, after, before),
             all_finite=finite,
         )
 
-    def _drawn(self, tensors: Tensors, radius: Tensor, group: "ProcessGroup | None") -> PerturbationTree:
+    def _drawn(self, tensors: Tensors, radius: Tensor, group: ProcessGroup | None) -> PerturbationTree:
         """The perturbation of a step that carries none, the same on all ranks.
 
         Raises:
@@ -248,7 +252,8 @@ def clean_stat_grads(stat_grads: StatGradTree, clean: int) -> StatGradTree:
         clean: how many of the groups were clean, the first ones.
     """
     check_by_name("stat_grads", stat_grads)
-    groups = min((mean.shape[0] if mean.dim() == 2 else 0 for mean, _ in stat_grads.values()), default=0)
+    counts = [mean.shape[0] if mean.dim() == 2 else 0 for mean, _ in stat_grads.values()]
+    groups = min(counts) if counts else 0
     if not isinstance(clean, int) or isinstance(clean, bool) or not 0 < clean <= groups:
         raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and no more than there are.")
 

@@ -47,6 +47,7 @@ from apart_func.trees import (
     detached,
     input_and_target,
     map_tensors,
+    replaced,
     tensors_of,
 )
 
@@ -339,7 +340,7 @@ class _Pass:
         if not is_traced():
             templates[0].checked = True
         loss, output, results = gradient.aux
-        return gradient._replace(loss=loss), output, results
+        return replaced(gradient, loss=loss), output, results
 
     def point(self, perturbation: PerturbationTree, groups: int, clean: int = 0) -> Shifts:
         """Where a pass is taken: a perturbation of all ghost groups but the first `clean` ones."""

@@ -79,7 +79,7 @@ def check_radius(name: str, value: Any) -> None:
     Raises:
         SettingError: it is no number, negative, or not finite.
     """
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+    if not (_is_number(value) and 0 <= value < math.inf):
         raise SettingError(f"{name}={value!r}; expected a finite radius ≥ 0, such as 0.05.")
 
 

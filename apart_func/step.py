@@ -9,6 +9,8 @@
 `make_apart_step` makes a function of these lines; everything it does can be done by hand with these parts.
 """
 
+from __future__ import annotations  # Dynamo of old versions traces those of inner functions
+
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -57,6 +59,7 @@ from apart_func.trees import (
     constant,
     cut_batch,
     map_tensors,
+    replaced,
     stack_by_layer,
     vectors,
 )
@@ -80,8 +83,8 @@ def make_apart_step(
     rule: Rule = sign_perturbation,
     rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
-    process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
-) -> "ApartStep":
+    process_group: ProcessGroup | Literal["world", "local"] | None = None,
+) -> ApartStep:
     """Make the training step of APART, or of APART-SAM: a pure function of parameters, buffers and batch.
 
     Args:
@@ -126,7 +129,7 @@ def make_apart_step(
 
 def make_apart_sam_step(
     model: nn.Module | FunctionalModel, loss_fn: LossFunction, *, rho: float = 0.05, **settings: Any
-) -> "ApartStep":
+) -> ApartStep:
     """`make_apart_step` with a weight perturbation by default: the step of APART-SAM."""
     return make_apart_step(model, loss_fn, rho=rho, **settings)
 
@@ -156,7 +159,7 @@ class Step:
 
     def _ranks(
         self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
-    ) -> "ProcessGroup | None":
+    ) -> ProcessGroup | None:
         """The ranks to reduce over, after a look at whether they take the same step, the first time."""
         group = ranks_of(self.settings.process_group)
 
@@ -175,7 +178,7 @@ class Step:
         self._agreement.reach(group, described)
         return group
 
-    def _over_ranks(self, buffers: Tensors, group: "ProcessGroup | None") -> Callable[[StepOutput], StepOutput]:
+    def _over_ranks(self, buffers: Tensors, group: ProcessGroup | None) -> Callable[[StepOutput], StepOutput]:
         """How to make the output of all ranks of that of this one, in a step that begins with some buffers."""
         return lambda out: out if group is None else output_over_ranks(out, buffers, self.fmodel.moving, group)
 
@@ -232,7 +235,7 @@ class ApartStep(Step):
 
         def one_batch(moved: Tensors, part: Any) -> StepOutput:
             out = self._one_batch(params, moved, part, radius, precision, group)
-            return out._replace(all_finite=out.all_finite & in_range)
+            return replaced(out, all_finite=out.all_finite & in_range)
 
         return over_microbatches(
             one_batch, buffers, batch, self.settings.microbatches, self._over_ranks(buffers, group)
@@ -245,7 +248,7 @@ class ApartStep(Step):
         batch: Any,
         radius: Tensor,
         precision: Precision,
-        group: "ProcessGroup | None",
+        group: ProcessGroup | None,
     ) -> StepOutput:
         fmodel, loss_fn, settings = self.fmodel, self.loss_fn, self.settings
         samples = batch_size(batch)
@@ -302,7 +305,7 @@ def found_perturbation(
     stats: StatTree,
     stat_grads: StatGradTree,
     rule: Callable[[StatTree, StatGradTree], PerturbationTree],
-    group: "ProcessGroup | None",
+    group: ProcessGroup | None,
     draws: bool,
 ) -> tuple[StatGradTree, PerturbationTree]:
     """What a rule makes of the layers that were called; the others keep the perturbation that they had.
@@ -367,7 +370,7 @@ def over_microbatches(
         outputs.append(one_batch(moved, part))
         moved = outputs[-1].buffers
     out = reduce(outputs[0] if microbatches == 1 else _mean_output(outputs))
-    return out._replace(buffers=chosen(out.all_finite, out.buffers, dict(buffers)))
+    return replaced(out, buffers=chosen(out.all_finite, out.buffers, dict(buffers)))
 
 
 def climb(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> Tensors:

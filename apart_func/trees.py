@@ -8,7 +8,7 @@ sequences, named tuples and dataclasses, with leaves that need not be tensors.
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,15 @@ class StepOutput(NamedTuple):
         return self.adversarial_loss - self.loss
 
 
+Named = TypeVar("Named", bound=NamedTuple)
+
+
+def replaced(parts: Named, **changes: Any) -> Named:
+    """A named tuple with other values in some places: `_replace`, in words that Dynamo of torch 2.8 traces."""
+    kind = type(parts)
+    return kind(*[changes.get(name, value) for name, value in zip(kind._fields, parts, strict=True)])
+
+
 def input_and_target(batch: Any) -> tuple[Any, Any]:
     """The two parts of a batch.
 
@@ -244,13 +253,19 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         items = [map_tensors(function, *of_item) for of_item in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    if _is_dataclass(tree):
         made = copy.copy(tree)
         for field in dataclasses.fields(tree):
             of_field = [getattr(one, field.name) for one in (tree, *others)]
             object.__setattr__(made, field.name, map_tensors(function, *of_field))
         return made
     return tree
+
+
+def _is_dataclass(tree: Any) -> bool:
+    if tree is None or isinstance(tree, (int, float, str, type)):  # Dynamo of torch 2.8 cannot ask these
+        return False
+    return dataclasses.is_dataclass(tree)
 
 
 def _mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
@@ -271,7 +286,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
         children = [tree[key] for key in tree]
     elif isinstance(tree, (tuple, list)):
         children = list(tree)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    elif _is_dataclass(tree):
         children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     else:
         return []

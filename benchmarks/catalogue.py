@@ -214,7 +214,7 @@ TIMM = (
 # Where it is not the smallest that a network takes, or more than is needed.
 SIZES = {"convmixer_768_32": 28}
 # Where layers see one position of an image: a group of two images would leave them next to no variance.
-OF_ONE_POSITION = ("efficientvim_m1",)
+OF_ONE_POSITION = ("efficientvim_m1", "inception_v3", "levit_128s", "shvit_s1")
 
 
 def of_timm() -> Iterator[Entry]:

@@ -36,7 +36,6 @@ class Settings(Rounds):
     """
 
     models: tuple[str, ...] = (
-        "timm/levit_128s",
         "timm/efficientvit_m0",
         "timm/test_efficientnet",
         "transformers/LevitForImageClassification",
@@ -93,6 +92,7 @@ def step_of(case: Case, options: Options) -> tuple[Taken, Any]:
 def told_apart(single: Taken, double: Taken, zero: Mapping[str, Tensor]) -> Row:
     """Whether the statistic gradients in float32 say which of them are zero."""
     mask = torch.cat(list(zero.values()))
+    others = ~mask & (torch.cat(list(flat(double.stat_grads).values())) != 0)
     signs = [torch.cat([g.sign() for g in flat(taken.stat_grads).values()]) for taken in (single, double)]
     parts = []
     for layer in single.stat_grads.values():
@@ -101,9 +101,9 @@ def told_apart(single: Taken, double: Taken, zero: Mapping[str, Tensor]) -> Row:
     share, alike = torch.cat(parts), signs[0] == signs[1]
     return {
         "zero": int(mask.sum()),
-        "others": int((~mask).sum()),
+        "others": int(others.sum()),
         "signs_alike": alike[mask].double().mean().item(),
-        "below": [[(share[kind] <= bound).double().mean().item() for kind in (mask, ~mask)] for bound in BOUNDS],
+        "below": [[(share[kind] <= bound).double().mean().item() for kind in (mask, others)] for bound in BOUNDS],
     }
 
 

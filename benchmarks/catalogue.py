@@ -214,7 +214,7 @@ TIMM = (
 # Where it is not the smallest that a network takes, or more than is needed.
 SIZES = {"convmixer_768_32": 28}
 # Where layers see one position of an image: a group of two images would leave them next to no variance.
-OF_ONE_POSITION = ("efficientvim_m1",)
+OF_ONE_POSITION = ("efficientvim_m1", "inception_v3", "levit_128s", "shvit_s1")
 
 
 def of_timm() -> Iterator[Entry]:
@@ -311,10 +311,7 @@ def of_torchvision() -> Iterator[Entry]:
         name = smallest(names, partial(torchvision_model, size=64))
         make = partial(torchvision_case, name, module) if name else None
         yield Entry("torchvision", module, name or f"all {len(names)}", make)
-    for name in ("fasterrcnn_resnet50_fpn_v2", "resnext50_32x4d"):
-        module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
-        yield Entry("torchvision", module, name, partial(torchvision_case, name, module))
-    for name in ("quantized_resnet18", "quantized_mobilenet_v2", "quantized_shufflenet_v2_x0_5"):
+    for name in ("quantized_mobilenet_v2", "quantized_shufflenet_v2_x0_5"):
         yield Entry("torchvision", "prepare_qat", name, partial(quantisation_aware_case, name))
 
 

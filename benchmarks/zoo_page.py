@@ -42,7 +42,7 @@ def rendered(page: str, results: Sequence[Mapping[str, Any]]) -> str:
         results: what was recorded.
     """
     made = {sheet.title: table(sheet) for sheet in tables(results)}
-    made["machine"] = "".join(f"- `{each['command']}` on {where(each['environment'])}\n" for each in results)
+    made["machine"] = "".join(f"- {origin(content)}\n" for content in results)
     return TABLE.sub(lambda found: found[1] + made.get(found["title"], "None.\n") + found[3], page)
 
 
@@ -50,6 +50,12 @@ def table(sheet: Sheet) -> str:
     """A table without its title, which the page has as a heading."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in sheet.lines]
     return markdown(sheet._replace(lines=lines)).partition("\n\n")[2]
+
+
+def origin(content: Mapping[str, Any]) -> str:
+    """What a result was recorded by, and on."""
+    stopped = "" if content["complete"] else " (stopped before it had tried everything)"
+    return f"`{content['command']}` on {where(content['environment'])}{stopped}"
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> list[Sheet]:

@@ -236,7 +236,6 @@ def test_the_rule_of_the_page_leaves_out_what_rounding_decides() -> None:
 def test_the_page_shows_what_was_recorded() -> None:
     settings = zoo_page.Settings()
     page, results = settings.page.read_text(encoding="utf-8"), zoo_page.recorded(settings.results)
-    assert all(content["complete"] for content in results)
     rows = [row for content in results if content["benchmark"] == "zoo" for row in content["rows"]]
     assert {row["package"] for row in rows} == set(catalogue.PACKAGES)
     assert not [row["model"] for row in rows if row["outcome"] == "DIFFERS"]

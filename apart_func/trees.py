@@ -159,7 +159,7 @@ class MixedOutput(NamedTuple):
 
     @property
     def loss_gap(self) -> Tensor:
-        """L_a − L_p, 0-d: by how much the perturbation raises the loss, as far as both halves are alike."""
+        """L_a − L_p, 0-d: by how much the perturbation raises the loss, as far as both sets of samples are alike."""
         return self.adversarial_loss - self.loss
 
 
@@ -191,7 +191,7 @@ class StepOutput(NamedTuple):
 
     @property
     def loss_gap(self) -> Tensor:
-        """L_a − L_p, 0-d: by how much the perturbation raises the loss; in one pass, other samples differ too."""
+        """L_a − L_p, 0-d: by how much perturbed ghost groups have a higher loss; in one pass, of other samples."""
         return self.adversarial_loss - self.loss
 
 

@@ -125,13 +125,7 @@ class APART:
         self._route: Route | None = None
 
     def __repr__(self) -> str:
-        settings = Settings(
-            epsilon=self.epsilon,
-            groups=self.groups,
-            rule=self.rule,
-            rows=self.rows,
-            process_group=self.process_group,
-        )
+        settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
         return f"APART({type(self.model).__name__}, {counted_layers(len(batch_norm_layers(self.model)))}, {settings})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,7 +254,7 @@ class APART:
         found: PerturbationTree = {}
         for name, pair in saved.items():
             channels = layers[names[name]].num_features
-            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if not good or any(part.shape != (channels,) for part in pair):
                 shapes = [tuple(part.shape) for part in pair] if good else type(pair).__name__
                 raise StateError(

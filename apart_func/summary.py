@@ -37,12 +37,16 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor):
         return _of_tensor(value)
     if not isinstance(value, Mapping) or not value:
-        return f"{type(value).__name__}, {len(value)} entries" if hasattr(value, "__len__") else str(value)
+        return f"{type(value).__name__}, {_counted(len(value), 'part')}" if hasattr(value, "__len__") else str(value)
     parts = list(value.values())
     if not all(isinstance(part, Tensor) for part in parts):
-        return f"{len(parts)} layers" if all(isinstance(part, tuple) for part in parts) else f"{len(parts)} entries"
+        return _counted(len(parts), "layer" if all(isinstance(part, tuple) for part in parts) else "part")
     kinds = sorted({_dtype(part) for part in parts})
-    return f"{len(parts)} tensors, {sum(part.numel() for part in parts):,} values, {' and '.join(kinds)}"
+    return f"{_counted(len(parts), 'tensor')}, {sum(part.numel() for part in parts):,} values, {' and '.join(kinds)}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _of_tensor(tensor: Tensor) -> str:

@@ -33,6 +33,7 @@ from apart_func import (
     multi_step,
     perturbed_stats,
     proxy_pass,
+    sign_flips,
     sign_perturbation,
     split_state,
 )
@@ -178,6 +179,7 @@ CALLS = {
         {"function": {"a module", "a class"}},  # what these raise, called with params, is their own
     ),
     "multi_step": Call(multi_step, {"steps": 2, "step_size": 0.5}, {"step_size": NOTHING | {"a number"}}),
+    "sign_flips": Call(sign_flips, {"previous": ZERO, "current": ZERO}, {}),
     "perturbed_stats": Call(
         perturbed_stats, {"stats": PROXY.stats, "perturbation": ZERO, "eps": 1e-5}, {"eps": {"a number"}}
     ),

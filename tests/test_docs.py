@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,26 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("page", CODE)
-def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs_and_prints_what_is_said(
+    page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As under torchrun with one process, which only the page about processes notices."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(key, value)
     namespace = {"__name__": "page", **GIVEN.get(page, {})}
-    blocks = grab_code_blocks(PAGES[page].read_text(encoding="utf-8"), lang="python")
+    text = PAGES[page].read_text(encoding="utf-8")
+    blocks = grab_code_blocks(text, lang="python")
     assert blocks
     for number, block in enumerate(blocks, start=1):
         exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+    printed = without_fractions(capsys.readouterr().out)
+    for block in grab_code_blocks(text, lang="text"):
+        assert without_fractions(block).strip() in printed
+
+
+def without_fractions(text: str) -> str:
+    """Losses round otherwise on another machine."""
+    return re.sub(r"\d+\.\d+", "…", text)
 
 
 def test_every_block_says_what_language_it_is_in() -> None:

@@ -93,14 +93,6 @@ def test_private_names_of_torch_are_in_one_file() -> None:
             assert not (chain.startswith("torch.") and private), f"{module} calls {chain}, which belongs in _torch.py"
 
 
-def test_types_are_asked_for_by_tuples() -> None:
-    """`isinstance(x, A | B)` in a traced function keeps Dynamo of torch 2.4 to 2.8 from compiling it."""
-    for module, path in FILES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
-            assert not (asks and isinstance(node.args[1], ast.BinOp)), f"{module}, line {node.lineno}"
-
-
 def dotted(node: ast.AST) -> str:
     """`a.b.c` of a chain of attributes."""
     if isinstance(node, ast.Attribute):

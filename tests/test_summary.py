@@ -70,8 +70,8 @@ def test_a_pass_is_printed_with_whatever_its_model_returns() -> None:
     fmodel = functionalize(model)
     x, y = images()
     for wrapped, expected in (
-        (lambda scores: {"scores": scores}, "1 tensors, 24 values, float64"),
-        (lambda scores: [scores, None], "list, 2 entries"),
+        (lambda scores: {"scores": scores}, "1 tensor, 24 values, float64"),
+        (lambda scores: [scores, None], "list, 2 parts"),
         (lambda scores: None, "None"),
     ):
         out = proxy_pass(fmodel, F.cross_entropy, *split_state(model), (x, y))._replace(

@@ -207,11 +207,12 @@ def architectures(draw: st.DrawFn) -> Architecture:
 
     What would enlarge rounding errors is left to float64: groups of a few values, which can have next to no variance,
     and radii that make another network. Half precision is also spared what makes its errors large in plain training:
-    kinks, layers of one or two channels, and normalising a second time what a saturated activation has left.
+    kinks, layers of one or two channels, and normalising a second time what a saturated activation has left. Nor does it
+    get three axes: oneDNN's Conv3d returns garbage for some small inputs in bfloat16 (torch 2.14 on a Xeon with AMX).
     """
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float64, torch.float32, torch.bfloat16]))
     double, half = dtype is torch.float64, dtype is torch.bfloat16
-    positions = tuple(draw(st.lists(st.integers(1, 3), max_size=3)))
+    positions = tuple(draw(st.lists(st.integers(1, 3), max_size=2 if half else 3)))
     samples = draw(st.sampled_from([4, 8, 6, 12, 5, 2])) * (1 if double else 8)
     ratio = draw(st.sampled_from([1.0, 0.5, 0.75]))
     smallest_group = 2 if double else 8

@@ -43,7 +43,7 @@ class Settings(Rounds):
         models: names of models; * stands for anything.
         seconds: processor time that a model may take.
         largest: parameters, in millions, that a model may have.
-        resume: whether to keep what an earlier run has compared, and found alike.
+        resume: whether to keep what an earlier run has compared and found alike, and do the rest.
     """
 
     packages: tuple[str, ...] = PACKAGES
@@ -79,7 +79,7 @@ def earlier(settings: Settings) -> dict[tuple[str, str], Row]:
     """The rows of an earlier run, stopped or not, by package and model."""
     path = result_path("zoo", settings)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return {(row["package"], row["model"]): row for row in rows if row["outcome"] != "DIFFERS"}
+    return {(row["package"], row["model"]): row for row in rows if row["outcome"] in ("compared", "no batch norm")}
 
 
 def row_of(entry: Entry, settings: Settings) -> Row:

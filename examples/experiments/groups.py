@@ -275,8 +275,11 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
         names = told if smoothed else [name for name in told if name != "method.label_smoothing"]
         if not group.is_plain or group.settings[DECAY] == usual:
             add(group, validated, smoothed, names)
+    decays = Counter(
+        epochs for epochs, _ in {(group.epochs, group.settings[DECAY]) for group in test if group.is_plain}
+    )
     for group, validated in zip(test, validation, strict=True):
-        if group.is_plain and DECAY in varied:
+        if group.is_plain and decays[group.epochs] > 1:
             add(group, validated, ", tuned weight decay", [DECAY])
     return [
         Family(called, candidates, candidates[0].test.is_plain and not called.endswith("tuned weight decay"))

@@ -109,7 +109,7 @@ def against_definition(case: Case, plain: Plain) -> Row:
         "gradients": largest_error(plain.grads, clean.proxy_grads),
         "running statistics": largest_error(plain.buffers, clean.buffers),
     }
-    wrong = sum(wrong_signs(taken[form], clean) for form in ("two passes", "drop-in"))
+    wrong = sum(wrong_signs(taken[form], clean, TOLERANCE[precision]) for form in ("two passes", "drop-in"))
     worst = max(error for of_form in errors.values() for error in of_form.values())
     outcome = "compared" if worst <= TOLERANCE[precision] and not wrong else "DIFFERS"
     return (
@@ -305,12 +305,15 @@ def same_shifts(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(torch.equal(part, flat(other)[name]) for name, part in flat(one).items())
 
 
-def wrong_signs(taken: Taken, step: definition.Step) -> int:
-    """How many components of δ are not ε · sign(g), where the sign of g is no matter of rounding."""
+def wrong_signs(taken: Taken, step: definition.Step, tolerance: float) -> int:
+    """How many components of δ are not ε · sign(g), where the sign of g is no matter of rounding.
+
+    That is where its terms do not cancel, and where it is more than `tolerance` of the layer's largest.
+    """
     terms, found = flat(step.terms), flat(taken.perturbation)
     wrong = 0
     for name, g in flat(step.stat_grads).items():
-        clear = g.abs() > CLEAR * terms[name]
+        clear = (g.abs() > CLEAR * terms[name]) & (g.abs() > tolerance * g.abs().max())
         expected = torch.tensor(RADIUS, dtype=found[name].dtype) * g.sign()
         wrong += int((found[name] != expected.to(found[name].dtype))[clear].sum())
     return wrong

@@ -351,7 +351,7 @@ def torchvision_case(name: str, module: str) -> Case:
     if kind == "segmentation":
         samples = samples_for(model, 64)
         return Case(model, (images(64, samples), torch.zeros(samples)), smooth, samples)
-    size = {"inception_v3": 96, "quantized_inception_v3": 96, "maxvit_t": 224}.get(name, 64)
+    size = {"inception_v3": 299, "quantized_inception_v3": 299, "maxvit_t": 224}.get(name, 64)
     size = size if accepts(model, images(size, samples=2)) else 128
     loss = smooth if any(part in name for part in ("inception", "googlenet")) else cross_entropy  # auxiliary heads
     samples = samples_for(model, size)

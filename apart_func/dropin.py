@@ -254,7 +254,7 @@ class APART:
         found: PerturbationTree = {}
         for name, pair in saved.items():
             channels = layers[names[name]].num_features
-            good = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if not good or any(part.shape != (channels,) for part in pair):
                 shapes = [tuple(part.shape) for part in pair] if good else type(pair).__name__
                 raise StateError(

@@ -103,7 +103,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 def call_module(module: Callable[..., Any], inputs: Any) -> Any:
     """Run a model on the input of a batch: a tuple or list is splatted, a mapping passed as keywords."""
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, (tuple, list)):
         return module(*inputs)
     if isinstance(inputs, Mapping):
         return module(**inputs)
@@ -391,7 +391,7 @@ class _Absent:
             value = waiting.pop()
             if isinstance(value, cls):
                 name = repr(value.name)
-            elif isinstance(value, tuple | list):
+            elif isinstance(value, (tuple, list)):
                 waiting.extend(value)
         raise ModelError(
             f"the model reached {name} through something that is neither a module's attribute nor made of one, so the "
@@ -474,7 +474,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in modules:
         state = vars(memo[id(module)])
         for key, value in vars(module).items():
-            if value is None or isinstance(value, bool | int | float | str) or (not value and key in HOOKS):
+            if value is None or isinstance(value, (bool, int, float, str)) or (not value and key in HOOKS):
                 state[key] = copy.copy(value) if key in HOOKS else value
             else:
                 state[key] = copy.deepcopy(value, memo)

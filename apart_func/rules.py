@@ -108,7 +108,7 @@ def check_epsilon(epsilon: Any, rule: Rule) -> None:
         if is_traced() or epsilon.device.type != "cpu":
             return  # all_finite reports a bad value, which cannot be read here, or only by waiting for the device
         epsilon = epsilon.item()
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
         raise SettingError(f"epsilon={epsilon!r}; expected a number, such as 0.1, or a 0-d tensor.")
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
@@ -213,7 +213,7 @@ def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise SettingError(f"steps={steps!r}; expected a positive number of gradients, such as 3.")
     length = 2.5 / steps if step_size is None else step_size
-    if isinstance(step_size, bool) or not (isinstance(length, int | float) and math.isfinite(length) and length > 0):
+    if isinstance(step_size, bool) or not (isinstance(length, (int, float)) and math.isfinite(length) and length > 0):
         raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
     return IterativeRule(partial(_ascended, steps=steps, length=length), f"multi_step({steps})")
 
@@ -323,7 +323,7 @@ def perturbed_stats(
     """
     check_by_name("stats", stats)
     check_by_name("perturbation", perturbation)
-    known = isinstance(eps, int | float) and not isinstance(eps, bool)
+    known = isinstance(eps, (int, float)) and not isinstance(eps, bool)
     if not known and not (isinstance(eps, Mapping) and set(stats) <= set(eps)):
         raise SettingError(f"eps is a {type(eps).__name__}; expected BN's constant, or one for every layer in stats.")
     return {

@@ -68,7 +68,7 @@ class Settings:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return repr(value.item())
-    if value is None or isinstance(value, str | int | float | torch.dtype):
+    if value is None or isinstance(value, (str, int, float, torch.dtype)):
         return repr(value)
     return str(getattr(value, "name", getattr(value, "__name__", type(value).__name__)))
 
@@ -84,7 +84,7 @@ def check_radius(name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:

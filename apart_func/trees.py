@@ -210,8 +210,8 @@ def input_and_target(batch: Any) -> tuple[Any, Any]:
     Raises:
         BatchError: it is no pair.
     """
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
         raise BatchError(f"the batch is {given}; expected (input, target).")
     return batch[0], batch[1]
 
@@ -250,7 +250,7 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     if isinstance(tree, Mapping):
         values = {key: map_tensors(function, tree[key], *(other[key] for other in others)) for key in tree}
         return values if type(tree) is dict else _mapping_like(tree, values)
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, (tuple, list)):
         items = [map_tensors(function, *of_item) for of_item in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if _is_dataclass(tree):
@@ -284,7 +284,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
         return [tree]
     if isinstance(tree, Mapping):
         children = [tree[key] for key in tree]
-    elif isinstance(tree, tuple | list):
+    elif isinstance(tree, (tuple, list)):
         children = list(tree)
     elif _is_dataclass(tree):
         children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]

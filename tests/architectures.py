@@ -207,8 +207,8 @@ def architectures(draw: st.DrawFn) -> Architecture:
 
     What would enlarge rounding errors is left to float64: groups of a few values, which can have next to no variance,
     and radii that make another network. Half precision is also spared what makes its errors large in plain training:
-    kinks, layers of one or two channels, and normalising a second time what a saturated activation has left. Nor does it
-    get three axes: oneDNN's Conv3d returns garbage for some small inputs in bfloat16 (torch 2.14 on a Xeon with AMX).
+    kinks, layers of one or two channels, and normalising a second time what a saturated activation has left. It
+    gets no three axes either: oneDNN's Conv3d returns garbage for some small inputs (torch 2.14 on a Xeon with AMX).
     """
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float64, torch.float32, torch.bfloat16]))
     double, half = dtype is torch.float64, dtype is torch.bfloat16

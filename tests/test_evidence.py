@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from experiments import evaluate, evidence
 from experiments.corruptions import CORRUPTIONS, SEVERITIES
+from experiments.figures import format_error
 from experiments.paired import estimate, paired_difference
 from experiments.runs import FolderError
 from test_report import PAGE, epochs, method, read_table, write_run
@@ -336,8 +337,7 @@ def check_numbers(path: Path) -> None:
                 if name not in chosen[label]:  # of the oldest runs, not all were measured
                     assert row.get(name, "") == ""
                     continue
-                found = estimate(list(chosen[label][name].values()))
-                assert row[name].strip("*") == f"{found.mean:.2f} ± {found.standard_error:.2f}"
+                assert row[name].strip("*") == format_error(estimate(list(chosen[label][name].values())))
 
 
 RESULTS = PAGE.parent

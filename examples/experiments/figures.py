@@ -101,4 +101,4 @@ def draw_radii(axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[st
         chosen = (curve.radii[curve.chosen], curve.errors[curve.chosen])
         axes.plot(*chosen, "o", markersize=9, markerfacecolor="none", color=colour)
     axes.set(title=title, xlabel="radius ε", ylabel="test error (%)")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))

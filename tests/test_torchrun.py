@@ -39,8 +39,8 @@ from torch.multiprocessing.spawn import spawn
 from apart_func import split_state
 
 RANKS, SAMPLES, GROUPS, EPOCHS = 2, 16, 4, 5
-# In float32, rounding flips signs of statistic gradients next to zero, and the losses of five epochs drift apart: by 1e-4
-# on one processor, by 1e-2 on another. A run that lost its batches or its state would be off by tenths.
+# In float32, rounding flips signs of statistic gradients next to zero, and the losses of five epochs drift apart: by
+# 1e-4 on one processor, by 1e-2 on another. A run that lost its batches or its state would be off by tenths.
 SIGNS = {"rtol": 2e-2, "atol": 2e-2}
 
 

@@ -21,9 +21,7 @@ def is_traced() -> bool:
 
 
 def is_mapped(leaves: Iterable[Any]) -> bool:
-    """Whether the innermost transform around this call is a vmap over one of some tensors, or may be one."""
-    if is_compiling() and not hasattr(torch.compiler, "set_stance"):  # Dynamo before torch 2.6 does not ask them
-        return True
+    """Whether the innermost transform around this call is a vmap over one of some tensors."""
     return any(isinstance(leaf, Tensor) and torch._C._functorch.is_batchedtensor(leaf) for leaf in leaves)
 
 

@@ -150,7 +150,7 @@ def _summed(fresh: Tensor, group: Any) -> Tensor:
         dist.all_reduce(fresh, group=group)
         return fresh
     if is_traced():
-        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]
+        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]  # torch types no apply
     with _together():
         dist.all_reduce(fresh, group=group)
     return fresh

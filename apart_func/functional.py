@@ -179,12 +179,12 @@ class FunctionalModel:
     @property
     def layers(self) -> dict[str, int]:
         """The channels of the BN layers that the method perturbs, by name."""
-        return self._constants.layers  # type: ignore[return-value]
+        return self._constants.layers  # type: ignore[return-value]  # attributes of a module have no types of their own
 
     @property
     def moving(self) -> tuple[str, ...]:
         """Names of the buffers that a forward may move away from those of other ranks: those of floating point."""
-        return self._constants.moving  # type: ignore[return-value]
+        return self._constants.moving  # type: ignore[return-value]  # attributes of a module have no types of their own
 
     def modules(self) -> list[nn.Module]:
         """The BN layers that the method perturbs, of a copy that holds no tensor."""

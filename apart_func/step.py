@@ -151,7 +151,7 @@ class Step:
     @property
     def settings(self) -> Settings:
         """What the step does."""
-        return self._constants.settings  # type: ignore[return-value]
+        return self._constants.settings  # type: ignore[return-value]  # attributes of a module have no types of their own
 
     def __repr__(self) -> str:
         loss = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)

@@ -21,14 +21,14 @@ Kind = TypeVar("Kind", bound=type)
 def summarised(kind: Kind) -> Kind:
     """Let a class of named tuples, as a decorator, be printed short: on one line if each part is one tensor."""
 
-    def __repr__(self: Any) -> str:  # noqa: N807
+    def summary(self: Any) -> str:
         parts = {name: described(value) for name, value in self._asdict().items()}
         if all(isinstance(value, Tensor) for value in self):
             return f"{kind.__name__}({', '.join(f'{name}={text}' for name, text in parts.items())})"
         width = max(map(len, parts))
         return "\n".join([kind.__name__, *(f"  {name:<{width}}  {text}" for name, text in parts.items())])
 
-    kind.__repr__ = __repr__  # type: ignore[assignment]
+    kind.__repr__ = summary  # type: ignore[assignment]  # in a named tuple's class, mypy takes no assignment at all
     return kind
 
 

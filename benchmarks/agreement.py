@@ -239,7 +239,7 @@ class _Dtypes(TorchDispatchMode):
     """Notes whether an operator made a tensor that is less precise than float64, and no constant."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it so
         self.is_double = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -467,6 +467,13 @@ PLAIN_TRANSFORMER: dict[str, Any] = {
     "intermediate_size": 32,
     "image_size": 64,
 }
+LEVIT: dict[str, Any] = {
+    "hidden_sizes": [32, 48, 64],
+    "num_attention_heads": [2, 3, 4],
+    "depths": [1, 1, 1],
+    "key_dim": [8, 8, 8],
+    "image_size": 64,
+}
 SEGFORMER: dict[str, Any] = {
     "depths": [1, 1, 1, 1],
     "hidden_sizes": [8, 16, 24, 32],
@@ -598,28 +605,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         64,
     ),
-    "LevitForImageClassification": (
-        "Levit",
-        {
-            "hidden_sizes": [32, 48, 64],
-            "num_attention_heads": [2, 3, 4],
-            "depths": [1, 1, 1],
-            "key_dim": [8, 8, 8],
-            "image_size": 64,
-        },
-        64,
-    ),
-    "LevitForImageClassificationWithTeacher": (
-        "Levit",
-        {
-            "hidden_sizes": [32, 48, 64],
-            "num_attention_heads": [2, 3, 4],
-            "depths": [1, 1, 1],
-            "key_dim": [8, 8, 8],
-            "image_size": 64,
-        },
-        64,
-    ),
+    "LevitForImageClassification": ("Levit", LEVIT, 64),
+    "LevitForImageClassificationWithTeacher": ("Levit", LEVIT, 64),
     "MobileNetV1ForImageClassification": (
         "MobileNetV1",
         {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1},

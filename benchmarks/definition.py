@@ -193,12 +193,12 @@ def computing(model: nn.Module, batch_norm: BatchNorm) -> Iterator[None]:
     """Let the batch-norm layers of a model that are in training mode compute something else while open."""
     layers = training_layers(model)
     for name, layer in layers.items():
-        layer.forward = partial(_forward, name, layer.forward, batch_norm)  # type: ignore[method-assign]
+        vars(layer)["forward"] = partial(_forward, name, layer.forward, batch_norm)
     try:
         yield
     finally:
         for layer in layers.values():
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _forward(name: str, own: Callable[..., Any], batch_norm: BatchNorm, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ no state.
 import copy
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
@@ -46,7 +47,7 @@ else:  # the package has two names, whose classes do not mix: that of the traine
     Callback = import_module(found[0]).Callback
 
 
-class _ApartCallback(Callback):
+class _ApartCallback(Callback, ABC):
     """What both forms share: when they stand around the strategy, and what they refuse.
 
     Attributes:
@@ -84,11 +85,11 @@ class _ApartCallback(Callback):
         forward, backward = self._around(trainer, pl_module, self.apart, strategy.backward)
         vars(strategy).update(training_step=forward, backward=backward)
 
+    @abstractmethod
     def _around(
         self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What stands in for the strategy's `training_step` and `backward`."""
-        raise NotImplementedError
 
     def _forward(self, apart: APART, context: AbstractContextManager[None], args: Any, kwargs: Any) -> Any:
         """Run a training step in a context, and leave it open for the backward if there is to be one."""

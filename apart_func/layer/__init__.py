@@ -44,7 +44,7 @@ def clean_batch_norm(x: Tensor, vectors: Clean, eps: float) -> Tensor:
         size = x.numel() // x.shape[1]
         mean.copy_(center)
         unbiased.copy_(var).mul_(size / (size - 1))
-        return y  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return]  # torch types no apply
     # Running statistics that start from nothing and take the batch whole are the batch's.
     return torch.batch_norm(x, weight, bias, mean, unbiased, True, 1.0, eps, torch.backends.cudnn.enabled)
 

@@ -139,7 +139,7 @@ def _are_alike(column: Sequence[Tensor | None]) -> bool:
 def _joined(weights: Sequence[Tensor], biases: Sequence[Tensor], groups: int) -> list[Tensor]:
     """γ and β of all layers one after the other, each as often as there are groups, in the dtype of statistics."""
     channels = tuple(weight.shape[0] for weight in weights)
-    joined = [torch.cat(column) for column in (weights, biases)]  # type: ignore[arg-type]
+    joined = [torch.cat(column) for column in (weights, biases)]  # type: ignore[arg-type]  # cat takes any sequence
     if groups > 1:
         joined = [vector.index_select(0, _places(channels, groups, like=vector)) for vector in joined]
     dtype = statistics_dtype(joined[0].dtype)

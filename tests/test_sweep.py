@@ -185,6 +185,16 @@ def written(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
+def test_a_worker_forgets_the_graphs_of_its_earlier_runs(tmp_path, monkeypatch):
+    """Dynamo makes eight of a function, and would refuse the ninth run."""
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(sweep, "train", lambda settings, show: done.append("train"))
+    for run in plan(Grid(methods=("plain",), seeds=2, factors=(1,), out=tmp_path), DIGITS):
+        assert sweep.train_job(sweep.Job((run,))) is None
+    assert done == ["reset", "train"] * 2
+
+
 def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys):
     grid = Grid(seeds=1, factors=(1,), processes=1, out=tmp_path / "swept")
     sweep.run(grid, TINY)

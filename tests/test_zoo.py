@@ -144,6 +144,8 @@ def test_a_perturbation_downhill_is_found_out(monkeypatch: pytest.MonkeyPatch) -
         ([1.1, 0.0], [1.0, 0.0], 0.1),
         ([1.0, 1e-5], [1.0, 0.0], 0.1),  # of a ten-thousandth of the largest norm
         ([float("nan"), 0.0], [1.0, 0.0], float("inf")),
+        ([float("inf"), 1.1], [float("inf"), 1.0], 0.1),  # an observer that has seen nothing
+        ([float("-inf"), 1.0], [float("inf"), 1.0], float("inf")),
     ],
 )
 def test_the_error_is_that_of_the_worst_tensor(actual: list[float], expected: list[float], error: float) -> None:

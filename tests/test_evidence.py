@@ -245,6 +245,17 @@ def test_smoothing_and_weight_decay_are_chosen_as_rivals_and_plain_training_stay
     assert table["plain, label smoothing"]["gain on plain"].strip("*").startswith("+3.12")
 
 
+def test_a_method_of_several_weight_decays_stays_what_it_was_and_is_a_rival_with_its_best(grid):
+    for decay, error in ((1e-3, 3.0), (2e-3, 6.0)):
+        write_all(
+            grid, dict.fromkeys(PLAIN, error), training={"epochs": 2, "weight_decay": decay}, **method("one_pass")
+        )
+    table = make(grid)["equal epochs"]
+    assert table["APART in one pass"]["test error %"].startswith("5.12")
+    assert table["APART in one pass, tuned weight decay"]["chosen"] == "ε 0.1, weight decay 0.001"
+    assert table["APART in one pass, tuned weight decay"]["gain on plain"].strip("*").startswith("+4.12")
+
+
 def test_ways_to_carry_are_methods_of_their_own(grid):
     write_all(grid, {0: 6.5, 1: 4.5, 2: 6.0, 3: 6.0}, **method("one_pass", carry="average"))
     row = make(grid)["equal epochs"]["APART in one pass, carry average"]

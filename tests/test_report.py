@@ -258,6 +258,16 @@ def test_a_set_where_plain_training_has_not_converged_is_marked(runs, tmp_path):
     assert "Plain training has not converged here** (training loss 0.500 after 2 epochs)" in notes
 
 
+def test_plain_training_that_was_cut_short_on_purpose_is_not_said_to_lack_convergence(runs, tmp_path):
+    write_run(runs / "a")
+    write_run(runs / "b", **method("apart"))
+    write_run(runs / "c", loss=0.5, **epochs(1))
+    make(runs)
+    notes = (tmp_path / "report/digits-test.md").read_text(encoding="utf-8")
+    assert "not converged" not in notes
+    assert "epochs 2" in notes
+
+
 def test_parts_of_a_set_and_images_as_they_are_have_tables_of_their_own(runs, tmp_path):
     write_run(runs / "a", data={"name": "cifar10", "train_samples": 500})
     write_run(runs / "b", data={"name": "cifar10", "train_samples": 500, "augment": False})

@@ -37,7 +37,7 @@ ORDINARY = {
     "method.label_smoothing": 0.0,
 }
 NAMED_ALONE = ("data.name", "data.train_samples", "data.augment")  # in the name of a data set
-# What is chosen on validation data. A share of smoothing that is not zero, and weight decay for plain training, too.
+# What is chosen on validation data. A share of smoothing that is not zero, and weight decay where it is tuned, too.
 RADII = ("method.epsilon", "method.rho")
 CHOSEN = (*RADII, "method.groups", "method.clean_fraction", "method.ghost_size", "method.label_smoothing")
 DECAY = "training.weight_decay"
@@ -174,11 +174,13 @@ def frame(group: Group) -> dict[str, Any]:
 
 
 def unconverged(groups: Sequence[Group]) -> str:
-    """A sentence on plain training that has not fitted its samples; nothing where all has."""
+    """A sentence on plain training, not cut short, that has not fitted its samples; nothing where all has."""
+    usual_epochs = base_epochs([group.settings for group in groups])
     losses = [
         f"{group.loss:.3f} after {group.epochs} epochs"
         for group in groups
-        if group.is_plain and not is_fitted(group.loss, 0.0, GUESSED_CLASSES.get(group.settings["data.name"], 10))
+        if group.is_plain and group.epochs >= usual_epochs
+        if not is_fitted(group.loss, 0.0, GUESSED_CLASSES.get(group.settings["data.name"], 10))
     ]
     if not losses:
         return ""
@@ -189,7 +191,7 @@ def shared_settings(groups: Sequence[Group]) -> str:
     """The settings that are the same in all groups that have them."""
     varied = {*NAMED_ALONE, "method.name", *varied_settings([group.settings for group in groups])}
     settings = {name: value for group in groups for name, value in group.settings.items() if name not in varied}
-    settings["training.epochs"] = min(group.epochs for group in groups)
+    settings["training.epochs"] = base_epochs([group.settings for group in groups])
     usual = [name for name, value in settings.items() if value is None or ORDINARY.get(name) == value]
     return ", ".join(f"{word(name)} {value}" for name, value in sorted(settings.items()) if name not in usual)
 
@@ -229,7 +231,7 @@ class Family(NamedTuple):
     """
 
     label: str
-    candidates: Sequence[Candidate]
+    candidates: list[Candidate]
     is_plain: bool
 
     @property
@@ -253,38 +255,33 @@ class Family(NamedTuple):
 def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Family]:
     """Put groups together that differ in nothing but what is chosen; zero radius is a method of its own.
 
-    Plain training at the weight decay of the other methods is what they are set against; where it was trained at
-    several, the best of all is a rival.
+    All methods stand at the weight decay that most of them have, plain training that they are set against included.
+    What was trained at several is a rival once more, with its weight decay among what is chosen.
     """
     varied = varied_settings([group.settings for group in test])
     told = [name for name in CHOSEN if name in RADII or name in varied]
     told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
     usual_epochs = base_epochs([group.settings for group in test])
     usual = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(1)[0][0]
-    found: dict[str, tuple[str, list[Candidate]]] = {}
+    found: dict[str, Family] = {}
+    tuned: dict[str, Family] = {}
 
-    def add(group: Group, validated: Group, kind: str, names: Sequence[str]) -> None:
+    for group, validated in zip(test, validation, strict=True):
+        smoothed = bool(group.settings["method.label_smoothing"])
+        names = [name for name in told if name in group.settings and (smoothed or name != "method.label_smoothing")]
+        called = label(group.settings, told_apart, usual_epochs) + ", label smoothing" * smoothed
         rest = {name: value for name, value in group.settings.items() if name not in (*CHOSEN, DECAY)}
-        key = json.dumps([kind, rest, has_zero_radius(group.settings)], sort_keys=True)
-        values = [f"{word(name)} {group.settings[name]:g}" for name in names if name in group.settings]
-        called = label(group.settings, told_apart, usual_epochs) + kind
-        found.setdefault(key, (called, []))[1].append(Candidate(", ".join(values), group, validated))
+        key = json.dumps([rest, smoothed, has_zero_radius(group.settings)], sort_keys=True)
 
-    for group, validated in zip(test, validation, strict=True):
-        smoothed = ", label smoothing" if group.settings["method.label_smoothing"] else ""
-        names = told if smoothed else [name for name in told if name != "method.label_smoothing"]
-        if not group.is_plain or group.settings[DECAY] == usual:
-            add(group, validated, smoothed, names)
-    decays = Counter(
-        epochs for epochs, _ in {(group.epochs, group.settings[DECAY]) for group in test if group.is_plain}
-    )
-    for group, validated in zip(test, validation, strict=True):
-        if group.is_plain and decays[group.epochs] > 1:
-            add(group, validated, ", tuned weight decay", [DECAY])
-    return [
-        Family(called, candidates, candidates[0].test.is_plain and not called.endswith("tuned weight decay"))
-        for called, candidates in found.values()
-    ]
+        values = [f"{word(name)} {group.settings[name]:g}" for name in names]
+        decay = f"{word(DECAY)} {group.settings[DECAY]:g}"
+        if group.settings[DECAY] == usual:
+            family = found.setdefault(key, Family(called, [], group.is_plain))
+            family.candidates.append(Candidate(", ".join(values), group, validated))
+        family = tuned.setdefault(key, Family(f"{called}, tuned weight decay", [], is_plain=False))
+        family.candidates.append(Candidate(", ".join([*values, decay]), group, validated))
+    several = [family for family in tuned.values() if len({c.test.settings[DECAY] for c in family.candidates}) > 1]
+    return [*found.values(), *several]
 
 
 def plain_of(families: Sequence[Family], family: Family, epochs: int) -> Family | None:

@@ -6,6 +6,7 @@
 
     eager      a model of nothing but overhead: what each part of the functional step adds to two plain steps
     profile    eager steps by kinds of work, by operators and by functions of Python, against the plain steps in them
+    checks     whether all gradients are finite, against the step and the fastest way to read them once
     compiled   the compiled step by kinds of kernels, against twice the compiled plain step
     layer      the layer alone, in traffic over the activations, against the fastest copy of them
 
@@ -57,7 +58,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 
-from apart_func import adversarial_pass, functionalize, proxy_pass, sign_perturbation, split_state
+from apart_func import adversarial_pass, all_finite, functionalize, proxy_pass, sign_perturbation, split_state
 
 EAGER = "overhead"
 ACTIVATIONS = (8, 8, 8, 8)  # of all BN layers of that model
@@ -85,6 +86,7 @@ KINDS = {  # of kernels in compiled steps, by what their names contain; the firs
     "matrix products": ("addmm", "::mm", "linear"),
     "copies": ("copy_", "clone", "contiguous"),
 }
+CHECKED, CHECK, READING = "one pass", "whether all are finite", "reading all gradients once"
 ELSE = "everything else"
 OUTSIDE = "outside of operators"
 CALL, WRAPPER = re.compile("## Call CompiledFxGraph .* ##"), "what calls the kernels"
@@ -99,8 +101,8 @@ class Settings(TimedRounds):
     """What is looked at, and for how long.
 
     Attributes:
-        parts: eager, profile, compiled, layer.
-        models: the networks of the profiled steps; see networks.py.
+        parts: eager, profile, checks, compiled, layer.
+        models: the networks of the profiled and checked steps; see networks.py.
         methods: the profiled steps; see steps.py.
         compiled_model: the network of the compiled step; see networks.py.
         groups: ghost groups in the adversarial pass, at most half its samples.
@@ -110,8 +112,20 @@ class Settings(TimedRounds):
         shown: operators or kernels in a table.
     """
 
-    parts: tuple[Literal["eager", "profile", "compiled", "layer"], ...] = ("eager", "profile", "compiled", "layer")
-    models: tuple[str, ...] = ("overhead", "digits", "timm/lcnet_035")
+    parts: tuple[Literal["eager", "profile", "checks", "compiled", "layer"], ...] = (
+        "eager",
+        "profile",
+        "checks",
+        "compiled",
+        "layer",
+    )
+    models: tuple[str, ...] = (
+        "overhead",
+        "digits",
+        "timm/lcnet_035",
+        "timm/mobilenetv3_small_050",
+        "timm/resnet18",
+    )
     methods: tuple[str, ...] = ("APART", "one pass")
     compiled_model: str = "cifar_resnet"
     groups: int = 16
@@ -122,7 +136,7 @@ class Settings(TimedRounds):
 
 
 # One thread: two stall each other at random when anything else runs on the machine.
-QUICK = Settings(parts=("eager", "profile", "layer"), rounds=7, seconds=0.05, threads=1)
+QUICK = Settings(parts=("eager", "profile", "checks", "layer"), rounds=7, seconds=0.05, threads=1)
 
 
 class Operator(NamedTuple):
@@ -358,6 +372,31 @@ def profiled(settings: Settings) -> Iterator[Row]:
         yield from comparison(f"functions of {title}", profiles(steps, settings, frames), settings.shown)
 
 
+def checks(settings: Settings) -> Iterator[Row]:
+    """What it takes to see that all gradients are finite.
+
+    Args:
+        settings: models, rounds, groups and device.
+
+    Yields:
+        For every model the step, its check, and a product of BLAS that reads the same memory.
+    """
+    for model in expanded(settings.models):
+        case = make_case(model, settings.device)
+        variant = Variant(groups=min(settings.groups, NETWORKS[model].samples // 2))
+        grads = [torch.randn_like(param) for param in case.model.parameters()]
+        flat = [grad.flatten() for grad in grads]
+        steps: dict[str, Step] = {
+            CHECKED: METHODS[CHECKED].make(case, variant, ONE_GRAPH),
+            CHECK: lambda grads=grads: all_finite(grads),  # type: ignore[misc]
+            READING: lambda flat=flat: [torch.dot(grad, grad) for grad in flat],  # type: ignore[misc]
+        }
+        times = interleaved(f"checks of {model}", steps, settings)
+        megabytes = sum(grad.nbytes for grad in grads) / 1e6
+        labels = {"table": "the check of the gradients", "model": model, "megabytes": megabytes}
+        yield from ({**labels, "check": name, **timing_row(times, name, [CHECKED])} for name in steps)
+
+
 def compiled(settings: Settings) -> list[Row]:
     """The kernels of compiled steps.
 
@@ -468,6 +507,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     parts: dict[str, Callable[[Settings], Iterable[Row]]] = {
         "eager": eager,
         "profile": profiled,
+        "checks": checks,
         "compiled": compiled,
         "layer": layer,
     }
@@ -489,12 +529,18 @@ def sheets(content: Mapping[str, Any]) -> list[Sheet]:
 
 
 def sheet(title: str, rows: Sequence[Row]) -> Sheet:
-    """One table: parts of a step, layers, or operators."""
+    """One table: parts of a step, checks, layers, or operators."""
     if "part" in rows[0]:
         return Sheet(
             title,
             ["part", *time_columns([STEP, FLOOR])],
             [[row["part"], *time_cells(row, [STEP, FLOOR])] for row in rows],
+        )
+    if "check" in rows[0]:
+        return Sheet(
+            title,
+            ["what", "network", "gradients", *time_columns([CHECKED])],
+            [[row["check"], row["model"], f"{row['megabytes']:.1f} MB", *time_cells(row, [CHECKED])] for row in rows],
         )
     if "layer" in rows[0]:
         return Sheet(

@@ -285,6 +285,14 @@ def test_profiles_set_a_step_against_the_plain_ones_in_it(tmp_path):
     assert "operators of one pass on tiny, batch of 8, groups 4" in tables
 
 
+def test_the_check_of_the_gradients_is_set_against_the_step_that_it_is_a_part_of(tmp_path):
+    rows = run("breakdown", tmp_path, "--parts", "checks", "--models", "tiny", *TIMING)["rows"]
+    step, check, reading = rows
+    assert step["check"] == "one pass"
+    for part in (check, reading):
+        assert part["processor"]["relative_to"]["one pass"]["median"] < 1
+
+
 def test_operators_are_of_the_kind_that_they_are():
     kinds = {
         "aten::mkldnn_convolution": "convolutions",

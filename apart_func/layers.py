@@ -79,7 +79,7 @@ class ShiftedLayers:
         """What the loss is differentiated by besides the arguments of the pass."""
         return []
 
-    def flush(self) -> None:
+    def flush(self, layer: str | None = None) -> None:
         """Move the running statistics by what was put off: nothing, here."""
 
     def normalized(self, site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normed:
@@ -147,9 +147,9 @@ class MixedLayers(ShiftedLayers):
         """Whether clean and perturbed samples are in one batch."""
         return self.grouping.groups > 1
 
-    def flush(self) -> None:
-        """Move the running statistics by what was put off."""
-        self.record.flush()
+    def flush(self, layer: str | None = None) -> None:
+        """Move the running statistics by what was put off; with a layer, if its own were."""
+        self.record.flush(layer)
 
 
 class _Forward:
@@ -183,7 +183,7 @@ class CleanLayers:
         self.channels, self._store, self._like, self._retain = channels, store, like, retain
         self._is_prepared = self._has_graph = True
         self._forwards = [_Forward({}, channels)]
-        self._waiting: list[Move] = []
+        self._waiting: dict[str, Move] = {}
 
     def expect(self, is_prepared: bool, has_graph: bool) -> None:
         """See `ShiftedLayers.expect`."""
@@ -213,7 +213,8 @@ class CleanLayers:
         else:
             move = Move(site, vectors.mean, vectors.unbiased)
             if self._store is assign:
-                self._waiting.append(move)
+                self.flush(name)
+                self._waiting[name] = move
             else:
                 advance(move, self._store)
             forward.calls.append((name, Tapped(vectors, (size - 1) / size, eps), prepared))
@@ -227,11 +228,11 @@ class CleanLayers:
         """What the loss is differentiated by besides the arguments of the pass."""
         return [tap for forward in self._forwards for tap in forward.taps()]
 
-    def flush(self) -> None:
-        """Move the running statistics by what was put off."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            advance_together(waiting)
+    def flush(self, layer: str | None = None) -> None:
+        """Move the running statistics by what was put off; with a layer, if its own were."""
+        if self._waiting and (layer is None or layer in self._waiting):
+            waiting, self._waiting = self._waiting, {}
+            advance_together(list(waiting.values()))
 
     def statistics(self) -> StatTree:
         """Batch statistics of the layers that were called."""

@@ -17,6 +17,7 @@ from oracle import oracle_sam_step, oracle_step
 from small import convolutional, images
 from test_against_oracle import Comparison, assert_agree, relative_error, take_step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from apart_func import (
@@ -153,6 +154,45 @@ def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far(
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "ratio": 1.0}
     definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=out.perturbation, **options)
     assert_agree(Comparison(out, definition, 0.2, 1e-9))
+
+
+class Own(nn.BatchNorm2d):
+    """Counts and reads its running statistics itself, as timm's layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class Lerps(TorchDispatchMode):
+    """Counts how often running statistics move."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lerp.Scalar and args[0].dim() == 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_one_pass", [False, True])
+def test_running_statistics_of_layers_that_read_their_own_move_together_as_those_of_stock_layers(
+    is_one_pass: bool,
+) -> None:
+    found = []
+    for kind in (nn.BatchNorm2d, Own):
+        model = convolutional()
+        for layer in (model[1], model[4]):
+            layer.__class__ = kind
+        step: Any = (make_one_pass_step if is_one_pass else make_apart_step)(
+            model, F.cross_entropy, epsilon=0.1, groups=2
+        )
+        more = [init_perturbation(model)] if is_one_pass else []
+        with Lerps() as lerps:
+            out = step(*split_state(model), BATCH, *more)
+        assert lerps.count == 2  # means and variances
+        found.append(out.buffers)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @both_forms

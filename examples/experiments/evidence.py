@@ -23,6 +23,7 @@ from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
 from experiments.figures import RadiusCurve, draw_radii, format_error, format_gain
 from experiments.groups import (
+    DECAY,
     Candidate,
     Family,
     Group,
@@ -255,8 +256,10 @@ def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
 
 
 def radius_curve(families: Sequence[Family], family: Family) -> RadiusCurve | None:
-    """The error over ε from zero radius on; None of a method that was trained at one radius, or has none."""
+    """The error over ε from zero radius on; None of a method that was trained at one radius, has none, or was tuned."""
     best = rest_of(family.best)
+    if any(rest_of(each)[DECAY] != best[DECAY] for each in family.candidates):
+        return None
     points = [each for each in family.candidates if "method.epsilon" in each.test.settings and rest_of(each) == best]
     if len(points) < 2:
         return None

@@ -453,6 +453,13 @@ def saved_with(model: nn.Module) -> tuple[APART, torch.optim.Optimizer]:
     return apart, optimizer
 
 
+with_hooks = pytest.mark.skipif(
+    not hasattr(torch.optim.Optimizer, "register_state_dict_post_hook"),
+    reason="PyTorch before 2.1: no hooks for states",
+)
+
+
+@with_hooks
 def test_with_its_state_in_the_optimizers_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     undisturbed, (apart, optimizer) = trained(*saved_with(convolutional()), range(6)), saved_with(convolutional())
     stopped = trained(apart, optimizer, range(3))
@@ -466,6 +473,7 @@ def test_with_its_state_in_the_optimizers_a_resumed_run_ends_as_an_undisturbed_o
     torch.testing.assert_close(dict(resumed.state_dict()), dict(undisturbed.state_dict()), rtol=0, atol=0)
 
 
+@with_hooks
 def test_an_optimizers_state_without_a_perturbation_is_refused_once_it_should_have_one() -> None:
     plain = torch.optim.AdamW(convolutional().parameters(), lr=0.5)
     _, optimizer = saved_with(convolutional())

@@ -246,7 +246,7 @@ def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
     size = (4.6 * len(families_of), 5.2)
     figure, panels = plt.subplots(1, len(families_of), figsize=size, layout="constrained", squeeze=False)
     for axes, (data, families) in zip(panels[0], families_of.items(), strict=True):
-        plain = [family for family in families if family.is_plain]
+        plain = [family for family in families if family.group.is_plain]  # where its weight decay was tuned, too
         levels = {family.label: estimate(list(family.group.errors.values())).mean for family in plain}
         curves = {family.label: curve for family in families if (curve := radius_curve(families, family))}
         draw_radii(axes, curves, levels, data)

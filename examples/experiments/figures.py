@@ -94,7 +94,7 @@ class RadiusCurve(NamedTuple):
 
 def draw_radii(axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[str, float], title: str) -> None:
     """Draw errors over the radius, with a circle where it was chosen, and levels of what has no radius."""
-    for (label, level), grey in zip(levels.items(), ("0", "0.45", "0.7"), strict=False):
+    for (label, level), grey in zip(levels.items(), ("0", "0.3", "0.5", "0.7"), strict=False):
         axes.axhline(level, color=grey, linestyle="--", linewidth=1, label=label)
     for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):
         axes.errorbar(curve.radii, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)

@@ -141,7 +141,7 @@ def functionalize(model: nn.Module) -> FunctionalModel:
     """Make a function of `params` and `buffers` from a model. Its layers keep the modes they have now.
 
     Raises:
-        ModelError: the model cannot be copied, or has no BN layer in training mode.
+        ModelError: the model cannot be copied, has no BN layer in training mode, or two that share running statistics.
     """
     return FunctionalModel(model)
 
@@ -165,6 +165,7 @@ class FunctionalModel:
 
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
+        _check_own_statistics(training_layers(model))
         self._constants = Constants(
             layers={name: layer.num_features for name, layer in training_layers(model).items()},
             shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(model)},
@@ -538,6 +539,18 @@ def check_model(model: Any) -> None:
     lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
     if lazy:
         raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
+
+
+def _check_own_statistics(layers: Mapping[str, nn.Module]) -> None:
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        for key, buffer in layer.named_buffers(recurse=False):
+            first = owners.setdefault(id(buffer), name)
+            if first != name:
+                raise ModelError(
+                    f"layers {first!r} and {name!r} share their {key}, which as a value can follow only one of them. "
+                    "Give each its own, use one layer in both places, or take the drop-in APART, which changes it in place."
+                )
 
 
 def _united(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensors:

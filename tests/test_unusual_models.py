@@ -156,6 +156,27 @@ def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far(
     assert_agree(Comparison(out, definition, 0.2, 1e-9))
 
 
+def sharing_statistics() -> nn.Module:
+    """Two layers that move the same running mean."""
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3)).double()
+    model[2].running_mean = model[0].running_mean
+    return model
+
+
+def test_layers_that_share_running_statistics_are_refused_where_these_are_values() -> None:
+    with pytest.raises(ModelError, match="layers '0' and '2' share their running_mean"):
+        functionalize(sharing_statistics())
+
+
+def test_the_drop_in_moves_shared_running_statistics_by_both_layers() -> None:
+    model = sharing_statistics()
+    plain = copy.deepcopy(model)
+    plain(BATCH[0])
+    with APART(model, 0.1, 2).to_proxy():
+        F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), **ROUNDING)
+
+
 class Own(nn.BatchNorm2d):
     """Counts and reads its running statistics itself, as timm's layers do."""
 

@@ -46,7 +46,7 @@ def gain(plain: Mapping[Key, float], other: Mapping[Key, float]) -> Cell:
     if difference is None:
         return Cell("")
     pairs = len(plain.keys() & other.keys())
-    missing = "" if pairs == len(other) else f" ({pairs} runs)"
+    missing = "" if pairs == len(other) else f" ({pairs} run{'s' * (pairs > 1)})"
     return Cell(format_gain(difference) + missing, bold=difference.excludes_zero)
 
 

@@ -549,7 +549,7 @@ def _check_own_statistics(layers: Mapping[str, nn.Module]) -> None:
             if first != name:
                 raise ModelError(
                     f"layers {first!r} and {name!r} share their {key}, which as a value can follow only one of them. "
-                    "Give each its own, use one layer in both places, or take the drop-in APART, which changes it in place."
+                    "Give each its own, use one layer twice, or take the drop-in APART, which moves it in place."
                 )
 
 

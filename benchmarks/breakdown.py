@@ -27,6 +27,7 @@ import pstats
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -385,16 +386,20 @@ def checks(settings: Settings) -> Iterator[Row]:
         case = make_case(model, settings.device)
         variant = Variant(groups=min(settings.groups, NETWORKS[model].samples // 2))
         grads = [torch.randn_like(param) for param in case.model.parameters()]
-        flat = [grad.flatten() for grad in grads]
         steps: dict[str, Step] = {
             CHECKED: METHODS[CHECKED].make(case, variant, ONE_GRAPH),
-            CHECK: lambda grads=grads: all_finite(grads),  # type: ignore[misc]
-            READING: lambda flat=flat: [torch.dot(grad, grad) for grad in flat],  # type: ignore[misc]
+            CHECK: partial(all_finite, grads),
+            READING: partial(read_once, [grad.flatten() for grad in grads]),
         }
         times = interleaved(f"checks of {model}", steps, settings)
         megabytes = sum(grad.nbytes for grad in grads) / 1e6
         labels = {"table": "the check of the gradients", "model": model, "megabytes": megabytes}
         yield from ({**labels, "check": name, **timing_row(times, name, [CHECKED])} for name in steps)
+
+
+def read_once(vectors: Iterable[Tensor]) -> list[Tensor]:
+    """Products that read all of some vectors, by BLAS."""
+    return [torch.dot(vector, vector) for vector in vectors]
 
 
 def compiled(settings: Settings) -> list[Row]:
@@ -425,7 +430,7 @@ class Traffic(TorchDispatchMode):
     """Counts passes over some activations: the bytes that operators read and write, in theirs."""
 
     def __init__(self, activations: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it so
         self.unit, self.passes = activations.nbytes, 0.0
 
     def __torch_dispatch__(
@@ -456,6 +461,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def copy_often(target: Tensor, source: Tensor) -> None:
+    """As many copies as the least traffic of a layer takes."""
+    for _ in range(FLOOR_PASSES // 2):
+        target.copy_(source)
+
+
 def layer(settings: Settings) -> list[Row]:
     """The layer's traffic against its time.
 
@@ -477,9 +488,7 @@ def layer(settings: Settings) -> list[Row]:
                 function()
             passes[name] = traffic.passes
         target, source = torch.empty_like(tensors.x), tensors.x.detach()
-        functions[COPIES] = lambda target=target, source=source: [  # type: ignore[misc]
-            target.copy_(source) for _ in range(FLOOR_PASSES // 2)
-        ]
+        functions[COPIES] = partial(copy_often, target, source)
         passes[COPIES] = FLOOR_PASSES
         times = interleaved(f"{shape} {layout} {dtype}", functions, settings)
         labels = {"table": "traffic of one layer", "shape": shape, "layout": layout, "dtype": dtype}

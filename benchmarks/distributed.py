@@ -258,7 +258,7 @@ class Counted(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it so
         self.calls: dict[str, int] = {}
         self.size: dict[str, int] = {}
 

@@ -65,7 +65,7 @@ def case_of(model: nn.Module, sample: tuple[int, ...], samples: int, device: str
     layout = torch.channels_last if channels_last and len(sample) == 3 else torch.contiguous_format
     images = torch.randn(samples, *sample).to(device, memory_format=layout)
     labels = torch.randint(CLASSES, (samples,)).to(device)
-    return Case(model.to(device, memory_format=layout), (images, labels))  # type: ignore[call-overload]
+    return Case(model.to(device, memory_format=layout), (images, labels))  # type: ignore[call-overload]  # torch types no layout with a device
 
 
 def convolutions(layers: int, width: int) -> nn.Module:

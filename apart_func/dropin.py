@@ -6,7 +6,7 @@
     with apart.to_adver():                                       # δ = ε · sign(∂L_p/∂δ), statistics pushed by δ
         ((1 - r) * criterion(model(x[:N]), y[:N])).backward()
 
-or both in one, of which half the ghost groups are clean, and half at the δ that the step before found:
+or both in one, of which half the ghost groups are clean, and half have their statistics pushed by random signs:
 
     with apart.one_pass():
         criterion(model(x), y).backward()
@@ -33,9 +33,17 @@ from apart_func.intercept import Route, Site, batch_norm_layers, check_unmixed, 
 from apart_func.layer.affine import FlatShifts, Parameters, flat_shifts
 from apart_func.layer.rows import Grouping, Rows
 from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers
-from apart_func.one_pass import clean_groups, clean_stat_grads
+from apart_func.one_pass import clean_groups, clean_stat_grads, drawn_perturbation
 from apart_func.passes import check_perturbation, statistics_like, zero_shifts
-from apart_func.rules import IterativeRule, Rule, check_epsilon, may_draw, sign_perturbation
+from apart_func.rules import (
+    IterativeRule,
+    Rule,
+    check_epsilon,
+    is_drawn,
+    may_draw,
+    random_sign_perturbation,
+    sign_perturbation,
+)
 from apart_func.running import overwrite
 from apart_func.settings import Settings, scalar
 from apart_func.step import found_perturbation
@@ -75,11 +83,13 @@ class APART:
         model: any module with BN layers. They are found when a context is entered: those in training mode then. A
             compiled model is one graph for each pass; compile it with `dynamic=False` if the adversarial pass gets
             fewer samples.
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs. Random signs,
+            as of `one_pass()`, want about twice the radius of those of the gradient: try 0.2 to 0.4.
         groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of
             the whole batch, -1 makes a group of every sample.
         rule: makes the perturbation from statistics and their gradients. It gets the gradients of the loss that
-            `backward()` was called on, with whatever weight and scale it had; `sign_perturbation` does not care.
+            `backward()` was called on, with whatever weight and scale it had; `sign_perturbation` does not care. None
+            is that one in two passes, and `random_sign_perturbation` in `one_pass()`.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
         process_group: ranks to average statistics and their gradients over, so that all of them have one perturbation;
             gradients of parameters are the wrapper's. "world" is all ranks, "local" none but this one. None takes those
@@ -91,7 +101,7 @@ class APART:
         groups: the ghost groups.
         stats: this rank's batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`,
             by layer.
-        stat_grads: their gradients, averaged over ranks; there once the perturbation is made from them.
+        stat_grads: their gradients, averaged over ranks; there once a perturbation is made from them.
         perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
 
     Raises:
@@ -105,16 +115,16 @@ class APART:
         epsilon: float | Tensor = 0.1,
         groups: int = 0,
         *,
-        rule: Rule = sign_perturbation,
+        rule: Rule | None = None,
         rows: Rows | None = None,
         process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:
         check_model(model)
-        Settings(epsilon=epsilon, groups=groups, rule=rule, rows=rows, process_group=process_group)
         if isinstance(rule, IterativeRule):
             raise rule.refusal()
         self.model, self.epsilon, self.groups, self.rule = model, epsilon, groups, rule
         self.rows, self.process_group = rows, process_group
+        self._settings()
         self.stats: StatTree = {}
         self.stat_grads: StatGradTree = {}
         self.perturbation: PerturbationTree = {}
@@ -125,8 +135,8 @@ class APART:
         self._route: Route | None = None
 
     def __repr__(self) -> str:
-        settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
-        return f"APART({type(self.model).__name__}, {counted_layers(len(batch_norm_layers(self.model)))}, {settings})"
+        layers = counted_layers(len(batch_norm_layers(self.model)))
+        return f"APART({type(self.model).__name__}, {layers}, {self._settings()})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_route": None}  # a copy has layers of its own
@@ -140,7 +150,7 @@ class APART:
         Raises:
             SettingError: it is out of range.
         """
-        check_epsilon(epsilon, self.rule)
+        check_epsilon(epsilon, self._rule("to_adver()"))
         self.epsilon = epsilon
 
     @contextmanager
@@ -163,7 +173,8 @@ class APART:
         channels, like = _channels(layers), self._like()
         check_groups(self.groups, layers.values())
         stat_grads = _stat_grads(self._proxy, layers)
-        self.stat_grads, self.perturbation = self._perturbation(zero_shifts(channels, like), stat_grads)
+        rule = self._rule("to_adver()")
+        self.stat_grads, self.perturbation = self._perturbation(rule, zero_shifts(channels, like), stat_grads)
         check_perturbation(channels, self.perturbation, max(self.groups, 1))
         stock = {layer for layer in layers.values() if is_stock(layer)}
         buffers = [(module, key) for module in self.model.modules() if module not in stock for key in module._buffers]
@@ -176,8 +187,9 @@ class APART:
     def one_pass(self, clean_fraction: float = 0.5) -> Iterator[None]:
         """Make the passes inside clean for some ghost groups, and adversarial for the others.
 
-        The perturbation is the one that the context before has found, by its clean groups; none in the first one. It is
-        kept where their gradients are not finite (as after an overflow of float16) or there are none. Running
+        Random signs are drawn anew in every context, and need nothing of the one before. Any other rule finds the
+        perturbation from the gradients of the clean groups of the context before; there is none in the first one, and
+        it is kept where those gradients are not finite (as after an overflow of float16) or there are none. Running
         statistics move by the clean samples.
 
         Args:
@@ -189,25 +201,28 @@ class APART:
         check_groups(self.groups, layers.values())
         check_unmixed(self.model)
         channels, like = _channels(layers), self._like()
-        self._find_perturbation()
-        shifts = zero_shifts(channels, like) | {
-            layer: shift for layer, shift in self.perturbation.items() if layer in layers
-        }
+        rule, shifts = self._rule("one_pass()"), zero_shifts(channels, like)
+        if is_drawn(rule):
+            shifts, self.stat_grads = drawn_perturbation(rule, shifts, self._radius(), self._ranks()), {}
+        else:
+            self._find_perturbation()
+            shifts |= {layer: shift for layer, shift in self.perturbation.items() if layer in layers}
         check_perturbation(channels, shifts, 1)
         self.perturbation, self._proxy, self._mixed = shifts, None, None
         leaves = flat_shifts(shifts, channels, self.groups, clean, like.dtype)
         for leaf in leaves:
-            leaf.requires_grad_()
+            leaf.requires_grad_(not is_drawn(rule))
         handler = MixedLayers(channels, {ALL: leaves}, Grouping(self.groups, None), clean, overwrite, like.dtype)
         with self._opened("one_pass()", layers, _Forwards(handler, layers, self.groups, self.rows)):
             yield
-        self._mixed = _Mixed(leaves, channels, self.groups, clean)
+        self._mixed = None if is_drawn(rule) else _Mixed(leaves, channels, self.groups, clean)
         self.stats = handler.record.statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next `one_pass()` depends on, for a checkpoint: its perturbation. See `save_with`."""
+        """What the next `one_pass()` depends on, for a checkpoint: its perturbation, if not drawn. See `save_with`."""
         self._find_perturbation()
-        return {"perturbation": {layer: tuple(shift) for layer, shift in self.perturbation.items()}}
+        carried = {} if is_drawn(self._rule("one_pass()")) else self.perturbation
+        return {"perturbation": {layer: tuple(shift) for layer, shift in carried.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` returned, of this model or of one in other wrappers.
@@ -223,6 +238,7 @@ class APART:
 
         It stands there under "apart", and is loaded from there. The perturbation is then found in each step of the
         optimizer, which all ranks take, so that one of them may save by itself; not after a step that a scaler skipped.
+        Random signs leave nothing to save, and the optimizer is left alone.
 
         Raises:
             UsageError: it is no optimizer of torch, or one without hooks. The optimizer raises a `StateError` itself
@@ -231,6 +247,8 @@ class APART:
         try:
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise AttributeError
+            if is_drawn(self._rule("one_pass()")):
+                return
             optimizer.register_state_dict_post_hook(lambda _, state: {**state, "apart": self.state_dict()})
             optimizer.register_load_state_dict_pre_hook(lambda _, state: self.load_state_dict(state.get("apart", {})))
             optimizer.register_step_post_hook(lambda *_: self._find_perturbation())
@@ -272,7 +290,8 @@ class APART:
             return
         grads = FlatShifts(*map(_gradient, mixed.leaves)).by_layer(mixed.channels, mixed.groups)
         stat_grads = {layer: StatGrads(*pair) for layer, pair in grads.items()}
-        stat_grads, found = self._perturbation(self.perturbation, clean_stat_grads(stat_grads, mixed.clean))
+        rule = self._rule("one_pass()")
+        stat_grads, found = self._perturbation(rule, self.perturbation, clean_stat_grads(stat_grads, mixed.clean))
         if not all_finite(vectors(stat_grads)):
             return
         self.stat_grads = stat_grads
@@ -284,10 +303,10 @@ class APART:
         group, guessed = ranks_of_module(self.process_group, self.model)
 
         def described() -> dict[str, str]:
-            settings = Settings(epsilon=self.epsilon, groups=self.groups, rule=self.rule, rows=self.rows)
+            default = ", the rules of the contexts" if self.rule is None else ""
             layers = {name: layer.num_features for name, layer in batch_norm_layers(self.model).items()}
             return {
-                "the settings": f"{type(self).__name__}: {settings.described()}",
+                "the settings": f"{type(self).__name__}: {self._settings().described()}{default}",
                 "the names, shapes and dtypes of the model's tensors": described_state(dict(named_tensors(self.model))),
                 "the batch-norm layers": repr(layers),
             }
@@ -301,6 +320,24 @@ class APART:
             )
         self._agreement.reach(group, described)
         return group
+
+    def _settings(self) -> Settings:
+        return Settings(
+            epsilon=self.epsilon,
+            groups=self.groups,
+            rule=self._rule("to_adver()"),
+            rows=self.rows,
+            process_group=self.process_group,
+        )
+
+    def _rule(self, context: Literal["to_adver()", "one_pass()"]) -> Rule:
+        """The user's rule, or the best of the context."""
+        if self.rule is None:
+            return sign_perturbation if context == "to_adver()" else random_sign_perturbation
+        return self.rule
+
+    def _radius(self) -> Tensor:
+        return scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
 
     def _like(self) -> Tensor:
         return statistics_like(dict(named_tensors(self.model)))
@@ -344,16 +381,16 @@ class APART:
         return self._route
 
     def _perturbation(
-        self, before: PerturbationTree, stat_grads: StatGradTree
+        self, rule: Rule, before: PerturbationTree, stat_grads: StatGradTree
     ) -> tuple[StatGradTree, PerturbationTree]:
-        radius = scalar(self.epsilon, "epsilon", self._like().dtype, self._like().device)
+        radius = self._radius()
         return found_perturbation(
             before,
             self.stats,
             stat_grads,
-            lambda stats, grads: self.rule(stats, grads, radius),
+            lambda stats, grads: rule(stats, grads, radius),
             self._ranks(),
-            may_draw(self.rule),
+            may_draw(rule),
         )
 
 

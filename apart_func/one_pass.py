@@ -1,11 +1,11 @@
-"""The method in one forward and backward: the perturbation is carried from step to step.
+"""The method in one forward and backward, on a batch of which a part is perturbed.
 
-    samples of the first r·G ghost groups    clean: a proxy pass                   →  ∇L_p, g = ∂L_p/∂δ, statistics
-    samples of the other groups              at the δ of the step before           →  ∇L_a
+    samples of the first r·G ghost groups    clean: a proxy pass        →  ∇L_p, g = ∂L_p/∂δ, statistics
+    samples of the other groups              at δ                       →  ∇L_a
     gradient                                 r ∇L_p + (1 − r) ∇L_a, by one backward
-    δ for the next step                      ε · sign(g)
 
-Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs.
+Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs. Its δ
+has to be there before its gradients are: random signs, drawn in the step; or ε · sign(g), of the step before.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
@@ -21,7 +21,7 @@ from apart_func.functional import FunctionalModel, LossFunction, as_functional, 
 from apart_func.intercept import training_layers
 from apart_func.layer.rows import Rows, number_of_groups
 from apart_func.passes import Precision, check_perturbation, mixed_pass, statistics_like, zero_shifts
-from apart_func.rules import IterativeRule, Rule, may_draw, random_sign_perturbation, sign_perturbation
+from apart_func.rules import IterativeRule, Rule, is_drawn, may_draw, random_sign_perturbation
 from apart_func.settings import Settings
 from apart_func.step import Step, chosen, found_perturbation, over_microbatches
 from apart_func.trees import (
@@ -50,12 +50,12 @@ def make_one_pass_step(
     groups: int,
     clean_fraction: float = 0.5,
     microbatches: int = 1,
-    rule: Rule = sign_perturbation,
+    rule: Rule = random_sign_perturbation,
     rows: Rows | None = None,
     autocast_dtype: torch.dtype | None = None,
     process_group: ProcessGroup | Literal["world", "local"] | None = None,
 ) -> OnePassStep:
-    """Make a training step of APART that costs one pass: a pure function of parameters, buffers, batch and δ.
+    """Make a training step of APART that costs one pass: a pure function of parameters, buffers and batch.
 
     Running statistics advance by those of the clean samples, all of their groups together: perturbed samples would
     move them towards activations that evaluation never sees.
@@ -63,18 +63,20 @@ def make_one_pass_step(
     Args:
         model: a module with BN layers in training mode, or what `functionalize` made of it.
         loss_fn: `(output, target) -> scalar`. It is called twice, with the clean samples and with the others.
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs. Random signs
+            want about twice the radius of those of the gradient: try 0.2 to 0.4.
         groups: ghost groups G ≥ 2 of the batch; -1 is a group for every sample.
         clean_fraction: share r of the groups that are clean, rounded to whole groups: at least one, less than all.
         microbatches: k parts of the batch, one after another, each in G groups. All run under the same perturbation,
             and the next one comes from the mean of their statistic gradients.
-        rule: makes the next perturbation from the clean statistics and their gradients.
+        rule: makes the perturbation. Random signs need nothing but the radius. Any other rule, as `sign_perturbation`,
+            makes that of the next step from the clean statistics and their gradients.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
         process_group: ranks to take the step together with, as in `make_apart_step`.
 
     Returns:
-        `one_pass_step(params, buffers, batch, perturbation, *, epsilon=None, loss_scale=None) -> StepOutput`.
+        `one_pass_step(params, buffers, batch, perturbation=None, *, epsilon=None, loss_scale=None) -> StepOutput`.
 
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
@@ -101,7 +103,8 @@ def make_one_pass_step(
 class OnePassStep(Step):
     """One training step of APART in one pass, as a function; `make_one_pass_step` makes it.
 
-        out = one_pass_step(params, buffers, batch, perturbation)      # the next one is out.perturbation
+        out = one_pass_step(params, buffers, batch)
+        out = one_pass_step(params, buffers, batch, perturbation)      # of other rules; the next is out.perturbation
 
     Like an `ApartStep` it is a value, and no call changes it, or its arguments.
     """
@@ -122,9 +125,9 @@ class OnePassStep(Step):
             params: trained tensors by name.
             buffers: all other tensors by name.
             batch: `(input, target)`, pytrees of M samples.
-            perturbation: δ of this step, `(C,)` each: `init_perturbation(model)`, then `out.perturbation`. A rule that
-                asks no gradient, `random_sign_perturbation`, needs none: without one, δ is drawn here.
-            epsilon: overrides the radius of the perturbation that is found; a 0-d tensor that changes does not
+            perturbation: δ of this step, `(C,)` each. Random signs are drawn here where it is None; other rules want
+                `init_perturbation(model)` in the first step, then `out.perturbation`.
+            epsilon: overrides the radius of the perturbation that is drawn or found; a 0-d tensor that changes does not
                 recompile.
             loss_scale: factor on the loss during its backward, divided out of all gradients.
 
@@ -177,14 +180,15 @@ class OnePassStep(Step):
         Raises:
             StateError: the rule finds it from gradients.
         """
-        if self.settings.rule is not random_sign_perturbation:
+        if not is_drawn(self.settings.rule):
             raise StateError(
                 "the step got no perturbation, and its rule finds one from the gradients of the step before. Pass "
-                "init_perturbation(model) to the first step, and out.perturbation to the next."
+                "init_perturbation(model) to the first step, and out.perturbation to the next; or take "
+                "rule=random_sign_perturbation, the default, which needs none."
             )
-        blank = zero_shifts(self.fmodel.layers, statistics_like(tensors))
-        drawn = random_sign_perturbation({}, {layer: StatGrads(*shift) for layer, shift in blank.items()}, radius)
-        return drawn if group is None else of_first_rank(drawn, group)
+        return drawn_perturbation(
+            self.settings.rule, zero_shifts(self.fmodel.layers, statistics_like(tensors)), radius, group
+        )
 
     def _one_batch(
         self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree, precision: Precision
@@ -219,7 +223,7 @@ class OnePassStep(Step):
 
 
 def init_perturbation(model: nn.Module) -> PerturbationTree:
-    """The perturbation of a first step: zero for every BN layer in training mode, `(C,)` each.
+    """The perturbation of a first step, for rules of gradients: zero for every BN layer in training mode, `(C,)` each.
 
     Raises:
         ModelError: there is no such layer.
@@ -227,6 +231,21 @@ def init_perturbation(model: nn.Module) -> PerturbationTree:
     check_model(model)
     layers = {name: layer.num_features for name, layer in training_layers(model).items()}
     return zero_shifts(layers, statistics_like(dict(named_tensors(model))))
+
+
+def drawn_perturbation(
+    rule: Rule, like: PerturbationTree, epsilon: Tensor, group: ProcessGroup | None
+) -> PerturbationTree:
+    """The perturbation of a rule that asks no gradient, the same on all ranks.
+
+    Args:
+        rule: one that `is_drawn`.
+        like: a perturbation of the layers, for shapes, dtypes and devices.
+        epsilon: perturbation radius, 0-d.
+        group: the ranks that draw one perturbation together.
+    """
+    drawn = rule({}, {layer: StatGrads(*shift) for layer, shift in like.items()}, epsilon)
+    return drawn if group is None else of_first_rank(drawn, group)
 
 
 def clean_groups(clean_fraction: float, groups: int) -> int:

@@ -80,6 +80,11 @@ def may_draw(rule: Rule) -> bool:
     return not (isinstance(rule, IterativeRule) or rule in (sign_perturbation, l2_perturbation))
 
 
+def is_drawn(rule: Rule) -> bool:
+    """Whether a rule asks no gradient, so that one pass can take it without one of the step before."""
+    return rule is random_sign_perturbation
+
+
 def check_rule(rule: Any) -> None:
     """Make sure that a rule can be called.
 
@@ -147,7 +152,10 @@ def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor
 
 
 def random_sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
-    """Push every statistic to its radius, in a direction drawn by lot: the control for whether the direction matters.
+    """Push every statistic to its radius, in a direction drawn by lot.
+
+    It is the rule of one pass, where it does better than the signs of a gradient (`examples/RESULTS.md`), and in two
+    passes the control for whether the direction matters.
 
     Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
     "same". Ranks of a process group take the signs of the first one.

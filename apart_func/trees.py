@@ -175,7 +175,8 @@ class StepOutput(NamedTuple):
         output: the model's output in the proxy pass; in a one-pass step that of all samples, clean and perturbed.
         stats: batch statistics of the proxy pass, or of the clean samples.
         stat_grads: gradients of L_p with respect to the relative shifts.
-        perturbation: δ of the adversarial pass; from a one-pass step, δ for the next one.
+        perturbation: δ of the adversarial pass; from a one-pass step, δ for the next one, or that of the step if it was
+            drawn there.
         all_finite: 0-d bool, whether both losses, all gradients and δ are finite.
     """
 

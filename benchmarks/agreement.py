@@ -34,6 +34,7 @@ from apart_func import (
     functionalize,
     make_apart_step,
     make_one_pass_step,
+    sign_perturbation,
     split_state,
 )
 
@@ -172,7 +173,12 @@ def functional(case: Case, options: Options, before: Mapping[str, Taken]) -> Tak
 def functional_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The functional step of one pass, at the δ that the step of two passes has found."""
     step = make_one_pass_step(
-        case.model, case.loss_fn, epsilon=options.epsilon, groups=options.groups, rows=options.rows
+        case.model,
+        case.loss_fn,
+        epsilon=options.epsilon,
+        groups=options.groups,
+        rule=sign_perturbation,
+        rows=options.rows,
     )
     out = step(*split_state(case.model), case.batch, before["two passes"].perturbation)
     return Taken(out.grads, out.stat_grads, buffers_of(case, out.buffers), out.perturbation)
@@ -192,7 +198,7 @@ def drop_in(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
 def drop_in_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The one pass of a loop with `backward()`, at the δ that the step of two passes has found."""
     model = copy.deepcopy(case.model)
-    apart = APART(model, options.epsilon, options.groups, rows=options.rows)
+    apart = APART(model, options.epsilon, options.groups, rule=sign_perturbation, rows=options.rows)
     apart.load_state_dict({"perturbation": {k: tuple(v) for k, v in before["two passes"].perturbation.items()}})
     with apart.one_pass():
         definition.loss_of(model, case.loss_fn, case.batch).backward()

@@ -140,8 +140,7 @@ def functional(make: Callable[..., Any], synchronised: bool = False) -> Callable
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         step = make(model, F.cross_entropy, epsilon=0.1, groups=groups, process_group="world")
         state = (*split_state(model), batch)
-        more = (init_perturbation(model),) if make is make_one_pass_step else ()
-        return lambda: step(*state, *more)
+        return lambda: step(*state)
 
     return way
 

@@ -30,8 +30,6 @@ from apart_func import (
     APART,
     ApartStep,
     OnePassStep,
-    StepOutput,
-    init_perturbation,
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
@@ -134,12 +132,12 @@ def apart_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
 
 def one_pass(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """The functional step in one pass."""
-    return _carried(case, _one_pass_step(case, variant))
+    return _called(case, _one_pass_step(case, variant))
 
 
 def one_pass_compiled(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """The same in one graph."""
-    return _carried(case, compiler(_one_pass_step(case, variant)))
+    return _called(case, compiler(_one_pass_step(case, variant)))
 
 
 def one_pass_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
@@ -297,19 +295,6 @@ def _apart_step(case: Case, variant: Variant) -> ApartStep:
 
 def _one_pass_step(case: Case, variant: Variant) -> OnePassStep:
     return make_one_pass_step(case.model, F.cross_entropy, epsilon=RADIUS, groups=variant.groups)
-
-
-def _carried(case: Case, one_pass_step: Callable[..., StepOutput]) -> Step:
-    params, buffers = split_state(case.model)
-    perturbation = init_perturbation(case.model)
-
-    def step() -> StepOutput:
-        nonlocal perturbation
-        out = one_pass_step(params, buffers, case.batch, perturbation)
-        perturbation = out.perturbation
-        return out
-
-    return step
 
 
 def _called(case: Case, step: Callable[..., object]) -> Step:

@@ -1,9 +1,9 @@
 """APART in the `Trainer` of transformers, on scikit-learn's digits: `python examples/transformers_trainer.py`.
 
 Question: what does the `Trainer` need for APART? Method: a subclass puts a context around `training_step`, which runs
-forward and backward of one micro-batch, and the perturbation into the optimizer's state, which every checkpoint of the
-`Trainer` holds. A small ResNet of transformers is trained plainly and so, in bfloat16, with accumulation and clipping.
-Result: two methods of a few lines. Test errors are printed; one seed says little (`examples/compare.py` has intervals).
+forward and backward of one micro-batch. A small ResNet of transformers is trained plainly and so, in bfloat16, with
+accumulation and clipping. Result: two methods of a few lines. Test errors are printed; one seed says little
+(`examples/compare.py` has intervals).
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ class ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into tr
     """A `Trainer` whose every micro-batch is a pass of clean and perturbed samples."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Keep the perturbation in the optimizer's state: a resumed run then ends as one that was not disturbed."""
+        """Set up APART too: the model is there now, in its wrappers."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         several = self.args.world_size > 1
-        self.apart = APART(self.model, epsilon=0.1, groups=4, process_group="world" if several else None)
-        self.apart.save_with(optimizer)
+        self.apart = APART(self.model, epsilon=0.3, groups=4, process_group="world" if several else None)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,6 +19,7 @@ from apart_func import (
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
+    sign_perturbation,
     split_state,
 )
 
@@ -43,7 +44,7 @@ def make(form: str, model: nn.Module, autocast_dtype: torch.dtype | None = None,
     if form == "two passes":
         step = make_apart_step(model, F.cross_entropy, **options)
         return lambda batch: step(params, buffers, batch)
-    one_pass_step = make_one_pass_step(model, F.cross_entropy, **options)
+    one_pass_step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options)
     before = init_perturbation(model)
     return lambda batch: one_pass_step(params, buffers, batch, before)
 
@@ -54,7 +55,7 @@ def grads_of(out: Any) -> dict[str, Tensor]:
 
 
 def _drop_in(form: str, model: nn.Module, autocast_dtype: torch.dtype | None, epsilon: float) -> Any:
-    method = APART(model, epsilon=epsilon, groups=GROUPS)
+    method = APART(model, epsilon=epsilon, groups=GROUPS, rule=sign_perturbation)
     device = next(model.parameters()).device.type
 
     def autocast() -> AbstractContextManager[Any]:

@@ -155,7 +155,7 @@ def train_by_rule(rank: int) -> Any:
 def train_one_pass(rank: int) -> list[dict[str, Any]]:
     """One context around a wrapped model."""
     model = DistributedDataParallel(convolutional())
-    apart = APART(model, EPSILON, GROUPS)
+    apart = APART(model, EPSILON, GROUPS, rule=sign_perturbation)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     seen = []
     for t in range(STEPS):
@@ -228,7 +228,8 @@ def two_passes(batch_of: Batches, group: Any, ratio: float, groups: int, model: 
 
 def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module | None = None) -> Any:
     model = model or synchronised()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, process_group=group)
+    options: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "process_group": group}
+    step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options)
     (params, buffers), perturbation = split_state(model), init_perturbation(model)
     for t in range(steps):
         out = step(params, buffers, batch_of(t), perturbation)
@@ -240,7 +241,7 @@ def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module 
 def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bool = False) -> Any:
     """The drop-in; DistributedDataParallel takes SyncBatchNorm on GPUs alone, so gradients are averaged by hand."""
     model = synchronised()
-    apart = APART(model, EPSILON, groups, process_group=group)
+    apart = APART(model, EPSILON, groups, rule=sign_perturbation, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     for t in range(LONG):
         optimizer.zero_grad()
@@ -339,7 +340,11 @@ def draw(rank: int) -> Any:
         one(*split_state(model), shard(rank, 0)).perturbation,
     ]
     both_passes(apart, shard(rank, 0))
-    return [*found, apart.perturbation]
+    found.append(apart.perturbation)
+    in_one, (x, y) = APART(model, groups=2, process_group="world"), shard(rank, 0)
+    with in_one.one_pass():
+        F.cross_entropy(model(x), y).backward()
+    return [*found, in_one.perturbation]
 
 
 class Sometimes(nn.Module):

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from apart_func import APART, BatchError, SettingError, StateError, UsageError
+from apart_func import APART, BatchError, SettingError, StateError, UsageError, sign_perturbation
 from apart_func.functional import unwrapped_names
 
 EPSILON, GROUPS, RATIO, LEARNING_RATE = 0.2, 2, 0.5, 0.1
@@ -92,8 +92,15 @@ def fit(
     return trainer
 
 
+def carrying(model: nn.Module) -> APART:
+    """The drop-in whose one pass depends on the one before."""
+    return APART(model, EPSILON, GROUPS, rule=sign_perturbation)
+
+
 def callback_of(form: str) -> OnePassApart | TwoPassApart:
-    return OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS, RATIO)
+    if form == "one pass":
+        return OnePassApart(EPSILON, GROUPS, rule=sign_perturbation)
+    return TwoPassApart(EPSILON, GROUPS, RATIO)
 
 
 def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Tensor:
@@ -110,7 +117,7 @@ def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Ten
 def by_hand(form: str, accumulated: int = 1, clip: float = 0.0) -> nn.Module:
     """The same training, with the contexts of `APART` in a loop."""
     model = convolutional()
-    apart = APART(model, EPSILON, GROUPS)
+    apart = carrying(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     for t, batch in enumerate(batches(), start=1):
         step_by_hand(form, apart, batch, 1 / accumulated)
@@ -152,7 +159,7 @@ def test_precision_plugins_do_what_autocast_and_a_scaler_do_by_hand(form: str, p
     fit(module, callback_of(form), data=loader(torch.float32), plugins=[plugin])
 
     model = convolutional(dtype=torch.float32)
-    apart = APART(model, EPSILON, GROUPS)
+    apart = carrying(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     for x, y in batches(torch.float32):
         optimizer.zero_grad()
@@ -181,7 +188,7 @@ def test_a_closure_that_the_optimizer_calls_again_is_a_whole_step_each_time(form
 
     module, model = WithLBFGS(), convolutional()
     fit(module, callback_of(form), max_steps=2)
-    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    apart, optimizer = carrying(model), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
     for batch in batches()[:2]:
 
         def closure(batch: Any = batch) -> Tensor:
@@ -201,7 +208,7 @@ def test_validation_and_averaged_weights_are_beside_it(form: str) -> None:
     assert trainer.callback_metrics["validation loss"].isfinite()
 
     twin = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
-    apart = APART(model, EPSILON, GROUPS)
+    apart = carrying(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     for batch in batches():
         optimizer.zero_grad()
@@ -233,7 +240,7 @@ def test_what_is_logged_is_of_the_clean_pass() -> None:
     callback, module = callback_of("two passes"), Classifier()
     logged = fit(module, callback).callback_metrics
     model = convolutional()
-    apart, accuracy = APART(model, EPSILON, GROUPS), MulticlassAccuracy(3)
+    apart, accuracy = carrying(model), MulticlassAccuracy(3)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     losses = []
     for batch in batches():
@@ -259,7 +266,7 @@ class ByHand(lightning.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         model = DistributedDataParallel(convolutional())
-        apart = APART(model, EPSILON, GROUPS)
+        apart = carrying(model)
         optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
         apart.save_with(optimizer)
         for t, batch in enumerate(self.batches, start=1):
@@ -346,6 +353,15 @@ def test_it_is_the_perturbation_in_the_checkpoint_that_does_this(tmp_path: Path)
     assert (resumed.model[0].weight - undisturbed.model[0].weight).abs().max() > 1e-3
 
 
+def test_the_callback_of_one_pass_draws_signs_and_leaves_none_of_them_in_a_checkpoint(tmp_path: Path) -> None:
+    callback = OnePassApart(EPSILON, GROUPS)
+    fit(Classifier(), callback).save_checkpoint(tmp_path / "run.ckpt")
+    assert callback.apart is not None
+    assert all((part.abs() == EPSILON).all() for shift in callback.apart.perturbation.values() for part in shift)
+    assert torch.load(tmp_path / "run.ckpt")["callbacks"]["OnePassApart"] == {"perturbation": {}}
+    fit(Classifier(), OnePassApart(EPSILON, GROUPS), path=tmp_path / "run.ckpt", max_epochs=2)
+
+
 def test_a_second_fit_goes_on_for_the_same_model_and_begins_anew_for_another() -> None:
     callback, module, undisturbed, other = callback_of("one pass"), Classifier(), Classifier(), Classifier()
     fit(undisturbed, callback_of("one pass"), max_epochs=2)
@@ -424,7 +440,7 @@ def test_a_batch_that_training_step_skips_is_skipped() -> None:
 
     module, model = Skipping(), convolutional()
     fit(module, callback_of("one pass"))
-    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    apart, optimizer = carrying(model), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     for t, (x, y) in enumerate(batches()):
         optimizer.zero_grad()
         if t == 2:  # its forward moves the running statistics

@@ -26,6 +26,7 @@ from apart_func import (
     APART,
     BatchError,
     ModelError,
+    OnePassStep,
     Perturbation,
     SettingError,
     StateError,
@@ -36,7 +37,8 @@ from apart_func import (
     make_one_pass_step,
     mixed_pass,
     proxy_pass,
-    random_sign_perturbation,
+    sign_flips,
+    sign_perturbation,
     split_state,
 )
 
@@ -57,7 +59,9 @@ def random_perturbation(model: nn.Module, radius: float = 0.2, seed: int = 0) ->
 
 def take_step(model: nn.Module, batch: Any = BATCH, perturbation: Any = None, **options: Any) -> StepOutput:
     """A step of the model from its own state."""
-    step = make_one_pass_step(model, F.cross_entropy, **{"epsilon": 0.1, "groups": 4, **options})
+    step = make_one_pass_step(
+        model, F.cross_entropy, **{"epsilon": 0.1, "groups": 4, "rule": sign_perturbation, **options}
+    )
     return step(*split_state(model), batch, perturbation or random_perturbation(model))
 
 
@@ -101,7 +105,7 @@ def test_a_step_of_any_architecture_is_what_the_definition_says(
 
 def test_several_steps_end_where_the_definition_ends() -> None:
     model, reference = convolutional(), convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     (params, buffers), perturbation = split_state(copy.deepcopy(model)), init_perturbation(model)
     expected: ShiftTree = {layer: Shift(*shift) for layer, shift in perturbation.items()}
     start = params
@@ -180,28 +184,59 @@ def test_statistic_gradients_of_every_group_come_out_of_the_pass() -> None:
         assert g.mean[2:].any()
 
 
+def drawing(model: nn.Module) -> OnePassStep:
+    """The step of the default rule."""
+    return make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
+
+
 def test_random_signs_need_no_perturbation_of_the_step_before() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4, rule=random_sign_perturbation)
-    out = step(*split_state(model), BATCH)
+    out = drawing(model)(*split_state(model), BATCH)
     for shift in out.perturbation.values():
         assert all((part.abs() == 0.3).all() for part in shift)
-    again = step(*split_state(model), BATCH, out.perturbation)
+    again = drawing(model)(*split_state(model), BATCH, out.perturbation)
     assert_same(out, again._replace(perturbation=out.perturbation))  # it was the δ of this step
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert compiled(*split_state(model), BATCH).perturbation.keys() == out.perturbation.keys()
+
+
+def test_a_step_of_random_signs_is_what_the_definition_says_at_those_that_it_drew() -> None:
+    model = convolutional()
+    out = drawing(model)(*split_state(model), BATCH)
+    drawn: ShiftTree = {layer: Shift(*shift) for layer, shift in out.perturbation.items()}
+    expected = oracle_one_pass_step(model, F.cross_entropy, BATCH, drawn, epsilon=0.3, groups=4, clean=2)
+    assert relative_error(out.grads, expected.grads) < TOLERANCE[torch.float64]
+    assert relative_error(out.buffers, expected.buffers) < TOLERANCE[torch.float64]
+
+
+def test_random_signs_are_drawn_anew_in_every_step_from_the_default_generator() -> None:
+    model = convolutional()
+    torch.manual_seed(0)
+    first, second = (drawing(model)(*split_state(model), BATCH).perturbation for _ in range(2))
+    assert sign_flips(first, second) > 0
+    torch.manual_seed(0)
+    torch.testing.assert_close(drawing(model)(*split_state(model), BATCH).perturbation, first, rtol=0, atol=0)
+
+
+def test_a_compiled_step_draws_too() -> None:
+    model = convolutional()
+    compiled = torch.compile(drawing(model), fullgraph=True, backend="aot_eager")
+    first, second = (compiled(*split_state(model), BATCH, epsilon=torch.tensor(0.2)) for _ in range(2))
+    assert sign_flips(first.perturbation, second.perturbation) > 0
+    radii = [part.abs() for shift in first.perturbation.values() for part in shift]
+    torch.testing.assert_close(torch.cat(radii), torch.full_like(torch.cat(radii), 0.2), rtol=1e-6, atol=0)
+    expected = drawing(model)(*split_state(model), BATCH, first.perturbation)
+    torch.testing.assert_close(first.grads, expected.grads, **ROUNDING)
 
 
 def test_a_rule_of_gradients_needs_the_perturbation_of_the_step_before() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     with pytest.raises(StateError, match=r"got no perturbation.* Pass init_perturbation\(model\) to the first step"):
         step(*split_state(model), BATCH)
 
 
 def test_a_radius_given_in_the_call_is_that_of_the_next_perturbation() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     shifts = random_perturbation(model)
     out = step(*split_state(model), BATCH, shifts, epsilon=torch.tensor(0.3))
     assert_same(out, take_step(model, perturbation=shifts, epsilon=float(torch.tensor(0.3))))
@@ -242,7 +277,7 @@ def test_after_a_step_that_is_not_finite_buffers_and_perturbation_are_as_before(
 
 def test_a_negative_radius_that_only_a_tensor_knows_is_reported_under_a_transform() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     state, shifts = split_state(model), init_perturbation(model)
     out = vmap(lambda e: step(*state, BATCH, shifts, epsilon=e))(torch.tensor([0.1, -0.1]))
     assert out.all_finite.tolist() == [True, False]
@@ -254,7 +289,7 @@ def test_mapped_over_models_it_is_the_same_steps_one_by_one() -> None:
         torch.manual_seed(seed)
         nn.init.normal_(model[0].weight)
     shifts = [random_perturbation(model, seed=seed) for seed, model in enumerate(models)]
-    step = make_one_pass_step(models[0], F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(models[0], F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     params, buffers = (tree_map(Tensor.detach, tree) for tree in stack_module_state(models))
     stacked = {
         layer: Perturbation(*(torch.stack(parts) for parts in zip(*(each[layer] for each in shifts), strict=True)))
@@ -267,7 +302,7 @@ def test_mapped_over_models_it_is_the_same_steps_one_by_one() -> None:
 
 def test_the_compiled_step_is_one_graph_over_many_steps() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=False)
     (params, buffers), perturbation = split_state(model), init_perturbation(model)
@@ -282,7 +317,7 @@ def test_the_compiled_step_is_one_graph_over_many_steps() -> None:
 @pytest.mark.slow
 def test_inductor_computes_what_the_eager_step_computes() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     state, shifts = split_state(model), random_perturbation(model)
     assert_same(torch.compile(step, fullgraph=True, dynamic=False)(*state, BATCH, shifts), step(*state, BATCH, shifts))
 
@@ -304,7 +339,7 @@ def test_microbatches_are_a_batch_of_more_groups() -> None:
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**-10])
 def test_a_loss_scale_leaves_no_trace(scale: float) -> None:
     model, batch = convolutional(dtype=torch.float32), images(dtype=torch.float32)
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     shifts = random_perturbation(model)
     scaled = step(*split_state(model), batch, shifts, loss_scale=scale)
     # a power of two is exact
@@ -366,7 +401,7 @@ def test_an_output_that_cannot_be_cut_by_sample_is_refused() -> None:
 )
 def test_a_perturbation_of_another_model_is_refused(changed: Any) -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     with pytest.raises(SettingError, match="perturbation"):
         step(*split_state(model), BATCH, changed(init_perturbation(model)))
 
@@ -391,9 +426,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def test_the_drop_in_takes_the_steps_of_the_function() -> None:
     model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
     (params, buffers), perturbation = split_state(copy.deepcopy(model)), init_perturbation(model)
-    apart = APART(model, epsilon=0.1, groups=4)
+    apart = APART(model, epsilon=0.1, groups=4, rule=sign_perturbation)
     for seed in range(3):
         batch = images(seed=seed)
         out = step(params, buffers, batch, perturbation)
@@ -405,8 +440,58 @@ def test_the_drop_in_takes_the_steps_of_the_function() -> None:
         buffers, perturbation = out.buffers, out.perturbation
 
 
+def test_the_drop_in_draws_the_signs_that_the_function_draws() -> None:
+    model = convolutional()
+    params, buffers = split_state(copy.deepcopy(model))
+    apart = APART(model, epsilon=0.3, groups=4)
+    for seed in range(3):
+        batch = images(seed=seed)
+        torch.manual_seed(seed)
+        out = drawing(model)(params, buffers, batch)
+        torch.manual_seed(seed)
+        drop_in_pass(apart, batch)
+        torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(model), out.grads, **ROUNDING)
+        torch.testing.assert_close(split_state(model)[1], out.buffers, **ROUNDING)
+        torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
+        buffers = out.buffers
+
+
+def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
+    apart = APART(convolutional(), 0.1, 4)
+    for context in (apart.to_proxy, apart.to_adver):
+        with context():
+            F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
+    found = apart.perturbation
+    torch.testing.assert_close(found, sign_perturbation({}, apart.stat_grads, torch.tensor(0.1).double()))
+    drop_in_pass(apart)
+    assert apart.stat_grads == {}
+    assert sign_flips(found, apart.perturbation) > 0
+
+
+def test_a_new_radius_is_that_of_the_next_signs() -> None:
+    apart = APART(convolutional(), 0.1, 4)
+    apart.set_epsilon(0.4)
+    drop_in_pass(apart)
+    assert all((part.abs() == 0.4).all() for shift in apart.perturbation.values() for part in shift)
+
+
+def test_random_signs_leave_nothing_to_save() -> None:
+    apart = APART(convolutional(), 0.1, 4)
+    optimizer = torch.optim.AdamW(apart.model.parameters())
+    before = optimizer.state_dict()
+    apart.save_with(optimizer)
+    drop_in_pass(apart)
+    assert apart.state_dict() == {"perturbation": {}}
+    assert optimizer.state_dict() == before
+    optimizer.load_state_dict(before)
+
+
 def test_backward_may_come_after_the_context() -> None:
-    inside, after = APART(convolutional(), 0.1, 4), APART(convolutional(), 0.1, 4)
+    inside, after = (
+        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
+        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
+    )
     drop_in_pass(inside)
     with after.one_pass():
         loss = F.cross_entropy(after.model(BATCH[0]), BATCH[1])
@@ -415,7 +500,7 @@ def test_backward_may_come_after_the_context() -> None:
 
 
 def test_micro_batches_in_one_context_add_up() -> None:
-    apart = APART(convolutional(), 0.1, 2)
+    apart = APART(convolutional(), 0.1, 2, rule=sign_perturbation)
     with apart.one_pass():
         for start in (0, 4):
             loss = F.cross_entropy(apart.model(BATCH[0][start : start + 4]), BATCH[1][start : start + 4])
@@ -427,7 +512,10 @@ def test_micro_batches_in_one_context_add_up() -> None:
 
 
 def test_a_state_dict_goes_on_where_it_was_taken() -> None:
-    first, second = APART(convolutional(), 0.1, 4), APART(convolutional(), 0.1, 4)
+    first, second = (
+        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
+        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
+    )
     drop_in_pass(first)
     state = first.state_dict()
     second.load_state_dict(state)
@@ -448,7 +536,7 @@ def trained(apart: APART, optimizer: torch.optim.Optimizer, steps: range) -> nn.
 
 def saved_with(model: nn.Module) -> tuple[APART, torch.optim.Optimizer]:
     """A drop-in whose state is in that of an optimizer."""
-    apart, optimizer = APART(model, 0.1, 4), torch.optim.AdamW(model.parameters(), lr=0.01)
+    apart, optimizer = APART(model, 0.1, 4, rule=sign_perturbation), torch.optim.AdamW(model.parameters(), lr=0.01)
     apart.save_with(optimizer)
     return apart, optimizer
 
@@ -484,11 +572,11 @@ def test_an_optimizers_state_without_a_perturbation_is_refused_once_it_should_ha
 
 def test_what_is_no_optimizer_keeps_no_state() -> None:
     with pytest.raises(UsageError, match=r"expected a torch\.optim\.Optimizer"):
-        APART(convolutional(), 0.1, 4).save_with(nn.Linear(1, 1))  # type: ignore[arg-type]
+        APART(convolutional(), 0.1, 4, rule=sign_perturbation).save_with(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_gradients_that_overflowed_leave_the_perturbation() -> None:
-    apart = APART(convolutional(), 0.1, 4)
+    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
     drop_in_pass(apart)
     kept = apart.state_dict()
     drop_in_pass(apart, scale=torch.inf)
@@ -496,7 +584,7 @@ def test_gradients_that_overflowed_leave_the_perturbation() -> None:
 
 
 def test_a_forward_without_backward_leaves_the_perturbation() -> None:
-    apart = APART(convolutional(), 0.1, 4)
+    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
     drop_in_pass(apart)
     kept = apart.state_dict()
     with apart.one_pass(), torch.no_grad():
@@ -506,7 +594,7 @@ def test_a_forward_without_backward_leaves_the_perturbation() -> None:
 
 def test_it_goes_on_from_the_perturbation_of_two_passes() -> None:
     """Two passes every k-th step refresh what one pass carries."""
-    apart = APART(convolutional(), 0.1, 4)
+    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
     with apart.to_proxy():
         F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
     with apart.to_adver():
@@ -518,7 +606,7 @@ def test_it_goes_on_from_the_perturbation_of_two_passes() -> None:
 
 def test_the_model_is_as_before_outside_the_context() -> None:
     model = convolutional()
-    apart = APART(model, 0.1, 4)
+    apart = APART(model, 0.1, 4, rule=sign_perturbation)
     drop_in_pass(apart)
     expected = float64_copy(model)(BATCH[0])
     torch.testing.assert_close(model(BATCH[0]), expected, rtol=0, atol=0)
@@ -530,10 +618,24 @@ def test_the_drop_in_needs_a_number_of_groups() -> None:
             pass
 
 
+def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    model = convolutional()
+    apart, run = APART(model, 0.3, 4), torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        x, y = images(seed=seed)
+        step = partial(drawing(model), *split_state(copy.deepcopy(model)), (x, y))
+        model.zero_grad()
+        with apart.one_pass():
+            F.cross_entropy(run(x), y).backward()
+        torch.testing.assert_close(gradients(model), step(apart.perturbation).grads, **ROUNDING)
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_model_is_one_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     plain, compiled = convolutional(), convolutional()
-    ours, theirs = APART(compiled, 0.1, 4), APART(plain, 0.1, 4)
+    ours, theirs = APART(compiled, 0.1, 4, rule=sign_perturbation), APART(plain, 0.1, 4, rule=sign_perturbation)
     run = torch.compile(compiled, backend=counter, fullgraph=True, dynamic=False)
     for seed in range(4):
         x, y = images(seed=seed)
@@ -550,7 +652,9 @@ def test_both_forms_of_the_layer_give_the_same_pass() -> None:
     model = convolutional()
     x, y = BATCH
     shifts = random_perturbation(model)
-    step = partial(make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4), *split_state(model))
+    step = partial(
+        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation), *split_state(model)
+    )
     eager = step((x.contiguous(memory_format=torch.channels_last), y), shifts)
     mapped = vmap(lambda e: step((x, y), shifts, epsilon=e))(torch.tensor([0.1], dtype=torch.float64))
     assert_same(tree_map(lambda leaf: leaf[0], mapped), eager)
@@ -568,7 +672,7 @@ def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name()
     message = r"layer '4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
         make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2, rule=sign_perturbation).one_pass():
         pytest.fail("entered")
 
 
@@ -587,5 +691,5 @@ def test_a_layer_that_a_forward_makes_mix_clean_and_perturbed_samples_is_refused
     message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
         step(*split_state(model), BATCH, init_perturbation(model))
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2, rule=sign_perturbation).one_pass():
         model(BATCH[0])

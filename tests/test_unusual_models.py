@@ -32,6 +32,7 @@ from apart_func import (
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
+    sign_perturbation,
     split_state,
 )
 
@@ -613,11 +614,11 @@ def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, 
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("target", KINDS)
 def test_a_perturbation_is_loaded_whatever_wrappers_are_around_either_model(source: str, target: str) -> None:
-    first = APART(wrapped(source, convolutional()), 0.2, 2)
+    first = APART(wrapped(source, convolutional()), 0.2, 2, rule=sign_perturbation)
     with first.one_pass():
         F.cross_entropy(first.model(BATCH[0]), BATCH[1]).backward()
     state = first.state_dict()
-    second = APART(wrapped(target, convolutional()), 0.2, 2)
+    second = APART(wrapped(target, convolutional()), 0.2, 2, rule=sign_perturbation)
     second.load_state_dict(state)
     torch.testing.assert_close(
         list_of(second.state_dict()["perturbation"]), list_of(state["perturbation"]), rtol=0, atol=0
@@ -628,7 +629,7 @@ def test_a_perturbation_is_loaded_whatever_wrappers_are_around_either_model(sour
 
 
 def one_pass_taken() -> APART:
-    apart = APART(convolutional(), 0.2, 2)
+    apart = APART(convolutional(), 0.2, 2, rule=sign_perturbation)
     for seed in range(2):
         with apart.one_pass():
             F.cross_entropy(apart.model(images(seed=seed)[0]), images(seed=seed)[1]).backward()

@@ -1,6 +1,6 @@
 """APART under Lightning's automatic optimisation: a callback, and no change in the `LightningModule`.
 
-    Trainer(callbacks=[OnePassApart(epsilon=0.1, groups=4)])         # what plain training costs
+    Trainer(callbacks=[OnePassApart(epsilon=0.3, groups=4)])         # what plain training costs
     Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice a batch
 
 `training_step` returns the plain loss, as ever. Precision plugins, accumulation, clipping, DDP and averaging of weights
@@ -10,8 +10,8 @@ callbacks would not do: none comes before the forward when a closure is called a
 cleared between `training_step` and the backward. What is done inside `training_step` by `loss.backward()` is lost
 there, such as the proxy pass of contexts opened by hand: half of the gradient. Both callbacks refuse that.
 
-The perturbation of `OnePassApart` is in Lightning's checkpoints; a resumed run goes on bit for bit. `TwoPassApart` has
-no state.
+Where `OnePassApart` has a rule of gradients, its perturbation is in Lightning's checkpoints, and a resumed run goes on
+bit for bit. With random signs there is no state, and in `TwoPassApart` there is none.
 """
 
 import copy
@@ -31,7 +31,7 @@ from apart_func.dropin import APART
 from apart_func.errors import UsageError
 from apart_func.layer.rows import Rows
 from apart_func.one_pass import clean_groups
-from apart_func.rules import Rule, sign_perturbation
+from apart_func.rules import Rule, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.step import adversarial_samples
 from apart_func.trees import batch_size, cut_batch
@@ -125,14 +125,15 @@ class _ApartCallback(Callback, ABC):
 class OnePassApart(_ApartCallback):
     """Train in `APART(...).one_pass()`: a part of the ghost groups is clean, the others are perturbed.
 
-    What `training_step` logs is of both kinds of samples together. The perturbation of a step is found right after the
-    backward before it, with the radius of that time.
+    What `training_step` logs is of both kinds of samples together. Random signs are drawn as the forward begins; other
+    rules find the perturbation of a step right after the backward before it, with the radius of that time.
 
     Args:
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
+        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs; for random ones
+            try 0.2 to 0.4.
         groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
         clean_fraction: share of the groups that are clean, rounded to whole groups.
-        rule: as in `APART`, like the other arguments.
+        rule: as in `APART`, like the other arguments; random signs by default.
         rows: how rows belong to samples.
         process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
 
@@ -146,7 +147,7 @@ class OnePassApart(_ApartCallback):
         groups: int,
         clean_fraction: float = 0.5,
         *,
-        rule: Rule = sign_perturbation,
+        rule: Rule = random_sign_perturbation,
         rows: Rows | None = None,
         process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:

@@ -108,8 +108,8 @@ def one_pass(palette: dict[str, str]) -> str:
     draw.box(520, 100, 190, 70, "faint", ("one backward", "r ∇Lₚ + (1 − r) ∇Lₐ"))
     draw.arrow("M440 78C480 78 475 125 516 125", "clean")
     draw.arrow("M440 192C480 192 475 145 516 145", "pushed")
-    draw.arrow("M615 170V268H325V234", "pushed")
-    draw.text(470, 290, "δ = ε · sign(g) of the clean groups, for the next step", kind="pushed", bold=True)
+    draw.arrow("M325 264V234", "pushed")
+    draw.text(325, 284, "δ = ±ε, by lot; or ε · sign(g) of the step before", kind="pushed", bold=True)
     draw.text(325, 24, "moves the running statistics")
     return draw.svg("APART in one pass: clean and perturbed ghost groups in one batch")
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.methods import OWN_RULES
 from experiments.paired import Key
 from experiments.runs import METHODS, FinishedRun, FolderError, is_fitted
 
@@ -28,7 +29,7 @@ NAMES = {
 }
 ZERO_RADIUS_NAMES = {"apart": "zero radius", "one_pass": "zero radius in one pass"}
 SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
-# What a method's bare name stands for.
+# What a method's bare name stands for; a rule of its own is in OWN_RULES.
 ORDINARY = {
     "method.rule": "sign",
     "method.carry": "clean",
@@ -114,7 +115,7 @@ def _rank(run: FinishedRun) -> tuple[object, ...]:
     """Where a run stands in the table: by method, epochs, what a bare name stands for, radius and the rest."""
     settings = run.settings
     method = METHODS.index(settings["method.name"])
-    is_unusual = [settings.get(name, usual) != usual for name, usual in ORDINARY.items()]
+    is_unusual = [settings.get(name, usual) != usual for name, usual in ordinary(settings).items()]
     radii = (settings.get("method.epsilon", 0), settings.get("method.rho", 0))
     return (method, settings["training.epochs"], is_unusual, *radii, json.dumps(settings, sort_keys=True), run.key)
 
@@ -139,9 +140,9 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
     """What sets a group apart."""
     method, zero_radius = settings["method.name"], has_zero_radius(settings)
     parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
+    idle = ("method.epsilon", "method.rule") if zero_radius else ()
     for name in varied:
-        is_said = (zero_radius and name == "method.epsilon") or ORDINARY.get(name) == settings.get(name)
-        if name in settings and not is_said:
+        if name in settings and name not in idle and ordinary(settings).get(name) != settings[name]:
             parts.append(f"{word(name)} {settings[name]}")
     factor, rest = divmod(settings["training.epochs"], usual_epochs)
     if rest:
@@ -149,6 +150,11 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
     elif factor > 1:
         parts.append(f"{factor}× epochs")
     return ", ".join(parts)
+
+
+def ordinary(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bare name of a method stands for."""
+    return ORDINARY | {"method.rule": OWN_RULES.get(settings["method.name"], ORDINARY["method.rule"])}
 
 
 def has_zero_radius(settings: Mapping[str, Any]) -> bool:

@@ -35,7 +35,7 @@ from apart_func import (
 )
 from experiments import carry, ranks, rivals
 from experiments.rules import blended_perturbation, standardised_perturbation
-from experiments.settings import MethodName, MethodSettings, SettingsError
+from experiments.settings import MethodName, MethodSettings, RuleName, SettingsError
 
 Batch = tuple[Tensor, Tensor]
 Carried = dict[str, Any]  # tensors, or tuples of them, by name
@@ -71,6 +71,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "method.every": _TWO_PASSES,
     "method.microbatches": _APART,
 }
+
+# The rule that a method has where none is said, if it is not that of the settings.
+OWN_RULES: dict[str, RuleName] = {"one_pass": "random_sign"}
 
 ONE_GRADIENT_RULES: dict[str, Rule] = {
     "sign": sign_perturbation,

@@ -88,8 +88,8 @@ class MethodSettings:
         epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
         epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
             late: plain steps for two thirds of the run, then the method's.
-        rule: which way APART moves the statistics: by the sign of their gradient, at random (a control), along the
-            gradient, to where several steps lead, or as `rules.py` has it.
+        rule: which way APART moves the statistics: by the sign of their gradient, at random, along the gradient, to
+            where several steps lead, or as `rules.py` has it. Where none is said, one pass takes random signs.
         ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.

@@ -21,7 +21,7 @@ import tyro
 from experiments import ranks
 from experiments.interrupts import Interrupted
 from experiments.loop import train
-from experiments.presets import PRESETS
+from experiments.presets import preset
 from experiments.settings import DataName, Settings
 
 
@@ -32,10 +32,14 @@ class Choice:
     Attributes:
         data: the data set, if one is named.
         preset: the preset, if one is named.
+        method: the method, if one is named.
+        rule: the rule, if one is named.
     """
 
     data: str | None = None
     preset: str | None = None
+    method: str | None = None
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Command:
 def parse(arguments: Sequence[str]) -> Command:
     """Read a command line: the preset first, then what changes it."""
     choice, _ = tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False)
-    preset = PRESETS.get(choice.preset or choice.data or "digits", Settings())
+    start = preset(choice.preset or choice.data or "digits", choice.method, choice.rule)
     return tyro.cli(
         Command,
         args=arguments,
         prog="python -m experiments train",
-        default=Command(preset),
+        default=Command(start),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )

@@ -110,7 +110,7 @@ CALLS = {
     "APART": Call(
         apart,
         {"model": MODEL, "epsilon": 0.1, "groups": 2, "rule": sign_perturbation, "rows": None},
-        {**SETTINGS_TAKE, "model": {"a module"}},
+        {**SETTINGS_TAKE, "model": {"a module"}, "rule": CALLABLE | NOTHING},
     ),
     "APART.set_epsilon": Call(lambda epsilon: APART(MODEL).set_epsilon(epsilon), {"epsilon": 0.1}, {}),
     "APART.one_pass": Call(one_pass_context, {"clean_fraction": 0.5}, {}),
@@ -156,7 +156,7 @@ CALLS = {
     "OnePassStep": Call(
         one_pass_step,
         {**STATE, "batch": images(), "perturbation": ZERO, "epsilon": 0.1, "loss_scale": 2.0},
-        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
+        {"perturbation": NOTHING, "epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
     ),
     "init_perturbation": Call(init_perturbation, {"model": MODEL}, {}),
     "proxy_pass": Call(proxy_pass, PASS, {"loss_fn": CALLABLE}),

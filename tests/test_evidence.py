@@ -126,6 +126,7 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
             method("apart", epsilon=0.2, rule="random_sign"),
             method("one_pass", epsilon=0),
             method("one_pass", epsilon=0.1),
+            method("one_pass", epsilon=0.2, rule="sign"),
             {**method("one_pass", epsilon=0.1), **epochs(4)},
         )
     ):
@@ -139,6 +140,7 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
         "APART, rule random_sign": "ε 0.2",
         "zero radius in one pass": "ε 0",
         "APART in one pass": "ε 0.1",
+        "APART in one pass, rule sign": "ε 0.2",
     }
     assert list(tables["equal compute"]) == [
         "plain, 2× epochs",

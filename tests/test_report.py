@@ -11,6 +11,7 @@ import pytest
 import torch
 from experiments import report
 from experiments.__main__ import main as program
+from experiments.methods import OWN_RULES
 from experiments.paired import difference_by_key, estimate, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
@@ -49,7 +50,8 @@ def write_run(
 
 
 def method(name: str, **settings) -> dict[str, object]:
-    return {"method": {"name": name, **settings}}
+    rule = {"rule": OWN_RULES[name]} if name in OWN_RULES else {}
+    return {"method": {"name": name, **rule, **settings}}
 
 
 def epochs(count: int) -> dict[str, object]:

@@ -33,6 +33,7 @@ from apart_func import (
     make_one_pass_step,
     multi_step,
     random_sign_perturbation,
+    sign_perturbation,
     split_state,
 )
 
@@ -53,7 +54,13 @@ STEPS: dict[str, Callable[[nn.Module], Any]] = {
     "SAM": lambda model: make_apart_sam_step(model, nn.CrossEntropyLoss(label_smoothing=0.1), rho=0.3),
     "of a functional model": lambda model: make_apart_step(functionalize(model), F.cross_entropy, rows="in_turn"),
     "one pass": lambda model: make_one_pass_step(
-        model, F.cross_entropy, epsilon=0.2, groups=4, clean_fraction=0.25, rows="consecutive"
+        model,
+        F.cross_entropy,
+        epsilon=0.2,
+        groups=4,
+        clean_fraction=0.25,
+        rule=sign_perturbation,
+        rows="consecutive",
     ),
 }
 every_step = pytest.mark.parametrize("kind", STEPS)
@@ -145,7 +152,8 @@ def test_a_step_says_what_it_does() -> None:
         "epsilon=0.2, groups=4, rule=random_sign_perturbation)"
     )
     assert repr(one_pass) == (
-        "OnePassStep(FunctionalModel(Sequential, 2 batch-norm layers), cross_entropy, epsilon=0.1, groups=2)"
+        "OnePassStep(FunctionalModel(Sequential, 2 batch-norm layers), cross_entropy, "
+        "epsilon=0.1, groups=2, rule=random_sign_perturbation)"
     )
     assert repr(APART(convolutional(), 0.2, 4)) == "APART(Sequential, 2 batch-norm layers, epsilon=0.2, groups=4)"
     assert repr(functionalize(convolutional()[:3])) == "FunctionalModel(Sequential, 1 batch-norm layer)"

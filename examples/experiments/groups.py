@@ -141,7 +141,7 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
     method, zero_radius = settings["method.name"], has_zero_radius(settings)
     parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
     idle = ("method.epsilon", "method.rule") if zero_radius else ()
-    for name in varied:
+    for name in dict.fromkeys((*varied, "method.rule")):
         if name in settings and name not in idle and ordinary(settings).get(name) != settings[name]:
             parts.append(f"{word(name)} {settings[name]}")
     factor, rest = divmod(settings["training.epochs"], usual_epochs)

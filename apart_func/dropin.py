@@ -219,10 +219,12 @@ class APART:
         self.stats = handler.record.statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next `one_pass()` depends on, for a checkpoint: its perturbation, if not drawn. See `save_with`."""
+        """What the next `one_pass()` depends on, for a checkpoint: its perturbation. See `save_with`.
+
+        Random signs do not depend on those of the `one_pass()` before, which are then here.
+        """
         self._find_perturbation()
-        carried = {} if is_drawn(self._rule("one_pass()")) else self.perturbation
-        return {"perturbation": {layer: tuple(shift) for layer, shift in carried.items()}}
+        return {"perturbation": {layer: tuple(shift) for layer, shift in self.perturbation.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict` returned, of this model or of one in other wrappers.

@@ -76,7 +76,7 @@ def make_one_pass_step(
         process_group: ranks to take the step together with, as in `make_apart_step`.
 
     Returns:
-        `one_pass_step(params, buffers, batch, perturbation=None, *, epsilon=None, loss_scale=None) -> StepOutput`.
+        `one_pass_step(params, buffers, batch, perturbation="drawn", *, epsilon=None, loss_scale=None) -> StepOutput`.
 
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
@@ -114,7 +114,7 @@ class OnePassStep(Step):
         params: Tensors,
         buffers: Tensors,
         batch: tuple[Any, Any],
-        perturbation: PerturbationTree | None = None,
+        perturbation: PerturbationTree | Literal["drawn"] = "drawn",
         *,
         epsilon: float | Tensor | None = None,
         loss_scale: float | Tensor | None = None,
@@ -125,7 +125,7 @@ class OnePassStep(Step):
             params: trained tensors by name.
             buffers: all other tensors by name.
             batch: `(input, target)`, pytrees of M samples.
-            perturbation: δ of this step, `(C,)` each. Random signs are drawn here where it is None; other rules want
+            perturbation: δ of this step, `(C,)` each. Random signs are drawn here; other rules want
                 `init_perturbation(model)` in the first step, then `out.perturbation`.
             epsilon: overrides the radius of the perturbation that is drawn or found; a 0-d tensor that changes does not
                 recompile.
@@ -139,7 +139,8 @@ class OnePassStep(Step):
             ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
         """
         radius, precision, in_range = self._call_settings(params, buffers, epsilon, loss_scale)
-        if perturbation is None:
+        is_given = not isinstance(perturbation, str)
+        if perturbation == "drawn":
             group = self._ranks(params, buffers, batch, {})
             before = self._drawn({**params, **buffers}, radius, group)
         else:
@@ -158,12 +159,10 @@ class OnePassStep(Step):
             out.stats,
             out.stat_grads,
             lambda stats, grads: (
-                {layer: before[layer] for layer in grads}
-                if perturbation is None
-                else self.settings.rule(stats, grads, radius)
+                self.settings.rule(stats, grads, radius) if is_given else {layer: before[layer] for layer in grads}
             ),
             group,
-            perturbation is not None and may_draw(self.settings.rule),
+            is_given and may_draw(self.settings.rule),
         )
         finite = out.all_finite & in_range & all_finite(vectors(after))
         return replaced(

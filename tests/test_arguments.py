@@ -156,7 +156,7 @@ CALLS = {
     "OnePassStep": Call(
         one_pass_step,
         {**STATE, "batch": images(), "perturbation": ZERO, "epsilon": 0.1, "loss_scale": 2.0},
-        {"perturbation": NOTHING, "epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
+        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
     ),
     "init_perturbation": Call(init_perturbation, {"model": MODEL}, {}),
     "proxy_pass": Call(proxy_pass, PASS, {"loss_fn": CALLABLE}),

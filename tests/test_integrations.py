@@ -353,12 +353,11 @@ def test_it_is_the_perturbation_in_the_checkpoint_that_does_this(tmp_path: Path)
     assert (resumed.model[0].weight - undisturbed.model[0].weight).abs().max() > 1e-3
 
 
-def test_the_callback_of_one_pass_draws_signs_and_leaves_none_of_them_in_a_checkpoint(tmp_path: Path) -> None:
+def test_the_callback_of_one_pass_draws_signs_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     callback = OnePassApart(EPSILON, GROUPS)
     fit(Classifier(), callback).save_checkpoint(tmp_path / "run.ckpt")
     assert callback.apart is not None
     assert all((part.abs() == EPSILON).all() for shift in callback.apart.perturbation.values() for part in shift)
-    assert torch.load(tmp_path / "run.ckpt")["callbacks"]["OnePassApart"] == {"perturbation": {}}
     fit(Classifier(), OnePassApart(EPSILON, GROUPS), path=tmp_path / "run.ckpt", max_epochs=2)
 
 

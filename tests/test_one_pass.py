@@ -482,7 +482,6 @@ def test_random_signs_leave_nothing_to_save() -> None:
     before = optimizer.state_dict()
     apart.save_with(optimizer)
     drop_in_pass(apart)
-    assert apart.state_dict() == {"perturbation": {}}
     assert optimizer.state_dict() == before
     optimizer.load_state_dict(before)
 

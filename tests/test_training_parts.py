@@ -261,7 +261,8 @@ def test_plain_steps_are_those_of_an_ordinary_loop():
 def test_one_pass_steps_carry_the_perturbation():
     model, other = network(), network()
     learner = Learner([model], [Settings(method=MethodSettings("one_pass", groups=4, clean_fraction=0.75))])
-    step = make_one_pass_step(other, F.cross_entropy, epsilon=0.1, groups=4, clean_fraction=0.75)
+    options = {"epsilon": 0.1, "groups": 4, "clean_fraction": 0.75, "rule": sign_perturbation}
+    step = make_one_pass_step(other, F.cross_entropy, **options)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     (params, buffers), perturbation = split_state(other), init_perturbation(other)
     for number in (1, 2, 3):

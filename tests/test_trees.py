@@ -272,7 +272,7 @@ def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatc
 
 def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -> None:
     model = Skipping().double()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=2)
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=2, rule=sign_perturbation)
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y), carried(model))
     for name in ("a", "b"):
         assert torch.equal(out.perturbation[name].scale, 0.3 * out.stat_grads[name].scale.sum(0).sign())
@@ -280,7 +280,7 @@ def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -
 
 def test_the_drop_in_keeps_the_perturbation_of_a_layer_that_one_pass_does_not_call() -> None:
     model = Skipping().double()
-    apart = APART(model, 0.3, 2)
+    apart = APART(model, 0.3, 2, rule=sign_perturbation)
     given = carried(model)
     apart.load_state_dict({"perturbation": {name: tuple(shift) for name, shift in given.items()}})
     with apart.one_pass():

@@ -441,7 +441,7 @@ def test_a_checkpointed_segment_may_end_or_be_a_batch_norm(
 def test_a_checkpointed_segment_that_ends_in_batch_norm_trains_in_one_pass() -> None:
     models = Segment(ends=True), convolutional()
     for model in models:
-        apart = APART(model, 0.3, 2)
+        apart = APART(model, 0.3, 2, rule=sign_perturbation)
         for seed in range(2):
             model.zero_grad()
             with apart.one_pass():

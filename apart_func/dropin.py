@@ -125,6 +125,7 @@ class APART:
         self.model, self.epsilon, self.groups, self.rule = model, epsilon, groups, rule
         self.rows, self.process_group = rows, process_group
         self._settings()
+        Settings(process_group=process_group)
         self.stats: StatTree = {}
         self.stat_grads: StatGradTree = {}
         self.perturbation: PerturbationTree = {}
@@ -202,20 +203,21 @@ class APART:
         check_unmixed(self.model)
         channels, like = _channels(layers), self._like()
         rule, shifts = self._rule("one_pass()"), zero_shifts(channels, like)
-        if is_drawn(rule):
-            shifts, self.stat_grads = drawn_perturbation(rule, shifts, self._radius(), self._ranks()), {}
-        else:
+        carries = not is_drawn(rule)
+        if carries:
             self._find_perturbation()
             shifts |= {layer: shift for layer, shift in self.perturbation.items() if layer in layers}
+        else:
+            shifts, self.stat_grads = drawn_perturbation(rule, shifts, self._radius(), self._ranks()), {}
         check_perturbation(channels, shifts, 1)
         self.perturbation, self._proxy, self._mixed = shifts, None, None
         leaves = flat_shifts(shifts, channels, self.groups, clean, like.dtype)
         for leaf in leaves:
-            leaf.requires_grad_(not is_drawn(rule))
+            leaf.requires_grad_(carries)
         handler = MixedLayers(channels, {ALL: leaves}, Grouping(self.groups, None), clean, overwrite, like.dtype)
         with self._opened("one_pass()", layers, _Forwards(handler, layers, self.groups, self.rows)):
             yield
-        self._mixed = None if is_drawn(rule) else _Mixed(leaves, channels, self.groups, clean)
+        self._mixed = _Mixed(leaves, channels, self.groups, clean) if carries else None
         self.stats = handler.record.statistics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,13 +326,7 @@ class APART:
         return group
 
     def _settings(self) -> Settings:
-        return Settings(
-            epsilon=self.epsilon,
-            groups=self.groups,
-            rule=self._rule("to_adver()"),
-            rows=self.rows,
-            process_group=self.process_group,
-        )
+        return Settings(epsilon=self.epsilon, groups=self.groups, rule=self._rule("to_adver()"), rows=self.rows)
 
     def _rule(self, context: Literal["to_adver()", "one_pass()"]) -> Rule:
         """The user's rule, or the best of the context."""

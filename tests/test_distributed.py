@@ -399,7 +399,11 @@ def count(rank: int) -> dict[str, list[int]]:
         "two passes": (make_apart_step(model, F.cross_entropy, **options), ()),
         "micro-batches": (make_apart_step(model, F.cross_entropy, microbatches=2, **options), ()),
         "ascent": (make_apart_step(model, F.cross_entropy, rho=0.1, **options), ()),
-        "one pass": (make_one_pass_step(model, F.cross_entropy, **options), (init_perturbation(model),)),
+        "one pass": (make_one_pass_step(model, F.cross_entropy, **options), ()),
+        "carried": (
+            make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options),
+            (init_perturbation(model),),
+        ),
     }
     found = {}
     for name, (step, more) in steps.items():
@@ -885,7 +889,8 @@ def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
             "two passes": [statistics, bucket],
             "micro-batches": [statistics, statistics, bucket],
             "ascent": [statistics, trained, bucket],
-            "one pass": [bucket, statistics],
+            "one pass": [2 * channels, bucket, statistics],  # signs of the first rank
+            "carried": [bucket, statistics],
         }
 
 

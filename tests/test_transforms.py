@@ -26,6 +26,7 @@ from apart_func import (
     make_apart_step,
     make_one_pass_step,
     proxy_pass,
+    sign_perturbation,
     split_state,
 )
 
@@ -257,7 +258,7 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
         model = small_model(width)
         arguments = () if kind == "two passes" else (init_perturbation(model),)
         make = make_apart_step if kind == "two passes" else make_one_pass_step
-        step = make(model, F.cross_entropy, epsilon=0.1, groups=2)
+        step = make(model, F.cross_entropy, epsilon=0.1, groups=2, rule=sign_perturbation)
         compiled = torch.compile(step, backend=backend, fullgraph=True)
         for samples in (8, 12, 8, 12):
             x = torch.randn(samples, 2, side, side, dtype=torch.float64)

@@ -140,7 +140,7 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
     """What sets a group apart."""
     method, zero_radius = settings["method.name"], has_zero_radius(settings)
     parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
-    idle = ("method.epsilon", "method.rule") if zero_radius else ()
+    idle = ("method.epsilon",) if zero_radius else ()
     for name in dict.fromkeys((*varied, "method.rule")):
         if name in settings and name not in idle and ordinary(settings).get(name) != settings[name]:
             parts.append(f"{word(name)} {settings[name]}")
@@ -153,8 +153,10 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
 
 
 def ordinary(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the bare name of a method stands for."""
-    return ORDINARY | {"method.rule": OWN_RULES.get(settings["method.name"], ORDINARY["method.rule"])}
+    """What the bare name of a method stands for; at zero radius, whatever the rule is."""
+    own = OWN_RULES.get(settings["method.name"], ORDINARY["method.rule"])
+    rule = settings.get("method.rule") if has_zero_radius(settings) else own
+    return ORDINARY | {"method.rule": rule}
 
 
 def has_zero_radius(settings: Mapping[str, Any]) -> bool:

@@ -84,7 +84,7 @@ class APART:
             compiled model is one graph for each pass; compile it with `dynamic=False` if the adversarial pass gets
             fewer samples.
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs. Random signs,
-            as of `one_pass()`, want about twice the radius of those of the gradient: try 0.2 to 0.4.
+            as of `one_pass()`, want about twice the radius of those of the gradient: try 0.1 to 0.4.
         groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of
             the whole batch, -1 makes a group of every sample.
         rule: makes the perturbation from statistics and their gradients. It gets the gradients of the loss that

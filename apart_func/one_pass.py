@@ -64,7 +64,7 @@ def make_one_pass_step(
         model: a module with BN layers in training mode, or what `functionalize` made of it.
         loss_fn: `(output, target) -> scalar`. It is called twice, with the clean samples and with the others.
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs. Random signs
-            want about twice the radius of those of the gradient: try 0.2 to 0.4.
+            want about twice the radius of those of the gradient: try 0.1 to 0.4.
         groups: ghost groups G ≥ 2 of the batch; -1 is a group for every sample.
         clean_fraction: share r of the groups that are clean, rounded to whole groups: at least one, less than all.
         microbatches: k parts of the batch, one after another, each in G groups. All run under the same perturbation,

@@ -154,8 +154,8 @@ def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor
 def random_sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Push every statistic to its radius, in a direction drawn by lot.
 
-    It is the rule of one pass, where it does better than the signs of a gradient (`examples/RESULTS.md`), and in two
-    passes the control for whether the direction matters.
+    It is the rule of one pass, where it does as well as the signs of a gradient or better (`examples/RESULTS.md`), and
+    in two passes the control for whether the direction matters.
 
     Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
     "same". Ranks of a process group take the signs of the first one.

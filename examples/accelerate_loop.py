@@ -48,7 +48,7 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = schedule
         self.accelerator.register_for_checkpointing(schedule)
-        self.apart = APART(self.model, epsilon=0.3, groups=4) if with_apart else None
+        self.apart = APART(self.model, epsilon=0.2, groups=4) if with_apart else None
 
     def train(self, epochs: range) -> None:
         """Train for some epochs, each of which has its batches from the seed."""

@@ -80,7 +80,7 @@ def main(epochs: int = 60, seed: int = 0) -> dict[str, float]:
     initial = small_resnet(in_channels=1, classes=data.classes)
     ways: dict[str, list[Callback]] = {
         "plain": [],
-        "APART in one pass": [OnePassApart(epsilon=0.3, groups=4)],
+        "APART in one pass": [OnePassApart(epsilon=0.2, groups=4)],
         "APART in two passes": [TwoPassApart(epsilon=0.1, groups=4)],
     }
     errors = {}

@@ -32,7 +32,7 @@ class ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into tr
         """Set up APART too: the model is there now, in its wrappers."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         several = self.args.world_size > 1
-        self.apart = APART(self.model, epsilon=0.3, groups=4, process_group="world" if several else None)
+        self.apart = APART(self.model, epsilon=0.2, groups=4, process_group="world" if several else None)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

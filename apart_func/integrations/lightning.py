@@ -1,6 +1,6 @@
 """APART under Lightning's automatic optimisation: a callback, and no change in the `LightningModule`.
 
-    Trainer(callbacks=[OnePassApart(epsilon=0.3, groups=4)])         # what plain training costs
+    Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # what plain training costs
     Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice a batch
 
 `training_step` returns the plain loss, as ever. Precision plugins, accumulation, clipping, DDP and averaging of weights
@@ -130,7 +130,7 @@ class OnePassApart(_ApartCallback):
 
     Args:
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs; for random ones
-            try 0.2 to 0.4.
+            try 0.1 to 0.4.
         groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
         clean_fraction: share of the groups that are clean, rounded to whole groups.
         rule: as in `APART`, like the other arguments; random signs by default.

@@ -77,8 +77,8 @@ def preset(data: str, method: str | None = None, rule: str | None = None) -> Set
         rule: the rule, if it is known.
     """
     settings = PRESETS.get(data, Settings())
-    own = OWN_RULES.get(method or settings.method.name, settings.method.rule)
-    if own == settings.method.rule or rule not in (None, own):
+    own = OWN_RULES.get(method or settings.method.name)
+    if own is None or rule not in (None, own):
         return settings
-    # Random signs want two to four times the radius of the gradient's: examples/RESULTS.md
-    return replace(settings, method=replace(settings.method, rule=own, epsilon=3 * settings.method.epsilon))
+    # Random signs want about twice the radius of the gradient's: examples/RESULTS.md
+    return replace(settings, method=replace(settings.method, rule=own, epsilon=2 * settings.method.epsilon))

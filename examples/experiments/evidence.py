@@ -21,7 +21,7 @@ import tyro
 
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.figures import RadiusCurve, draw_radii, format_error, format_gain
+from experiments.figures import COLOURS, RadiusCurve, draw_radii, format_error, format_gain
 from experiments.groups import (
     DECAY,
     Candidate,
@@ -242,14 +242,20 @@ def summary(data: str, families: Sequence[Family], epochs: int) -> ResultTable:
 
 
 def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
-    """Draw the error of APART over its radius, on every data set."""
-    size = (4.6 * len(families_of), 5.2)
-    figure, panels = plt.subplots(1, len(families_of), figsize=size, layout="constrained", squeeze=False)
-    for axes, (data, families) in zip(panels[0], families_of.items(), strict=True):
-        plain = [family for family in families if family.group.is_plain]  # where its weight decay was tuned, too
+    """Draw the error of APART over its radius, on every data set where it was trained at several."""
+    curves_of = {
+        data: {family.label: curve for family in families if (curve := radius_curve(families, family))}
+        for data, families in families_of.items()
+    }
+    shown = [data for data, curves in curves_of.items() if curves] or list(families_of)
+    labels = dict.fromkeys(label for curves in curves_of.values() for label in curves)
+    colours = dict(zip(labels, itertools.cycle(COLOURS), strict=False))
+    size = (4.6 * len(shown), 5.2)
+    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    for axes, data in zip(panels[0], shown, strict=True):
+        plain = [family for family in families_of[data] if family.group.is_plain]  # with tuned weight decay, too
         levels = {family.label: estimate(list(family.group.errors.values())).mean for family in plain}
-        curves = {family.label: curve for family in families if (curve := radius_curve(families, family))}
-        draw_radii(axes, curves, levels, data)
+        draw_radii(axes, curves_of[data], levels, data, colours)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

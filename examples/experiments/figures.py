@@ -92,11 +92,14 @@ class RadiusCurve(NamedTuple):
     chosen: int
 
 
-def draw_radii(axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[str, float], title: str) -> None:
+def draw_radii(
+    axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[str, float], title: str, colours: Mapping[str, str]
+) -> None:
     """Draw errors over the radius, with a circle where it was chosen, and levels of what has no radius."""
     for (label, level), grey in zip(levels.items(), ("0", "0.3", "0.5", "0.7"), strict=False):
         axes.axhline(level, color=grey, linestyle="--", linewidth=1, label=label)
-    for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):
+    for label, curve in curves.items():
+        colour = colours[label]
         axes.errorbar(curve.radii, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)
         chosen = (curve.radii[curve.chosen], curve.errors[curve.chosen])
         axes.plot(*chosen, "o", markersize=9, markerfacecolor="none", color=colour)

@@ -54,6 +54,7 @@ from apart_func import (
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
+    sign_perturbation,
     split_state,
 )
 
@@ -121,9 +122,9 @@ def two_drop_in(model: nn.Module, batch: Batch, groups: int, reduces_once: bool 
 
 
 def one_drop_in(model: nn.Module, batch: Batch, groups: int) -> Step:
-    """One pass of the drop-in."""
+    """One pass of the drop-in, by the signs of the gradient; random ones send less."""
     wrapped = DistributedDataParallel(model)
-    apart = APART(wrapped, groups=groups)
+    apart = APART(wrapped, groups=groups, rule=sign_perturbation)
 
     def step() -> None:
         with apart.one_pass():
@@ -138,9 +139,12 @@ def functional(make: Callable[..., Any], synchronised: bool = False) -> Callable
     def way(model: nn.Module, batch: Batch, groups: int) -> Step:
         if synchronised:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        step = make(model, F.cross_entropy, epsilon=0.1, groups=groups, process_group="world")
+        carries = make is make_one_pass_step
+        options = {"rule": sign_perturbation} if carries else {}
+        step = make(model, F.cross_entropy, epsilon=0.1, groups=groups, process_group="world", **options)
         state = (*split_state(model), batch)
-        return lambda: step(*state)
+        more = (init_perturbation(model),) if carries else ()
+        return lambda: step(*state, *more)
 
     return way
 

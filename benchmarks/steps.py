@@ -30,9 +30,12 @@ from apart_func import (
     APART,
     ApartStep,
     OnePassStep,
+    StepOutput,
+    init_perturbation,
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
+    sign_perturbation,
     split_state,
 )
 
@@ -132,18 +135,18 @@ def apart_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
 
 def one_pass(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """The functional step in one pass."""
-    return _called(case, _one_pass_step(case, variant))
+    return _carried(case, _one_pass_step(case, variant))
 
 
 def one_pass_compiled(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """The same in one graph."""
-    return _called(case, compiler(_one_pass_step(case, variant)))
+    return _carried(case, compiler(_one_pass_step(case, variant)))
 
 
 def one_pass_drop_in(case: Case, variant: Variant, compiler: Compiler) -> Step:
     """One context in a loop of the usual kind."""
     model, (images, labels) = case
-    method = APART(model, epsilon=RADIUS, groups=variant.groups)
+    method = APART(model, epsilon=RADIUS, groups=variant.groups, rule=sign_perturbation)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -294,7 +297,21 @@ def _apart_step(case: Case, variant: Variant) -> ApartStep:
 
 
 def _one_pass_step(case: Case, variant: Variant) -> OnePassStep:
-    return make_one_pass_step(case.model, F.cross_entropy, epsilon=RADIUS, groups=variant.groups)
+    options: dict[str, Any] = {"epsilon": RADIUS, "groups": variant.groups, "rule": sign_perturbation}
+    return make_one_pass_step(case.model, F.cross_entropy, **options)
+
+
+def _carried(case: Case, one_pass_step: Callable[..., StepOutput]) -> Step:
+    params, buffers = split_state(case.model)
+    perturbation = init_perturbation(case.model)
+
+    def step() -> StepOutput:
+        nonlocal perturbation
+        out = one_pass_step(params, buffers, case.batch, perturbation)
+        perturbation = out.perturbation
+        return out
+
+    return step
 
 
 def _called(case: Case, step: Callable[..., object]) -> Step:

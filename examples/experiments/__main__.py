@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int | str | None:
     try:
         check_alone(arguments[0])
         with warnings.catch_warnings():
-            warnings.showwarning = _one_line  # type: ignore[assignment]
+            warnings.showwarning = _one_line  # type: ignore[assignment]  # whose own arguments have names
             importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
     except KeyboardInterrupt:
         return "stopped: the same command goes on."

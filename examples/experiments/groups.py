@@ -115,7 +115,8 @@ def _rank(run: FinishedRun) -> tuple[object, ...]:
     """Where a run stands in the table: by method, epochs, what a bare name stands for, radius and the rest."""
     settings = run.settings
     method = METHODS.index(settings["method.name"])
-    is_unusual = [settings.get(name, usual) != usual for name, usual in ordinary(settings).items()]
+    usual = ordinary(settings)
+    is_unusual = [settings.get(name, usual[name]) != usual[name] for name in ORDINARY]
     radii = (settings.get("method.epsilon", 0), settings.get("method.rho", 0))
     return (method, settings["training.epochs"], is_unusual, *radii, json.dumps(settings, sort_keys=True), run.key)
 
@@ -140,9 +141,9 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
     """What sets a group apart."""
     method, zero_radius = settings["method.name"], has_zero_radius(settings)
     parts = [ZERO_RADIUS_NAMES[method] if zero_radius else NAMES[method]]
-    idle = ("method.epsilon",) if zero_radius else ()
+    usual = ordinary(settings)
     for name in dict.fromkeys((*varied, "method.rule")):
-        if name in settings and name not in idle and ordinary(settings).get(name) != settings[name]:
+        if name in settings and usual.get(name) != settings[name]:
             parts.append(f"{word(name)} {settings[name]}")
     factor, rest = divmod(settings["training.epochs"], usual_epochs)
     if rest:
@@ -154,9 +155,9 @@ def label(settings: Mapping[str, Any], varied: Sequence[str], usual_epochs: int)
 
 def ordinary(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the bare name of a method stands for; at zero radius, whatever the rule is."""
-    own = OWN_RULES.get(settings["method.name"], ORDINARY["method.rule"])
-    rule = settings.get("method.rule") if has_zero_radius(settings) else own
-    return ORDINARY | {"method.rule": rule}
+    usual = ORDINARY | {"method.rule": OWN_RULES.get(settings["method.name"], ORDINARY["method.rule"])}
+    idle = ("method.epsilon", "method.rule") if has_zero_radius(settings) else ()
+    return usual | {name: settings[name] for name in idle if name in settings}
 
 
 def has_zero_radius(settings: Mapping[str, Any]) -> bool:

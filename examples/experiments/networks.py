@@ -138,7 +138,7 @@ def torchvision_resnet(name: str, in_channels: int, classes: int, small: bool) -
         model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
         initialise(model.conv1)
         model.maxpool = nn.Identity()
-    return model  # type: ignore[no-any-return]
+    return model  # type: ignore[no-any-return]  # torchvision types its register by name as any
 
 
 def _from_timm(name: str, in_channels: int, classes: int) -> nn.Module:

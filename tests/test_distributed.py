@@ -329,8 +329,8 @@ def ascend(rank: int) -> Any:
 
 def draw(rank: int) -> Any:
     """Random signs, from generators that differ, in every form."""
-    torch.manual_seed(rank)
     model, options = convolutional(), {"epsilon": EPSILON, "rule": random_sign_perturbation}
+    torch.manual_seed(rank)  # after the model, which is made from a seed of its own
     two = make_apart_step(model, F.cross_entropy, process_group="world", **options)  # type: ignore[arg-type]
     one = make_one_pass_step(model, F.cross_entropy, groups=2, process_group="world", **options)  # type: ignore[arg-type]
     apart = APART(model, rule=random_sign_perturbation, process_group="world")

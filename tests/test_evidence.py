@@ -124,7 +124,7 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
             method("apart", epsilon=0.1),
             method("apart", epsilon=0.2),
             method("apart", epsilon=0.2, rule="random_sign"),
-            method("one_pass", epsilon=0),
+            method("one_pass", epsilon=0, rule="sign"),
             method("one_pass", epsilon=0.1),
             method("one_pass", epsilon=0.2, rule="sign"),
             {**method("one_pass", epsilon=0.1), **epochs(4)},

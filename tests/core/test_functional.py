@@ -4,7 +4,7 @@ import copy
 import gc
 import threading
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_a_functional_model_owns_no_tensor_before_and_after_it_was_used() -> Non
 class Alarm(nn.Module):
     """Raises when the module of a user is run, and not when a copy is."""
 
-    users: set[int] = set()
+    users: ClassVar[set[int]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         assert id(self) not in self.users, "the user's own model was run"

@@ -29,7 +29,7 @@ from apart_func import (
     sign_perturbation,
     split_state,
 )
-from apart_func.trees import FEW
+from apart_func.trees import SMALL_NUMEL
 
 X, Y = images()
 
@@ -326,14 +326,14 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("size", [1, 7, FEW, FEW + 1])
+@pytest.mark.parametrize("size", [1, 7, SMALL_NUMEL, SMALL_NUMEL + 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
     bad: float, size: int, dtype: torch.dtype
 ) -> None:
     for place in {0, size // 2, size - 1}:
         tensor = torch.ones(size, dtype=dtype)
-        others = [torch.ones(3), torch.ones(FEW + 3, dtype=torch.float64)]
+        others = [torch.ones(3), torch.ones(SMALL_NUMEL + 3, dtype=torch.float64)]
         assert all_finite([others[0], tensor, others[1]])
         tensor[place] = complex(0, bad) if dtype.is_complex else bad
         assert not all_finite([others[0], tensor, others[1]])
@@ -343,12 +343,12 @@ def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
 def test_the_largest_numbers_of_a_dtype_are_finite() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         limit = torch.finfo(dtype).max
-        for size in (2, FEW + 2):
+        for size in (2, SMALL_NUMEL + 2):
             assert all_finite([torch.full((size,), limit, dtype=dtype), torch.full((size,), -limit, dtype=dtype)])
 
 
 def test_of_tensors_with_both_infinities_neither_hides_the_other() -> None:
-    for size in (2, FEW + 2):
+    for size in (2, SMALL_NUMEL + 2):
         tensor = torch.zeros(size)
         tensor[0], tensor[1] = float("inf"), float("-inf")
         assert not all_finite([tensor])

@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from methods import COMPILED, ONE_GRAPH, functional, plain_compiled
+from methods import ONE_GRAPH, functional, plain_compiled
 from networks import ALL, Case, ghost_groups, make_case
-from timing import ROOT, Row, Table, Worker, arguments, as_ratio, as_seconds, median_of, processor_seconds, run
+from timing import ROOT, Row, Table, Worker, arguments, as_seconds, median_of, processor_seconds, run
 from torch.utils.benchmark import timer
 
 PLAIN = "plain functional"
@@ -42,8 +42,7 @@ def count_nodes(network: str, name: str, settings: argparse.Namespace) -> dict[s
     nodes: Counter[str] = Counter()
 
     def count(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        nodes.update(node.name if node.op == "output" else str(node.target) if node.op != "placeholder" else node.op
-                     for node in graph.graph.nodes)  # fmt: skip
+        nodes.update(str(node.target) if node.op == "call_function" else node.op for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
     backend: Any = aot_autograd(fw_compiler=count, bw_compiler=count, decompositions=select_decomp_table)

@@ -52,14 +52,15 @@ def steps(shape: str, dtype: str, layout: str, groups: Sequence[int], device: st
 def passes(model: nn.Module, batch: tuple[Tensor, Tensor], groups: Sequence[int]) -> dict[str, Step]:
     """Plain training, the proxy pass, and adversarial passes in some numbers of ghost groups."""
     fmodel, state = functionalize(model), split_state(model)
-    sign = {n: Perturbation(*(RADIUS * p.detach().sign() for p in layer.parameters())) for n, layer in model.named_children()}  # fmt: skip
+    ones = {name: torch.ones_like(layer.weight) for name, layer in model.named_children()}  # type: ignore[arg-type]
+    perturbation = {name: Perturbation(RADIUS * one, -RADIUS * one) for name, one in ones.items()}
 
     def plain() -> None:
         model.zero_grad(set_to_none=True)
         weighted(model(batch[0]), batch[1]).backward()
 
     def adversarial(number: int) -> object:
-        return adversarial_pass(fmodel, weighted, *state, batch, sign, groups=number)
+        return adversarial_pass(fmodel, weighted, *state, batch, perturbation, groups=number)
 
     found: dict[str, Step] = {PLAIN: plain, PROXY: lambda: proxy_pass(fmodel, weighted, *state, batch)}
     return found | {f"adversarial pass, {number} groups": partial(adversarial, number) for number in groups}
@@ -94,7 +95,7 @@ def measure(settings: argparse.Namespace) -> Iterator[Row]:
                 worker = stack.enter_context(Worker(path, threads=settings.threads))
                 for name in worker(start, shape, dtype, layout, settings.groups, settings.device):
                     timed = partial(worker, time_prepared, name, settings.seconds, settings.device)
-                    measures[checkout, *name] = timed
+                    measures[(checkout, *name)] = timed
             seconds = interleaved(f"{shape}, {dtype}, {layout}", measures, settings.rounds)
         for checkout in checkouts:
             names = dict.fromkeys(name for _, name, _ in measures)
@@ -128,7 +129,9 @@ def parsed(line: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__, rounds=9, seconds=0.1)
     shapes = ["8x16x8x8", "16x64x8x8", "128x16x32x32", "128x64x8x8"]
     parser.add_argument("--shapes", nargs="+", default=shapes, help="of the activations, as in 128x16x32x32")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32"], choices=["float16", "bfloat16", "float32", "float64"]
+    )
     parser.add_argument("--layouts", nargs="+", default=["contiguous", "channels_last"])
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], help="ghost groups of the adversarial passes")
     parser.add_argument("--against", type=Path, help="root of another checkout to compare this one with")

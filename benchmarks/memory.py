@@ -93,7 +93,7 @@ def parsed(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=["resnet"], choices=list(ALL), metavar="NETWORK")
     parser.add_argument("--methods", nargs="+", default=list(EAGER), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--samples", type=int, help="batch size; each network's own by default")
-    parser.add_argument("--memory", choices=["returned", "glibc"], default="returned", help="what becomes of freed memory")
+    parser.add_argument("--memory", choices=["returned", "glibc"], default="returned", help="that is freed")
     parser.add_argument("--against", type=Path, help="root of another checkout, to be measured in place of this one")
     settings = parser.parse_args(line)
     if settings.quick:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from networks import Case
 from timing import seconds_a_call
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.utils._pytree import tree_map
 
@@ -37,7 +37,7 @@ Step = Callable[[], object]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # One graph or an error: a step in pieces would be measured for something else, and so would one for any batch size.
-ONE_GRAPH: Compiler = partial(torch.compile, fullgraph=True, dynamic=False)
+ONE_GRAPH: partial[Callable[..., Any]] = partial(torch.compile, fullgraph=True, dynamic=False)
 RADIUS = 0.1
 RHO = 0.05
 
@@ -166,11 +166,11 @@ def one_pass_carried(case: Case, groups: int) -> Step:
 def eight(case: Case, groups: int, mapped: bool, compiler: Compiler = lambda function: function) -> Step:
     """A step of two passes of eight models on one batch, one by one or under vmap."""
     step = two_passes(case, groups)
-    models = [copy.deepcopy(case.model) for _ in range(8)]
+    models: list[nn.Module] = [copy.deepcopy(case.model) for _ in range(8)]
     if mapped:
         state = tree_map(torch.detach, stack_module_state(models))
-        together = compiler(vmap(lambda params, buffers: step(params, buffers, case.batch)))
-        return lambda: together(*state)
+        together = compiler(vmap(step, in_dims=(0, 0, None)))
+        return lambda: together(*state, case.batch)
     states, compiled = [split_state(model) for model in models], compiler(step)
     return lambda: [compiled(*state, case.batch) for state in states]
 

@@ -68,7 +68,7 @@ def measure(settings: argparse.Namespace) -> Iterator[Row]:
                 checkout: stack.enter_context(Worker(path, settings.memory, settings.threads))
                 for checkout, path in checkouts.items()
             }
-            samples = [worker(start, network, methods, settings) for worker in workers.values()][0]
+            samples = {worker(start, network, methods, settings) for worker in workers.values()}.pop()
             timers = {
                 (checkout, method): partial(worker, time_prepared, method, settings.seconds, settings.device)
                 for checkout, worker in workers.items()
@@ -110,15 +110,13 @@ def table(rows: Sequence[Row]) -> Table:
     if any("against" in row for row in rows):
         heads = ["network", "step", "here", "there", "here − there", "bound", ""]
         return Table(heads, [against_line(row) for row in rows if row["method"] != row["baseline"]])
-    names = dict.fromkeys(row["network"] + f", {row['baseline']}" * (row["baseline"] != PLAIN) for row in rows)
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != row["baseline"]))
     lines = []
-    for name in names:
-        found = {row["method"]: row for row in rows if name in (row["network"], f"{row['network']}, {row['baseline']}")}
-        found = {key: row for key, row in found.items() if (row["baseline"] == PLAIN) == (name == row["network"])}
-        first = next(iter(found.values()))
-        ratios_ = [as_ratio(found[method]["ratio"]) if method in found else "" for method in methods]
-        lines.append([f"{name}, {first['samples']}", as_seconds(first["seconds"]), *ratios_])
+    for network, baseline in dict.fromkeys((row["network"], row["baseline"]) for row in rows):
+        found = {row["method"]: row for row in rows if (row["network"], row["baseline"]) == (network, baseline)}
+        name = f"{network}, {found[baseline]['samples']}" + f", {baseline}" * (baseline != PLAIN)
+        cells = [as_ratio(found[method]["ratio"]) if method in found else "" for method in methods]
+        lines.append([name, as_seconds(found[baseline]["seconds"]), *cells])
     return Table(["network, batch", "the plain step", *methods], lines)
 
 
@@ -143,7 +141,7 @@ def parsed(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", choices=["kept", "glibc"], default="kept", help="what becomes of freed memory")
     settings = parser.parse_args(line)
     if settings.quick:
-        settings.rounds, settings.seconds = 5, 0.05
+        settings.rounds, settings.seconds = 6, 0.05
     settings.methods = settings.methods or ([PLAIN, TWO, ONE] if settings.against or settings.quick else list(EAGER))
     return settings
 

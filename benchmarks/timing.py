@@ -168,14 +168,18 @@ def median_of(values: Iterable[float]) -> Row:
 
 
 def as_seconds(figure: Mapping[str, float]) -> str:
-    """A time with its interval."""
+    """A time with its interval, where there is more than one value."""
     unit, scale = ("s", 1.0) if figure["median"] >= 1 else ("ms", 1e3) if figure["median"] >= 1e-3 else ("μs", 1e6)
-    return f"{scale * figure['median']:.3g} [{scale * figure['low']:.3g}, {scale * figure['high']:.3g}] {unit}"
+    middle, low, high = (f"{scale * figure[key]:.3g}" for key in ("median", "low", "high"))
+    return f"{middle} [{low}, {high}] {unit}" if figure["n"] > 1 else f"{middle} {unit}"
 
 
 def as_ratio(figure: Mapping[str, float] | None, sign: str = "") -> str:
-    """A ratio (or, with `sign="+"`, a difference of ratios) with its interval; nothing where there is none."""
-    return "" if figure is None else "{median:{s}.2f} [{low:{s}.2f}, {high:{s}.2f}]".format(**figure, s=sign)
+    """A ratio (with `sign="+"` a difference of ratios) with its interval, where there is more than one value."""
+    if figure is None:
+        return ""
+    middle, low, high = (f"{figure[key]:{sign}.2f}" for key in ("median", "low", "high"))
+    return f"{middle} [{low}, {high}]" if figure["n"] > 1 else middle
 
 
 # Scripts.
@@ -217,7 +221,8 @@ def run(
     Returns:
         The rows.
     """
-    path = settings.out / f"{Path(file).stem}-{settings.device.partition(':')[0]}{settings.name and '-'}{settings.name}.json"
+    parts = [Path(file).stem, settings.device.partition(":")[0], settings.name]
+    path = settings.out / f"{'-'.join(filter(None, parts))}.json"
     rows: list[Row] = []
     content = {"command": command_line(), "machine": machine(settings), "complete": False, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,11 +66,12 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """Columns aligned for the eye as well, the first to the left."""
-        widths = [max(3, *map(len, column)) for column in zip(self.heads, *self.lines, strict=True)]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
+        widths = [max(3, *map(len, column)) for column in zip(self.heads, *lines, strict=True)]
         rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         aligned = [
             [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-            for line in (self.heads, rule, *self.lines)
+            for line in (self.heads, rule, *lines)
         ]
         return "".join(f"| {' | '.join(cells)} |\n" for cells in aligned)
 

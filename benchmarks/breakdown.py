@@ -3,13 +3,12 @@
     python benchmarks/breakdown.py
     python benchmarks/breakdown.py --network timm/lcnet_035 --method 'one pass' --by functions
 
-    kinds        of work, operators taken together: what is not arithmetic is time in views, in the nodes of autograd,
-                 and outside of operators, which is Python
+    kinds        of work: operators taken together; outside of them is Python
     operators    that torch.profiler saw, by the time in them alone
     functions    of Python that cProfile saw, likewise
 
-What takes longer than in the plain steps stands first. A profiler makes everything slower, and small things most:
-calls and shares say more than times. Every figure is the median over interleaved calls.
+What takes longer than in the plain steps stands first. A profiler makes everything slower, small things most: calls and
+shares say more than times. Every figure is the median over interleaved calls.
 """
 
 from __future__ import annotations
@@ -111,13 +110,10 @@ def measure(settings: argparse.Namespace) -> Iterator[Row]:
         found[name].append(PROFILERS[settings.by](steps[name]))
         return 0.0
 
-    for step in steps.values():
-        step()
     interleaved("profile", {name: partial(profiled, name) for name in steps}, settings.rounds)
-    rows: list[Row] = [
-        {"name": name} | {key: middle(profiles, name)._asdict() for key, profiles in found.items()}
-        for name in dict.fromkeys(name for profiles in found.values() for each in profiles for name in each)
-    ]
+    names = dict.fromkeys(name for profiles in found.values() for each in profiles for name in each)
+    both = {name: {key: middle(profiles, name)._asdict() for key, profiles in found.items()} for name in names}
+    rows: list[Row] = [{"name": name, **spent} for name, spent in both.items()]
     yield from sorted(rows, key=lambda row: row["plain"]["seconds"] - row["step"]["seconds"])
 
 
@@ -129,7 +125,7 @@ def middle(profiles: Sequence[Profile], name: str) -> Spent:
 
 def table(rows: Sequence[Row], shown: int = 20) -> Table:
     """The first rows, and all of them together."""
-    sums = {key: Spent(*(sum(row[key][field] for row in rows) for field in Spent._fields)) for key in ("plain", "step")}
+    sums = {key: Spent(*map(sum, zip(*(row[key].values() for row in rows), strict=True))) for key in ("plain", "step")}
     lines = []
     everything = {"name": "all"} | {key: total._asdict() for key, total in sums.items()}
     for row in [everything, *rows[:shown]]:

@@ -95,6 +95,7 @@ class Worker:
             self.pool = ProcessPoolExecutor(1, get_context("spawn"))
             library = Path(self.pool.submit(library_of_process).result())
         if checkout.resolve() != library.parents[1]:
+            self.pool.shutdown()
             raise ValueError(f"{checkout} holds no apart_func; a process that looked for it there found {library}.")
         self(torch.set_num_threads, threads)
 

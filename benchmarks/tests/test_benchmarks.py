@@ -132,7 +132,7 @@ def test_the_cost_of_a_layer_is_a_slope() -> None:
 
 def test_the_peak_of_a_step_is_what_it_allocates() -> None:
     peak = memory.peak_of(lambda: torch.ones(2**24), "cpu")
-    assert 2**26 <= peak < 2**26 + 2**24  # 64 MiB in float32, and what else the process did
+    assert peak == pytest.approx(2**26, rel=0.2)  # 64 MiB in float32, give or take what else the process does
 
 
 def test_a_climb_is_a_frame_of_a_file_that_the_stack_has_left() -> None:
@@ -159,6 +159,7 @@ def test_kinds_of_work_hold_all_operators() -> None:
     assert any("batch_norm" in name for name in functions)
 
 
+@pytest.mark.slow
 def test_a_plain_graph_has_fewer_nodes_than_one_of_two_passes() -> None:
     settings = argparse.Namespace(device="cpu", samples=None)
     plain, two = (compile.count_nodes("tiny", name, settings) for name in ("plain functional", "two passes"))

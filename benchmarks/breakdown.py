@@ -67,7 +67,7 @@ def operators(step: Step) -> Profile:
     total = timer() - start
     averages: EventList = profiler.key_averages()
     found = {each.key: Spent(each.count, each.self_cpu_time_total / 1e6) for each in averages}
-    return found | {OUTSIDE: Spent(0, max(0.0, total - sum(each.seconds for each in found.values())))}
+    return found | {OUTSIDE: Spent(0, total - sum(each.seconds for each in found.values()))}
 
 
 def kinds(step: Step) -> Profile:
@@ -75,8 +75,7 @@ def kinds(step: Step) -> Profile:
     found: Profile = {}
     for name, (calls, seconds) in operators(step).items():
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other arithmetic")
-        before = found.get(kind, Spent())
-        found[kind] = Spent(before.calls + calls, before.seconds + seconds)
+        found[kind] = Spent(*map(sum, zip(found.get(kind, Spent()), (calls, seconds), strict=True)))
     return found
 
 

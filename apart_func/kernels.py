@@ -48,11 +48,8 @@ def perturbed_batch_norm(
         groups: number of ghost groups G ≥ 1, a divisor of N.
         reduce: makes moments over all ranks from those of this one, differentiably; None keeps these.
     """
-    if is_traced():
+    if is_traced() or reduce is not None or x.device.type not in KERNEL_DEVICES or has_dispatch_mode():
         return formula(x, affine(x, weight, bias, shift, scale), eps, InterleavedGroups(groups), reduce)
-    if reduce is not None or x.device.type not in KERNEL_DEVICES or has_dispatch_mode():
-        y, mean, var = formula(x, affine(x, weight, bias, shift, scale), eps, InterleavedGroups(groups), reduce)
-        return Normalized(y, mean.detach(), var.detach())
     return Normalized(*KernelBatchNorm.apply(x, weight, bias, shift, scale, eps, groups))
 
 

@@ -260,7 +260,7 @@ class FunctionalModel:
         self._signature = signature(model)
         self._training = StatelessModule(model)
         self._evaluation: StatelessModule | None = None
-        self.coupled: dict[Any, bool] = {}  # what one pass has seen of losses
+        self.coupled: dict[Any, tuple[Any, bool]] = {}  # what one pass has seen of losses
         self._of_caller = {id(p): (weakref.ref(p), name) for name, p in model.named_parameters()}
 
     @property

@@ -407,9 +407,9 @@ class Pass:
         if not is_concrete(tensors_of(output)[0]):
             return False
         key, known = (id(self._loss_fn), self.samples, groups, clean), self._fmodel.coupled
-        if key not in known:
-            known[key] = couples(self._loss_fn, output, self._target, groups, clean)
-        return known[key]
+        if key not in known:  # the loss is kept with it, so that no other gets its id
+            known[key] = self._loss_fn, couples(self._loss_fn, output, self._target, groups, clean)
+        return known[key][1]
 
     def _unscaled(self, grad: Tensor) -> Tensor:
         """Divide the loss scale out of a gradient."""
@@ -481,7 +481,7 @@ def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean:
         groups: number of ghost groups G; sample i is in group i mod G.
         clean: how many of them are clean, the first ones.
     """
-    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in tensors_of(output)]
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and leaf.dim() > 0) for leaf in tensors_of(output)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):
         try:

@@ -1,54 +1,50 @@
-"""APART under Lightning's automatic optimisation: a callback, and no change in the `LightningModule`.
+"""APART under Lightning's automatic optimization: a callback, and no change in the `LightningModule`.
 
-    Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # what plain training costs
-    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice a batch
+    Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # costs what plain training costs
+    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # calls training_step twice for every batch
 
-`training_step` returns the plain loss, as ever. Precision plugins, accumulation, clipping, DDP and averaging of weights
-work as they do without: the callbacks stand around `Strategy.training_step` and `Strategy.backward`, the two places
-that every strategy's forward and backward go through, each once for every call of the optimizer's closure. Hooks of
-callbacks would not do: none comes before the forward when a closure is called again, as by LBFGS, and gradients are
-cleared between `training_step` and the backward. What is done inside `training_step` by `loss.backward()` is lost
-there, such as the proxy pass of contexts opened by hand: half of the gradient. Both callbacks refuse that.
+`training_step` returns the plain loss. Every call of a network in it is a batch of its own, as in a loop by hand.
 
-Where `OnePassApart` has a rule of gradients, its perturbation is in Lightning's checkpoints, and a resumed run goes on
-bit for bit. With random signs there is no state, and in `TwoPassApart` there is none.
+The callbacks stand around `Strategy.training_step` and `Strategy.backward`, which every forward and backward goes
+through, once for every call of the optimizer's closure. Hooks of callbacks would not do: none runs before the forward
+when a closure is called again, and Lightning clears gradients between `training_step` and its own backward. That is
+also why a `backward()` inside `training_step` would be lost, and is refused.
 """
 
 import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import ref
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_func.dropin import APART
-from apart_func.errors import UsageError
+from apart_func import APART, BatchError, Rule, Settings, UsageError, random_sign_perturbation, sign_perturbation
 from apart_func.layer.rows import Rows
 from apart_func.one_pass import clean_groups
-from apart_func.rules import Rule, random_sign_perturbation, sign_perturbation
-from apart_func.settings import Settings
 from apart_func.step import adversarial_samples
 from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.distributed import ProcessGroup
-else:  # the package has two names, whose classes do not mix: that of the trainer that is there already
-    names = ["lightning.pytorch", "pytorch_lightning"]
-    found = [name for name in sorted(names, key=lambda name: name not in sys.modules) if find_spec(name.split(".")[0])]
+else:  # Lightning has two names, whose classes do not mix: take the one that is imported already
+    names = sorted(["lightning.pytorch", "pytorch_lightning"], key=lambda name: name not in sys.modules)
+    found = [name for name in names if find_spec(name.split(".")[0])]
     if not found:
         raise ModuleNotFoundError("these callbacks need Lightning: pip install 'apart_func[lightning]'")
     Callback = import_module(found[0]).Callback
 
+Passes = Generator[tuple[float, Any], None, None]
+
 
 class _ApartCallback(Callback, ABC):
-    """What both forms share: when they stand around the strategy, and what they refuse.
+    """Run the forwards and backwards of the strategy in APART's contexts.
 
     Attributes:
         apart: the drop-in of the run, for `set_epsilon` and what it has found; None before training begins.
@@ -57,9 +53,11 @@ class _ApartCallback(Callback, ABC):
     def __init__(self, settings: Settings) -> None:
         self.apart: APART | None = None
         self._settings = settings
-        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until there is a model
-        self._trained: ref[nn.Module] | None = None  # what `apart` belongs to
-        self._open = ExitStack()  # the context that a forward has entered and its backward leaves
+        self._open: Passes | None = None  # the passes of a step, from its forward until its backward
+
+    @abstractmethod
+    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
+        """Enter the context of each pass, and yield the weight of its loss and the arguments of `training_step`."""
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Refuse what cannot work, before anything is set up."""
@@ -69,38 +67,46 @@ class _ApartCallback(Callback, ABC):
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Stand around the strategy's forward and backward."""
         strategy, settings = trainer.strategy, self._settings
-        state = self.state_dict() if self._trained is None or self._trained() is pl_module else {}
-        whole = _Step(trainer.model, strategy.training_step)
-        self.apart = APART(
-            whole,
+        plain_step, plain_backward = strategy.training_step, strategy.backward
+        networks = _Networks(trainer.model, pl_module)
+        apart = self.apart = APART(
+            networks,
             settings.epsilon,
             settings.groups,
             rule=settings.rule,
             rows=settings.rows,
             process_group=settings.process_group,
         )
-        if state:
-            self.apart.load_state_dict(state)
-        self._loaded, self._trained = None, ref(pl_module)
-        forward, backward = self._around(trainer, pl_module, self.apart, strategy.backward)
-        vars(strategy).update(training_step=forward, backward=backward)
+        weight = 1.0
 
-    @abstractmethod
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What stands in for the strategy's `training_step` and `backward`."""
+        def training_step(*args: Any) -> Any:
+            nonlocal weight
+            if trainer.fit_loop._skip_backward:  # the last epoch of SWA, which only takes running statistics
+                return plain_step(*args)
+            before = _gradients(pl_module)
+            self._open = self._passes(apart, pl_module, args)
+            weight, args = next(self._open)
+            with networks.routed():
+                output = plain_step(*args)
+            _check_gradients(before, _gradients(pl_module))
+            if _loss_of(output) is None:  # Lightning skips this batch
+                self._open.close()
+            return output
 
-    def _forward(self, apart: APART, context: AbstractContextManager[None], args: Any, kwargs: Any) -> Any:
-        """Run a training step in a context, and leave it open for the backward if there is to be one."""
-        before = _gradients(apart.model)
-        with ExitStack() as stack:
-            stack.enter_context(context)
-            output = apart.model(*args, **kwargs)
-            _check_gradients(before)
-            if _loss_of(output) is not None:
-                self._open = stack.pop_all()
-        return output
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            done = plain_backward(weight * loss, *args, **kwargs)
+            for second_weight, second_args in self._open or ():
+                with networks.routed():
+                    second_loss = _loss_of(plain_step(*second_args))
+                if second_loss is None:
+                    raise UsageError(
+                        "training_step returned a loss for the clean batch, and none for the perturbed one. Return one "
+                        "for both, or for none of them."
+                    )
+                plain_backward(second_weight * second_loss / trainer.accumulate_grad_batches, *args, **kwargs)
+            return done
+
+        vars(strategy).update(training_step=training_step, backward=backward)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Leave the strategy as it was."""
@@ -109,32 +115,21 @@ class _ApartCallback(Callback, ABC):
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave the context and the strategy."""
-        context, self._open = self._open, ExitStack()
-        context.__exit__(type(exception), exception, exception.__traceback__)
+        if self._open is not None:
+            self._open.close()
         self.on_train_end(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on with."""
-        return self._loaded or {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it once the model is there."""
-        self._loaded, self._trained = state_dict, None
 
 
 class OnePassApart(_ApartCallback):
     """Train in `APART(...).one_pass()`: a part of the ghost groups is clean, the others are perturbed.
 
-    What `training_step` logs is of both kinds of samples together. Random signs are drawn as the forward begins; other
-    rules find the perturbation of a step right after the backward before it, with the radius of that time.
+    What `training_step` logs is of clean and perturbed samples together.
 
     Args:
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs; for random ones
-            try 0.1 to 0.4.
+        epsilon: perturbation radius 0 ≤ ε < 1, as a fraction of the statistic.
         groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
         clean_fraction: share of the groups that are clean, rounded to whole groups.
-        rule: as in `APART`, like the other arguments; random signs by default.
-        rows: how rows belong to samples.
+        rows: how rows belong to samples, as in `APART`.
         process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
 
     Raises:
@@ -147,53 +142,37 @@ class OnePassApart(_ApartCallback):
         groups: int,
         clean_fraction: float = 0.5,
         *,
-        rule: Rule = random_sign_perturbation,
         rows: Rows | None = None,
         process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:
-        settings = Settings(
-            epsilon=epsilon,
-            groups=groups,
-            clean_fraction=clean_fraction,
-            rule=rule,
-            rows=rows,
-            process_group=process_group,
-        )
         clean_groups(clean_fraction, groups)
-        super().__init__(settings)
+        super().__init__(
+            Settings(
+                epsilon,
+                groups,
+                clean_fraction=clean_fraction,
+                rule=random_sign_perturbation,
+                rows=rows,
+                process_group=process_group,
+            )
+        )
 
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def forward_once(*args: Any, **kwargs: Any) -> Any:
-            if trainer.fit_loop._skip_backward:  # SWA's last epoch, which takes running statistics alone
-                return apart.model(*args, **kwargs)
-            return self._forward(apart, apart.one_pass(self._settings.clean_fraction), args, kwargs)
-
-        def backward_once(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._open:
-                done = backward(loss, *args, **kwargs)
-            apart.state_dict()  # finds δ here, where all ranks are; whoever saves a checkpoint may be one of them
-            return done
-
-        return forward_once, backward_once
-
-    def state_dict(self) -> dict[str, Any]:
-        """The perturbation of the next step."""
-        return super().state_dict() if self._loaded or self.apart is None else self.apart.state_dict()
+    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
+        with apart.one_pass(self._settings.clean_fraction):
+            yield 1.0, args
 
 
 class TwoPassApart(_ApartCallback):
     """Train in `APART(...).to_proxy()` and `.to_adver()`: `training_step` runs again, perturbed, after its backward.
 
-    The second call gets the first samples of the batch. What it logs is dropped, and metrics of torchmetrics do not
-    count it; whatever else `training_step` does, it does twice, and it may draw other random numbers. Hooks around the
-    backward are called for both.
+    The second call gets the first samples of the batch. It logs nothing, and metrics of torchmetrics do not count it;
+    whatever else `training_step` does, it does twice, and it may draw other random numbers. Hooks around the backward
+    are called for both.
 
     Args:
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
         groups: ghost groups of the adversarial pass, as in `APART`.
-        ratio: share of the samples in the adversarial pass.
+        ratio: share of the samples in the adversarial pass; below 1 for one loader only.
         rule: as in `APART`, like the other arguments.
         rows: how rows belong to samples.
         process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
@@ -212,57 +191,67 @@ class TwoPassApart(_ApartCallback):
         rows: Rows | None = None,
         process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
     ) -> None:
-        super().__init__(
-            Settings(epsilon=epsilon, groups=groups, ratio=ratio, rule=rule, rows=rows, process_group=process_group)
-        )
+        super().__init__(Settings(epsilon, groups, ratio, rule=rule, rows=rows, process_group=process_group))
+        self._spares: dict[nn.Module, Any] = {}  # metrics for the second call
 
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Refuse what cannot work, before anything is set up."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise UsageError(
-                "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. "
-                "Give it (batch, batch_idx), or use OnePassApart."
-            )
-
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        spares: dict[nn.Module, Any] = {}
-        again, r = (), 0.5
-
-        def proxy_forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal again, r
-            if trainer.fit_loop._skip_backward:
-                return apart.model(*args, **kwargs)
-            again, r = _adversarial_part(args, self._settings)
-            return self._forward(apart, apart.to_proxy(), args, kwargs)
-
-        def both_backwards(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._open:
-                done = backward(r * loss, *args, **kwargs)
-            with apart.to_adver(), _aside(pl_module, spares):
-                adversarial_loss = _loss_of(apart.model(*again))
-                if adversarial_loss is None:
-                    raise UsageError(
-                        "training_step returned a loss for the clean batch, and none for the perturbed one. Return one "
-                        "for both, or for none of them."
-                    )
-                backward((1 - r) * adversarial_loss / trainer.accumulate_grad_batches, *args, **kwargs)
-            return done
-
-        return proxy_forward, both_backwards
+    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
+        second_args, r = _adversarial_part(args, self._settings)
+        with apart.to_proxy():
+            yield r, args
+        with apart.to_adver(), _aside(pl_module, self._spares):
+            yield 1 - r, second_args
 
 
-class _Step(nn.Module):
-    """The training step of a strategy as the forward of a module, in which `APART` sees the whole batch."""
+class _Networks(nn.Module):
+    """The networks of a `LightningModule` as one module, whose forward is the outermost call of any of them.
 
-    def __init__(self, model: nn.Module | None, run: Callable[..., Any]) -> None:
+    `APART` takes the samples of a forward from the arguments of its model, and `training_step` calls no model but the
+    networks that the `LightningModule` holds; with several loaders each call has samples of its own.
+    """
+
+    def __init__(self, model: nn.Module | None, pl_module: nn.Module) -> None:
         super().__init__()
-        self.module, self.run = model, run
+        self.model = model
+        self._called = [pl_module, *_called_networks(pl_module)]
+        self._forward: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        """Call the network whose turn it is."""
+        assert self._forward is not None
+        return self._forward(*args, **kwargs)
+
+    @contextmanager
+    def routed(self) -> Iterator[None]:
+        """Lead every outermost call of a network through this module while open."""
+        before = [vars(network).get("forward") for network in self._called]
+        for network in self._called:
+            network.forward = self._through(network.forward)
+        try:
+            yield
+        finally:
+            for network, forward in zip(self._called, before, strict=True):
+                vars(network).pop("forward", None) if forward is None else vars(network).update(forward=forward)
+
+    def _through(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._forward is not None:
+                return forward(*args, **kwargs)
+            self._forward = forward
+            try:
+                return self(*args, **kwargs)
+            finally:
+                self._forward = None
+
+        return call
+
+
+def _called_networks(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules with BN layers that `training_step` can call: children, also those in lists and dicts."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _called_networks(child)
+        elif not isinstance(child, _BatchNorm) and any(isinstance(part, _BatchNorm) for part in child.modules()):
+            yield child
 
 
 def _loss_of(output: Any) -> Any:
@@ -270,13 +259,19 @@ def _loss_of(output: Any) -> Any:
     return output.get("loss") if isinstance(output, dict) else output
 
 
-def _adversarial_part(batch: Any, settings: Settings) -> tuple[Any, float]:
-    """The first N of M samples, and r = M / (M + N)."""
+def _adversarial_part(args: Any, settings: Settings) -> tuple[Any, float]:
+    """The arguments of the second call, which has N of the M samples, and r = M / (M + N)."""
     if settings.ratio == 1:
-        return batch, 0.5
-    samples = batch_size(batch)
+        return args, 0.5
+    try:
+        samples = batch_size(args)
+    except BatchError as error:
+        raise BatchError(
+            f"TwoPassApart(ratio={settings.ratio}) takes the first samples of a batch, and {error} With several loaders "
+            "use ratio=1, or OnePassApart."
+        ) from error
     chosen = adversarial_samples(samples, settings)
-    return cut_batch(batch, 0, chosen), samples / (samples + chosen)
+    return cut_batch(args, 0, chosen), samples / (samples + chosen)
 
 
 def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule") -> None:
@@ -284,29 +279,34 @@ def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule")
     if not pl_module.automatic_optimization:
         raise UsageError(
             f"{type(pl_module).__name__} has automatic_optimization = False, and {name} works in Lightning's own "
-            "optimisation. Set it to True; or drop the callback, and put APART's contexts around manual_backward()."
+            "optimization. Set it to True; or leave the callback out, and put APART's contexts around manual_backward()."
         )
     if trainer.strategy.handles_gradient_accumulation:
         raise UsageError(
-            f"{type(trainer.strategy).__name__} accumulates and reduces gradients itself, which {name} was not made "
-            "for. Use strategy='ddp' or 'auto'."
+            f"{type(trainer.strategy).__name__} accumulates and reduces gradients itself, which {name} does not "
+            "support. Use strategy='ddp' or 'auto'."
         )
     others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, _ApartCallback)]
     if len(others) > 1:
         raise UsageError(f"the trainer has {' and '.join(others)} among its callbacks. Keep one of them.")
-
-
-def _gradients(model: nn.Module) -> list[tuple[nn.Parameter, Tensor | None, int]]:
-    """Parameters, and what tells whether the gradient of one has changed."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    return [(parameter, grad, 0 if grad is None else grad._version) for parameter, grad in gradients]
-
-
-def _check_gradients(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> None:
-    """Make sure that nothing was differentiated inside of `training_step`."""
-    if any(
-        parameter.grad is not grad or (grad is not None and grad._version != old) for parameter, grad, old in before
+    if (
+        isinstance(callback, TwoPassApart)
+        and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
     ):
+        raise UsageError(
+            "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. Give it "
+            "(batch, batch_idx), or use OnePassApart."
+        )
+
+
+def _gradients(module: nn.Module) -> list[tuple[Tensor | None, int]]:
+    """The gradients of all parameters, with a number that tells whether one was written to."""
+    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in module.parameters()]
+
+
+def _check_gradients(before: list[tuple[Tensor | None, int]], after: list[tuple[Tensor | None, int]]) -> None:
+    """Make sure that `training_step` ran no backward."""
+    if any(old is not new or old_version != version for (old, old_version), (new, version) in zip(before, after)):
         raise UsageError(
             "training_step called backward(). Lightning clears gradients after training_step, so that those would be "
             "lost: half of a gradient, where they are of a proxy pass. Return the plain loss, and call no backward(); "

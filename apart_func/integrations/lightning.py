@@ -3,36 +3,32 @@
     Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # costs what plain training costs
     Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # calls training_step twice for every batch
 
-`training_step` returns the plain loss. Every call of a network in it is a batch of its own, as in a loop by hand.
-
-The callbacks stand around `Strategy.training_step` and `Strategy.backward`, which every forward and backward goes
-through, once for every call of the optimizer's closure. Hooks of callbacks would not do: none runs before the forward
-when a closure is called again, and Lightning clears gradients between `training_step` and its own backward. That is
-also why a `backward()` inside `training_step` would be lost, and is refused.
+`training_step` returns the plain loss. Every call of a network in it is a batch of its own, as in a loop by hand. The
+callbacks stand around `Strategy.training_step` and `Strategy.backward`: no hook of a callback runs before the forward
+when an optimizer calls its closure again, and Lightning clears gradients between `training_step` and its own backward.
 """
 
 import copy
-import inspect
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_func import APART, BatchError, Rule, Settings, UsageError, random_sign_perturbation, sign_perturbation
+from apart_func import APART, BatchError, Rule, Settings, UsageError
 from apart_func.layer.rows import Rows
 from apart_func.one_pass import clean_groups
 from apart_func.step import adversarial_samples
 from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from torch.distributed import ProcessGroup
+    from lightning.pytorch import Callback, LightningModule
 else:  # Lightning has two names, whose classes do not mix: take the one that is imported already
     names = sorted(["lightning.pytorch", "pytorch_lightning"], key=lambda name: name not in sys.modules)
     found = [name for name in names if find_spec(name.split(".")[0])]
@@ -43,81 +39,90 @@ else:  # Lightning has two names, whose classes do not mix: take the one that is
 Passes = Generator[tuple[float, Any], None, None]
 
 
-class _ApartCallback(Callback, ABC):
+class _ApartCallback(Callback):
     """Run the forwards and backwards of the strategy in APART's contexts.
 
     Attributes:
         apart: the drop-in of the run, for `set_epsilon` and what it has found; None before training begins.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    # Enter the context of each pass, and yield the weight of its loss and the arguments of `training_step`.
+    _passes: Callable[[APART, "LightningModule", Any], Passes]
+
+    def __init__(self, **settings: Any) -> None:
+        APART(nn.BatchNorm1d(1), **settings)  # refuses what is out of range
         self.apart: APART | None = None
         self._settings = settings
         self._open: Passes | None = None  # the passes of a step, from its forward until its backward
+        self._around_strategy = ExitStack()
 
-    @abstractmethod
-    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
-        """Enter the context of each pass, and yield the weight of its loss and the arguments of `training_step`."""
-
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: "LightningModule", stage: str) -> None:
         """Refuse what cannot work, before anything is set up."""
-        if stage == "fit":
-            _check(self, trainer, pl_module)
+        name, strategy = type(self).__name__, trainer.strategy
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise UsageError(
+                f"{type(pl_module).__name__} has automatic_optimization = False, and {name} works in Lightning's own "
+                "optimization. Set it to True; or use APART's contexts around manual_backward(), without the callback."
+            )
+        if strategy.handles_gradient_accumulation:
+            raise UsageError(f"{type(strategy).__name__} accumulates gradients itself. With {name} use strategy='ddp'.")
+        if sum(isinstance(other, _ApartCallback) for other in trainer.callbacks) > 1:
+            raise UsageError(f"the trainer has another callback of APART besides {name}. Keep one of them.")
+        if isinstance(self, TwoPassApart) and "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise UsageError(
+                "training_step takes a dataloader_iter, which TwoPassApart cannot. Take (batch, batch_idx)."
+            )
 
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+    def on_train_start(self, trainer: Any, pl_module: "LightningModule") -> None:
         """Stand around the strategy's forward and backward."""
-        strategy, settings = trainer.strategy, self._settings
+        strategy, networks = trainer.strategy, _Networks(trainer.model, pl_module)
         plain_step, plain_backward = strategy.training_step, strategy.backward
-        networks = _Networks(trainer.model, pl_module)
-        apart = self.apart = APART(
-            networks,
-            settings.epsilon,
-            settings.groups,
-            rule=settings.rule,
-            rows=settings.rows,
-            process_group=settings.process_group,
-        )
+        apart = self.apart = APART(networks, **self._settings)
         weight = 1.0
 
         def training_step(*args: Any) -> Any:
             nonlocal weight
             if trainer.fit_loop._skip_backward:  # the last epoch of SWA, which only takes running statistics
                 return plain_step(*args)
-            before = _gradients(pl_module)
+            before = _gradient_versions(pl_module)
             self._open = self._passes(apart, pl_module, args)
             weight, args = next(self._open)
             with networks.routed():
                 output = plain_step(*args)
-            _check_gradients(before, _gradients(pl_module))
+            if _gradient_versions(pl_module) != before:
+                raise UsageError(
+                    "training_step called backward(), and Lightning clears gradients after training_step: half of a "
+                    "gradient would be lost. Return the plain loss; the callback runs both passes."
+                )
             if _loss_of(output) is None:  # Lightning skips this batch
                 self._open.close()
             return output
 
-        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            done = plain_backward(weight * loss, *args, **kwargs)
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            plain_backward(weight * loss, *args, **kwargs)
             for second_weight, second_args in self._open or ():
                 with networks.routed():
                     second_loss = _loss_of(plain_step(*second_args))
                 if second_loss is None:
                     raise UsageError(
-                        "training_step returned a loss for the clean batch, and none for the perturbed one. Return one "
-                        "for both, or for none of them."
+                        "training_step returned a loss for the clean batch, and none for the perturbed one."
                     )
                 plain_backward(second_weight * second_loss / trainer.accumulate_grad_batches, *args, **kwargs)
-            return done
 
-        vars(strategy).update(training_step=training_step, backward=backward)
+        for name, function in {"training_step": training_step, "backward": backward}.items():
+            self._around_strategy.enter_context(_replaced(vars(strategy), name, function))
 
-    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+    def on_train_end(self, trainer: Any, pl_module: "LightningModule") -> None:
         """Leave the strategy as it was."""
-        for name in ("training_step", "backward"):
-            vars(trainer.strategy).pop(name, None)
+        self._around_strategy.close()
 
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave the context and the strategy."""
         if self._open is not None:
             self._open.close()
-        self.on_train_end(trainer, pl_module)
+        self._around_strategy.close()
 
 
 class OnePassApart(_ApartCallback):
@@ -129,11 +134,7 @@ class OnePassApart(_ApartCallback):
         epsilon: perturbation radius 0 ≤ ε < 1, as a fraction of the statistic.
         groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
         clean_fraction: share of the groups that are clean, rounded to whole groups.
-        rows: how rows belong to samples, as in `APART`.
-        process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
-
-    Raises:
-        SettingError: a setting is out of range.
+        rows: how rows belong to samples, as in `APART`, like `process_group`.
     """
 
     def __init__(
@@ -143,22 +144,14 @@ class OnePassApart(_ApartCallback):
         clean_fraction: float = 0.5,
         *,
         rows: Rows | None = None,
-        process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
+        process_group: Any = None,
     ) -> None:
+        super().__init__(epsilon=epsilon, groups=groups, rows=rows, process_group=process_group)
         clean_groups(clean_fraction, groups)
-        super().__init__(
-            Settings(
-                epsilon,
-                groups,
-                clean_fraction=clean_fraction,
-                rule=random_sign_perturbation,
-                rows=rows,
-                process_group=process_group,
-            )
-        )
+        self._clean_fraction = clean_fraction
 
     def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
-        with apart.one_pass(self._settings.clean_fraction):
+        with apart.one_pass(self._clean_fraction):
             yield 1.0, args
 
 
@@ -166,19 +159,13 @@ class TwoPassApart(_ApartCallback):
     """Train in `APART(...).to_proxy()` and `.to_adver()`: `training_step` runs again, perturbed, after its backward.
 
     The second call gets the first samples of the batch. It logs nothing, and metrics of torchmetrics do not count it;
-    whatever else `training_step` does, it does twice, and it may draw other random numbers. Hooks around the backward
-    are called for both.
+    whatever else `training_step` does, it does twice, and it may draw other random numbers.
 
     Args:
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
         groups: ghost groups of the adversarial pass, as in `APART`.
-        ratio: share of the samples in the adversarial pass; below 1 for one loader only.
-        rule: as in `APART`, like the other arguments.
-        rows: how rows belong to samples.
-        process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
-
-    Raises:
-        SettingError: a setting is out of range.
+        ratio: share of the samples in the adversarial pass; 1 with several loaders.
+        rule: as in `APART`, like `rows` and `process_group`.
     """
 
     def __init__(
@@ -187,71 +174,96 @@ class TwoPassApart(_ApartCallback):
         groups: int = 0,
         ratio: float = 1.0,
         *,
-        rule: Rule = sign_perturbation,
+        rule: Rule | None = None,
         rows: Rows | None = None,
-        process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(Settings(epsilon, groups, ratio, rule=rule, rows=rows, process_group=process_group))
-        self._spares: dict[nn.Module, Any] = {}  # metrics for the second call
+        super().__init__(epsilon=epsilon, groups=groups, rule=rule, rows=rows, process_group=process_group)
+        self._sizes = Settings(groups=groups, ratio=ratio)
+        self._spares: dict[int, Any] = {}  # metrics for the second call
 
     def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
-        second_args, r = _adversarial_part(args, self._settings)
+        r, second_args = 0.5, args
+        if self._sizes.ratio < 1:
+            try:
+                samples = batch_size(args)
+            except BatchError as error:
+                raise BatchError(f"{error} With several loaders use ratio=1, or OnePassApart.") from error
+            chosen = adversarial_samples(samples, self._sizes)
+            r, second_args = samples / (samples + chosen), cut_batch(args, 0, chosen)
         with apart.to_proxy():
             yield r, args
-        with apart.to_adver(), _aside(pl_module, self._spares):
+        with apart.to_adver(), _unlogged(pl_module, self._spares):
             yield 1 - r, second_args
 
 
 class _Networks(nn.Module):
     """The networks of a `LightningModule` as one module, whose forward is the outermost call of any of them.
 
-    `APART` takes the samples of a forward from the arguments of its model, and `training_step` calls no model but the
-    networks that the `LightningModule` holds; with several loaders each call has samples of its own.
+    `APART` learns the samples of a forward from the arguments of its model. `training_step` calls the networks that the
+    `LightningModule` holds, and with several loaders each call has samples of its own.
     """
 
     def __init__(self, model: nn.Module | None, pl_module: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._called = [pl_module, *_called_networks(pl_module)]
-        self._forward: Callable[..., Any] | None = None
+        self._called = [pl_module, *_networks_in(pl_module)]
+        self._run: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network whose turn it is."""
-        assert self._forward is not None
-        return self._forward(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._run is not None:
+            return forward(*args, **kwargs)
+        with _replaced(vars(self), "_run", forward):
+            return self(*args, **kwargs)
 
     @contextmanager
     def routed(self) -> Iterator[None]:
         """Lead every outermost call of a network through this module while open."""
-        before = [vars(network).get("forward") for network in self._called]
-        for network in self._called:
-            network.forward = self._through(network.forward)
-        try:
+        with ExitStack() as stack:
+            for network in self._called:
+                stack.enter_context(_replaced(vars(network), "forward", partial(self._call, network.forward)))
             yield
-        finally:
-            for network, forward in zip(self._called, before, strict=True):
-                vars(network).pop("forward", None) if forward is None else vars(network).update(forward=forward)
-
-    def _through(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._forward is not None:
-                return forward(*args, **kwargs)
-            self._forward = forward
-            try:
-                return self(*args, **kwargs)
-            finally:
-                self._forward = None
-
-        return call
 
 
-def _called_networks(module: nn.Module) -> Iterator[nn.Module]:
+def _networks_in(module: nn.Module) -> Iterator[nn.Module]:
     """The modules with BN layers that `training_step` can call: children, also those in lists and dicts."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _called_networks(child)
+            yield from _networks_in(child)
         elif not isinstance(child, _BatchNorm) and any(isinstance(part, _BatchNorm) for part in child.modules()):
             yield child
+
+
+@contextmanager
+def _unlogged(pl_module: "LightningModule", spares: dict[int, Any]) -> Iterator[None]:
+    """Let `training_step` log nothing while open, and count in spare metrics."""
+    from torchmetrics import Metric, MetricCollection  # it comes with Lightning
+
+    with ExitStack() as stack:
+        for parent in [module for module in pl_module.modules() if not isinstance(module, (Metric, MetricCollection))]:
+            for key, metric in list(parent._modules.items()):
+                if isinstance(metric, (Metric, MetricCollection)):
+                    if id(metric) not in spares:  # the hash of a metric changes with what it counts
+                        spares[id(metric)] = copy.deepcopy(metric)
+                    spares[id(metric)].reset()
+                    stack.enter_context(_replaced(parent._modules, key, spares[id(metric)]))
+        stack.enter_context(_replaced(vars(pl_module), "log", lambda *args, **kwargs: None))
+        yield
+
+
+@contextmanager
+def _replaced(place: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    """Put a value into a dict while open."""
+    before = {key: place[key]} if key in place else {}
+    place[key] = value
+    try:
+        yield
+    finally:
+        place.update(before) if before else place.pop(key)
 
 
 def _loss_of(output: Any) -> Any:
@@ -259,83 +271,6 @@ def _loss_of(output: Any) -> Any:
     return output.get("loss") if isinstance(output, dict) else output
 
 
-def _adversarial_part(args: Any, settings: Settings) -> tuple[Any, float]:
-    """The arguments of the second call, which has N of the M samples, and r = M / (M + N)."""
-    if settings.ratio == 1:
-        return args, 0.5
-    try:
-        samples = batch_size(args)
-    except BatchError as error:
-        raise BatchError(
-            f"TwoPassApart(ratio={settings.ratio}) takes the first samples of a batch, and {error} With several loaders "
-            "use ratio=1, or OnePassApart."
-        ) from error
-    chosen = adversarial_samples(samples, settings)
-    return cut_batch(args, 0, chosen), samples / (samples + chosen)
-
-
-def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule") -> None:
-    name = type(callback).__name__
-    if not pl_module.automatic_optimization:
-        raise UsageError(
-            f"{type(pl_module).__name__} has automatic_optimization = False, and {name} works in Lightning's own "
-            "optimization. Set it to True; or leave the callback out, and put APART's contexts around manual_backward()."
-        )
-    if trainer.strategy.handles_gradient_accumulation:
-        raise UsageError(
-            f"{type(trainer.strategy).__name__} accumulates and reduces gradients itself, which {name} does not "
-            "support. Use strategy='ddp' or 'auto'."
-        )
-    others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, _ApartCallback)]
-    if len(others) > 1:
-        raise UsageError(f"the trainer has {' and '.join(others)} among its callbacks. Keep one of them.")
-    if (
-        isinstance(callback, TwoPassApart)
-        and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
-    ):
-        raise UsageError(
-            "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. Give it "
-            "(batch, batch_idx), or use OnePassApart."
-        )
-
-
-def _gradients(module: nn.Module) -> list[tuple[Tensor | None, int]]:
-    """The gradients of all parameters, with a number that tells whether one was written to."""
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in module.parameters()]
-
-
-def _check_gradients(before: list[tuple[Tensor | None, int]], after: list[tuple[Tensor | None, int]]) -> None:
-    """Make sure that `training_step` ran no backward."""
-    if any(old is not new or old_version != version for (old, old_version), (new, version) in zip(before, after)):
-        raise UsageError(
-            "training_step called backward(). Lightning clears gradients after training_step, so that those would be "
-            "lost: half of a gradient, where they are of a proxy pass. Return the plain loss, and call no backward(); "
-            "the callback takes care of both passes."
-        )
-
-
-@contextmanager
-def _aside(pl_module: "LightningModule", spares: dict[nn.Module, Any]) -> Iterator[None]:
-    """Let `training_step` log nothing while open, and count in spare metrics."""
-    from torchmetrics import Metric, MetricCollection  # it comes with Lightning
-
-    kinds = (Metric, MetricCollection)
-    parents = [module for module in pl_module.modules() if not isinstance(module, kinds)]
-    places = [
-        (parent._modules, key, child)
-        for parent in parents
-        for key, child in parent._modules.items()
-        if isinstance(child, kinds)
-    ]
-    for children, key, metric in places:
-        if metric not in spares:
-            spares[metric] = copy.deepcopy(metric)
-        spares[metric].reset()
-        children[key] = spares[metric]
-    vars(pl_module)["log"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del vars(pl_module)["log"]
-        for children, key, metric in places:
-            children[key] = metric
+def _gradient_versions(module: nn.Module) -> list[int]:
+    """A number for every parameter that changes when its gradient does."""
+    return [-1 if parameter.grad is None else parameter.grad._version for parameter in module.parameters()]

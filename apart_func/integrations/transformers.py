@@ -1,27 +1,24 @@
-"""APART in the `Trainer` of transformers: a mixin, and no change in the model.
-
-    class OnePassTrainer(OnePassTrainerMixin, Trainer): ...
+"""APART in the `Trainer` of transformers: a subclass, which also mixes into subclasses of yours.
 
     OnePassTrainer(model, args, train_dataset=images, epsilon=0.2, groups=4).train()
+
+    class Mine(OnePassTrainer, MyTrainer): ...
 
 `Trainer.training_step` runs the forward and the backward of one micro-batch, and the contexts stand around it.
 Evaluation, gradient accumulation, mixed precision, clipping and checkpoints stay as the `Trainer` does them.
 """
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import Trainer
 
 from apart_func import APART, UsageError
 from apart_func.layer.rows import Rows
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object
 
-
-class _ApartTrainerMixin(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
+class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
     """Keep the drop-in of the model that the `Trainer` trains.
 
     Args:
@@ -47,19 +44,19 @@ class _ApartTrainerMixin(Trainer):  # type: ignore[misc]  # mypy does not look i
                 f"the last batch of an epoch may be shorter, and groups={groups} must divide every batch. Set "
                 "dataloader_drop_last=True in TrainingArguments."
             )
-        ranks = "world" if self.args.world_size > 1 else None
-        self._settings = {"groups": groups, "rows": rows, "process_group": ranks}
-        self.apart = APART(self.model, epsilon, **self._settings)
+        ranks: Any = "world" if self.args.world_size > 1 else None
+        self._drop_in = partial(APART, groups=groups, rows=rows, process_group=ranks)
+        self.apart = self._drop_in(self.model, epsilon)
 
     def _apart_of(self, model: nn.Module) -> APART:
         """The drop-in of the model, in the wrappers that it is trained in, and in training mode."""
         if self.apart.model is not model:
-            self.apart = APART(model, self.apart.epsilon, **self._settings)
+            self.apart = self._drop_in(model, self.apart.epsilon)
         model.train()
         return self.apart
 
 
-class OnePassTrainerMixin(_ApartTrainerMixin):
+class OnePassTrainer(_ApartTrainer):
     """Train in `APART(...).one_pass()`: half of the ghost groups are clean, the others are perturbed."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +65,7 @@ class OnePassTrainerMixin(_ApartTrainerMixin):
             return super().training_step(model, *args, **kwargs)
 
 
-class TwoPassTrainerMixin(_ApartTrainerMixin):
+class TwoPassTrainer(_ApartTrainer):
     """Train in `APART(...).to_proxy()` and `.to_adver()`, each loss with weight ½. The clean loss is logged."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -167,8 +167,8 @@ def test_an_error_leaves_the_trainer_as_it_was(form: str, tmp_path: Path) -> Non
 def test_what_cannot_work_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="dataloader_drop_last=True"):
         trainer("one pass", tmp_path, dataloader_drop_last=False)
+    run = OnePass(Model(), trainer("one pass", tmp_path).args, train_dataset=dataset(), epsilon=0.2, groups=1)
     with pytest.raises(SettingError, match="groups=1"):
-        run = OnePass(Model(), trainer("one pass", tmp_path).args, train_dataset=dataset(), epsilon=0.2, groups=1)
         run.train()
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
     with pytest.raises(UsageError, match="torchrun"):

@@ -3,28 +3,25 @@
     Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # costs what plain training costs
     Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # calls training_step twice for every batch
 
-`training_step` returns the plain loss. Every call of a network in it is a batch of its own, as in a loop by hand. The
-callbacks stand around `Strategy.training_step` and `Strategy.backward`: no hook of a callback runs before the forward
-when an optimizer calls its closure again, and Lightning clears gradients between `training_step` and its own backward.
+`training_step` returns the plain loss, and each call of a network in it is a batch of its own, as in a loop by hand.
+The callbacks replace `Strategy.training_step` and `Strategy.backward`: no hook of a callback runs before the forward if
+an optimizer calls its closure again, and Lightning clears gradients between `training_step` and its own backward.
 """
 
 import copy
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func import APART, BatchError, Rule, Settings, UsageError
-from apart_func.layer.rows import Rows
-from apart_func.one_pass import clean_groups
-from apart_func.step import adversarial_samples
+from apart_func.groups import Rows
+from apart_func.step import num_adversarial
 from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
@@ -58,28 +55,27 @@ class _ApartCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: "LightningModule", stage: str) -> None:
         """Refuse what cannot work, before anything is set up."""
-        name, strategy = type(self).__name__, trainer.strategy
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
             raise UsageError(
-                f"{type(pl_module).__name__} has automatic_optimization = False, and {name} works in Lightning's own "
-                "optimization. Set it to True; or use APART's contexts around manual_backward(), without the callback."
+                f"{type(pl_module).__name__} has automatic_optimization = False. Set it to True; or leave the callback out, "
+                "and put APART's contexts around manual_backward()."
             )
-        if strategy.handles_gradient_accumulation:
-            raise UsageError(f"{type(strategy).__name__} accumulates gradients itself. With {name} use strategy='ddp'.")
+        if trainer.strategy.handles_gradient_accumulation:
+            raise UsageError(f"{type(trainer.strategy).__name__} accumulates gradients itself. Use strategy='ddp'.")
         if sum(isinstance(other, _ApartCallback) for other in trainer.callbacks) > 1:
-            raise UsageError(f"the trainer has another callback of APART besides {name}. Keep one of them.")
+            raise UsageError("the trainer has another callback of APART. Keep one of them.")
         if isinstance(self, TwoPassApart) and "dataloader_iter" in signature(pl_module.training_step).parameters:
             raise UsageError(
                 "training_step takes a dataloader_iter, which TwoPassApart cannot. Take (batch, batch_idx)."
             )
 
     def on_train_start(self, trainer: Any, pl_module: "LightningModule") -> None:
-        """Stand around the strategy's forward and backward."""
-        strategy, networks = trainer.strategy, _Networks(trainer.model, pl_module)
+        """Replace the strategy's forward and backward."""
+        strategy = trainer.strategy
         plain_step, plain_backward = strategy.training_step, strategy.backward
-        apart = self.apart = APART(networks, **self._settings)
+        apart = self.apart = APART(trainer.model, **self._settings)
         weight = 1.0
 
         def training_step(*args: Any) -> Any:
@@ -89,8 +85,7 @@ class _ApartCallback(Callback):
             before = _gradient_versions(pl_module)
             self._open = self._passes(apart, pl_module, args)
             weight, args = next(self._open)
-            with networks.routed():
-                output = plain_step(*args)
+            output = plain_step(*args)
             if _gradient_versions(pl_module) != before:
                 raise UsageError(
                     "training_step called backward(), and Lightning clears gradients after training_step: half of a "
@@ -103,8 +98,7 @@ class _ApartCallback(Callback):
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             plain_backward(weight * loss, *args, **kwargs)
             for second_weight, second_args in self._open or ():
-                with networks.routed():
-                    second_loss = _loss_of(plain_step(*second_args))
+                second_loss = _loss_of(plain_step(*second_args))
                 if second_loss is None:
                     raise UsageError(
                         "training_step returned a loss for the clean batch, and none for the perturbed one."
@@ -147,7 +141,6 @@ class OnePassApart(_ApartCallback):
         process_group: Any = None,
     ) -> None:
         super().__init__(epsilon=epsilon, groups=groups, rows=rows, process_group=process_group)
-        clean_groups(clean_fraction, groups)
         self._clean_fraction = clean_fraction
 
     def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
@@ -186,56 +179,15 @@ class TwoPassApart(_ApartCallback):
         r, second_args = 0.5, args
         if self._sizes.ratio < 1:
             try:
-                samples = batch_size(args)
+                samples = batch_size(args[0])
             except BatchError as error:
                 raise BatchError(f"{error} With several loaders use ratio=1, or OnePassApart.") from error
-            chosen = adversarial_samples(samples, self._sizes)
-            r, second_args = samples / (samples + chosen), cut_batch(args, 0, chosen)
+            chosen = num_adversarial(samples, self._sizes)
+            r, second_args = samples / (samples + chosen), (cut_batch(args[0], 0, chosen, samples), *args[1:])
         with apart.to_proxy():
             yield r, args
         with apart.to_adver(), _unlogged(pl_module, self._spares):
             yield 1 - r, second_args
-
-
-class _Networks(nn.Module):
-    """The networks of a `LightningModule` as one module, whose forward is the outermost call of any of them.
-
-    `APART` learns the samples of a forward from the arguments of its model. `training_step` calls the networks that the
-    `LightningModule` holds, and with several loaders each call has samples of its own.
-    """
-
-    def __init__(self, model: nn.Module | None, pl_module: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._called = [pl_module, *_networks_in(pl_module)]
-        self._run: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network whose turn it is."""
-        return self._run(*args, **kwargs)
-
-    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._run is not None:
-            return forward(*args, **kwargs)
-        with _replaced(vars(self), "_run", forward):
-            return self(*args, **kwargs)
-
-    @contextmanager
-    def routed(self) -> Iterator[None]:
-        """Lead every outermost call of a network through this module while open."""
-        with ExitStack() as stack:
-            for network in self._called:
-                stack.enter_context(_replaced(vars(network), "forward", partial(self._call, network.forward)))
-            yield
-
-
-def _networks_in(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules with BN layers that `training_step` can call: children, also those in lists and dicts."""
-    for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _networks_in(child)
-        elif not isinstance(child, _BatchNorm) and any(isinstance(part, _BatchNorm) for part in child.modules()):
-            yield child
 
 
 @contextmanager

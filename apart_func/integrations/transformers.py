@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from apart_func import APART, UsageError
-from apart_func.layer.rows import Rows
+from apart_func.groups import Rows
 
 
 class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
@@ -49,10 +49,9 @@ class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into t
         self.apart = self._drop_in(self.model, epsilon)
 
     def _apart_of(self, model: nn.Module) -> APART:
-        """The drop-in of the model, in the wrappers that it is trained in, and in training mode."""
+        """Return the drop-in of the model, in the wrappers that it is trained in."""
         if self.apart.model is not model:
             self.apart = self._drop_in(model, self.apart.epsilon)
-        model.train()
         return self.apart
 
 

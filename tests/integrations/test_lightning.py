@@ -399,8 +399,6 @@ def test_networks_in_lists_and_a_forward_of_the_module_are_calls_too() -> None:
     fit(module, callback, data=Several.data())
     assert callback.apart is not None
     assert len(callback.apart.perturbation) == 3
-    assert "forward" not in vars(module)
-    assert "forward" not in vars(module.model)
 
 
 def test_a_part_of_the_batches_of_several_loaders_is_refused() -> None:
@@ -493,6 +491,8 @@ def test_what_cannot_work_is_refused_by_name() -> None:
     with pytest.raises(BatchError, match="leave no sample of a batch of 8"):
         fit(Classifier(), TwoPassApart(EPSILON, ratio=0.1))
     with pytest.raises(SettingError, match="groups=1"):
-        OnePassApart(EPSILON, 1)
+        fit(Classifier(), OnePassApart(EPSILON, 1))
+    with pytest.raises(BatchError, match="drop_last=True"):
+        fit(Classifier(), OnePassApart(EPSILON, 3))
     with pytest.raises(SettingError, match="ratio"):
         TwoPassApart(EPSILON, ratio=2.0)

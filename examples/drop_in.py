@@ -1,7 +1,7 @@
 """APART in one pass, in an ordinary training loop on scikit-learn's digits: `python examples/drop_in.py`.
 
-Two networks start from the same weights and see the same batches. One is trained plainly; for the other the loop has one
-`with` more. `simple_example.py` has the loop of two passes.
+Two networks start from the same weights and see the same batches. One is trained plainly; for the other the loop has
+one `with` more. `simple_example.py` has the loop of two passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from apart_func import APART

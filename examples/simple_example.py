@@ -1,10 +1,10 @@
 """The loop of the original's simple example: plain training and APART in two passes, side by side.
 
-    python examples/simple_example.py                        scikit-learn's digits, a minute
-    python examples/simple_example.py --cifar100 FOLDER      CIFAR-100 of torchvision and ResNet-18, as the original; a GPU
+    python examples/simple_example.py                        scikit-learn's digits, on a processor
+    python examples/simple_example.py --cifar100 FOLDER      CIFAR-100 and ResNet-18, as in the original, on a GPU
 
-Two copies of a network start from the same weights and see the same batches. `APART` is used as the original's class: it
-moves the model to a device, hands out its parameters, and its contexts and `set_epsilon` return it.
+Two copies of a network start from the same weights and see the same batches. `APART` is used as the original's class:
+it moves the model to a device, returns its parameters, and its contexts and `set_epsilon` return the object.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class _ApartCallback(Callback):
             return
         if not pl_module.automatic_optimization:
             raise UsageError(
-                f"{type(pl_module).__name__} has automatic_optimization = False. Set it to True; or leave the callback out, "
-                "and put APART's contexts around manual_backward()."
+                f"{type(pl_module).__name__} has automatic_optimization = False. Set it to True, or put APART's "
+                "contexts around manual_backward() without the callback."
             )
         if trainer.strategy.handles_gradient_accumulation:
             raise UsageError(f"{type(trainer.strategy).__name__} accumulates gradients itself. Use strategy='ddp'.")

@@ -61,9 +61,11 @@ def error_of(model: nn.Module, images: TensorDataset) -> float:
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """256 images to train on and 1541 to test on, enlarged to 32 × 32."""
+    """256 images to train on and 500 to test on, enlarged to 32 × 32."""
     images, labels = load_digits(return_X_y=True)
-    x, test_x, y, test_y = train_test_split(images, labels, train_size=256, stratify=labels, random_state=0)
+    x, test_x, y, test_y = train_test_split(
+        images, labels, train_size=256, test_size=500, stratify=labels, random_state=0
+    )
 
     def dataset(part: object, labels: object) -> TensorDataset:
         normalised = ((torch.tensor(part) - x.mean()) / x.std()).float().view(-1, 1, 8, 8)

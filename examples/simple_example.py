@@ -30,9 +30,9 @@ def train(
     """Train the plain network and that of `apart` on the same batches, and return their last losses."""
     criterion = nn.CrossEntropyLoss()
     plain, apart = plain.to(device), apart.to(device)
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-    plain_optimizer = torch.optim.SGD(plain.parameters(), **settings)
-    apart_optimizer = torch.optim.SGD(apart.parameters(), **settings)
+    plain_optimizer, apart_optimizer = (
+        torch.optim.SGD(trained.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for trained in (plain, apart)
+    )
     schedules = [
         torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs // 2, 3 * epochs // 4])
         for optimizer in (plain_optimizer, apart_optimizer)
@@ -103,10 +103,12 @@ def main(epochs: int, cifar_folder: str | None = None) -> tuple[float, float]:
     apart = APART(copy.deepcopy(plain), 0.05, groups).set_epsilon(0.1)
 
     losses = train(plain, apart, DataLoader(train_images, batch, shuffle=True, drop_last=True), epochs, 1.0, device)
-    accuracies = tuple(accuracy(model, DataLoader(test_images, 256), device) for model in (plain, apart.model))
-    for name, loss, share in zip(("plain", "APART"), losses, accuracies, strict=True):
-        print(f"{name}: training loss {loss:.3f}, test accuracy {share:.2%}")
-    return accuracies
+    plain_accuracy, apart_accuracy = (
+        accuracy(model, DataLoader(test_images, 256), device) for model in (plain, apart.model)
+    )
+    print(f"plain: training loss {losses[0]:.3f}, test accuracy {plain_accuracy:.2%}")
+    print(f"APART: training loss {losses[1]:.3f}, test accuracy {apart_accuracy:.2%}")
+    return plain_accuracy, apart_accuracy
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ class _ApartCallback(Callback):
         self.apart: APART | None = None
         self._settings = settings
         self._open: Passes | None = None  # the passes of a step, from its forward until its backward
-        self._around_strategy = ExitStack()
 
     def setup(self, trainer: Any, pl_module: "LightningModule", stage: str) -> None:
         """Refuse what cannot work, before anything is set up."""
@@ -105,18 +104,18 @@ class _ApartCallback(Callback):
                     )
                 plain_backward(second_weight * second_loss / trainer.accumulate_grad_batches, *args, **kwargs)
 
-        for name, function in {"training_step": training_step, "backward": backward}.items():
-            self._around_strategy.enter_context(_replaced(vars(strategy), name, function))
+        vars(strategy).update(training_step=training_step, backward=backward)
 
     def on_train_end(self, trainer: Any, pl_module: "LightningModule") -> None:
         """Leave the strategy as it was."""
-        self._around_strategy.close()
+        for name in ("training_step", "backward"):
+            vars(trainer.strategy).pop(name, None)
 
     def on_exception(self, trainer: Any, pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave the context and the strategy."""
         if self._open is not None:
             self._open.close()
-        self._around_strategy.close()
+        self.on_train_end(trainer, pl_module)
 
 
 class OnePassApart(_ApartCallback):
@@ -176,18 +175,18 @@ class TwoPassApart(_ApartCallback):
         self._spares: dict[int, Any] = {}  # metrics for the second call
 
     def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
-        r, second_args = 0.5, args
+        samples, chosen, batch = 1, 1, args[0]
         if self._sizes.ratio < 1:
             try:
-                samples = batch_size(args[0])
+                samples = batch_size(batch)
             except BatchError as error:
                 raise BatchError(f"{error} With several loaders use ratio=1, or OnePassApart.") from error
             chosen = num_adversarial(samples, self._sizes)
-            r, second_args = samples / (samples + chosen), (cut_batch(args[0], 0, chosen, samples), *args[1:])
+            batch = cut_batch(batch, 0, chosen, samples)
         with apart.to_proxy():
-            yield r, args
+            yield samples / (samples + chosen), args
         with apart.to_adver(), _unlogged(pl_module, self._spares):
-            yield 1 - r, second_args
+            yield chosen / (samples + chosen), (batch, *args[1:])
 
 
 @contextmanager

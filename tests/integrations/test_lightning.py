@@ -406,6 +406,14 @@ def test_a_part_of_the_batches_of_several_loaders_is_refused() -> None:
         fit(SemiSupervised(), TwoPassApart(EPSILON, ratio=0.5), data=SemiSupervised.data())
 
 
+def test_ddp_needs_one_batch_size_of_all_loaders() -> None:
+    data, ddp = SemiSupervised.data(), {"strategy": "ddp", "devices": 1}
+    with pytest.raises(BatchError, match="tensors of unlike lengths"):
+        fit(SemiSupervised(), callback_of("one pass"), data=data, **ddp)
+    data["unlabelled"] = DataLoader(data["unlabelled"].dataset, SAMPLES)
+    fit(SemiSupervised(), callback_of("one pass"), data=data, max_steps=1, **ddp)
+
+
 # What is refused.
 
 

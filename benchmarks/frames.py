@@ -3,9 +3,9 @@
     python benchmarks/frames.py
     python benchmarks/frames.py --against ../older
 
-The first arithmetic of a pass is the first function of PyTorch that computes (a sum, a mean, a product) after the forward
-of a batch-norm layer has begun, as Python's own profiler sees it: a mode of PyTorch would change the path. Frames of
-`apart_func` between the caller of the step and that function are counted. A climb is a frame of a file which the stack
+The first arithmetic of a pass is the first function of PyTorch that computes (a sum, a mean, a product) after the
+forward of a batch-norm layer has begun, as Python's own profiler sees it: a mode of PyTorch would change the path.
+Counted are frames of `apart_func` between the caller of the step and it. A climb is a frame of a file which the stack
 has left for another file of ours before: the code goes back up, as through a closure that was handed down. A chain of
 calls that goes down through the files has none.
 """

@@ -303,8 +303,8 @@ def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -
     torch.testing.assert_close(out.adversarial_stats["norm"].mean, means, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("size", "rows"), [(4, 4), (2, 6)])
-def test_chunks_that_are_not_all_of_the_batch_are_refused(size: int, rows: int) -> None:
+@pytest.mark.parametrize(("size", "rows", "seen"), [(4, 4, 4), (6, 8, 6)])
+def test_chunks_that_are_not_all_of_the_batch_or_not_alike_are_refused(size: int, rows: int, seen: int) -> None:
     for form in (functional, one_pass, drop_in_step, drop_in_one_pass):
-        with pytest.raises(BatchError, match=rf"layer 'norm' sees {rows} rows of 8 samples"):
+        with pytest.raises(BatchError, match=rf"layer 'norm' sees {seen} rows of 8 samples"):
             form(Chunked(size, rows).double(), clouds(), groups=2)

@@ -197,14 +197,14 @@ def test_random_signs_are_as_often_plus_as_minus_in_both_parts() -> None:
         assert (delta > 0).double().mean().item() == pytest.approx(0.5, abs=0.025)
 
 
-@given(seed=SEEDS, epsilon=st.floats(0, 0.99), dtype=DTYPES)
+@given(seed=SEEDS, epsilon=st.floats(0.01, 0.99), dtype=DTYPES)
 def test_random_signs_of_a_key_are_those_of_the_key_alone(seed: int, epsilon: float, dtype: torch.dtype) -> None:
     layers = random_tree(seed, dtype, 64)
     one, same, other = (random_signs(layers, epsilon, torch.Generator().manual_seed(seed + k)) for k in (0, 0, 1))
     radius = torch.tensor(epsilon, dtype=dtype)
     assert all(torch.equal(delta.abs(), radius.expand(64)) for delta in tree_leaves(one))
     torch.testing.assert_close(one, same, rtol=0, atol=0)
-    assert not epsilon or not torch.equal(one["a"].mean, other["a"].mean)
+    assert not torch.equal(one["a"].mean, other["a"].mean)
 
 
 def test_what_a_step_has_to_know_of_a_rule_is_known_of_one_whose_arguments_are_fixed() -> None:

@@ -80,7 +80,7 @@ zoo: .venv/ready
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: GPU_RUN := $(if $(wildcard .venv/ready),$(RUN),$(PYTHON))
 gpu:
-	timeout 120 $(GPU_RUN) -m pytest -q tests/test_cuda.py; tests=$$?; \
+	timeout 120 $(GPU_RUN) -m pytest -q tests/core/test_cuda.py; tests=$$?; \
 		$(GPU_RUN) benchmarks/gpu.py --minutes 7 && exit $$tests
 
 clean:

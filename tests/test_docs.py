@@ -63,6 +63,15 @@ def test_every_block_says_what_language_it_is_in() -> None:
         assert set(fences[1::2]) <= {"```"}, name
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    """Paths from the root of the repository; those of one's own runs and data do not count."""
+    named = re.findall(
+        r"`((?:apart_func|benchmarks|docs|examples|tests)/[\w/.-]+)`", PAGES[page].read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_tutorial_runs_and_its_kept_output_is_that_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cells one after another, with a quarter of the epochs; `make tutorial` runs all of it."""
     pyplot = pytest.importorskip("matplotlib.pyplot")

@@ -70,7 +70,7 @@ _ONE_PASS = Arm("--method one_pass --groups 4 --epochs 120", {"epsilon": Range(0
 STUDIES = {
     "cifar10": Study(
         "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 "
-        "--batch-size 128 --schedule cosine",
+        "--batch-size 128 --schedule cosine --compile --channels-last",
         _DECAY,
         {
             "plain": Arm(

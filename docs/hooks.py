@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = (
     "examples/RESULTS.md",
     "examples/results/README.md",
+    "examples/results/PLAN.md",
     "benchmarks/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",

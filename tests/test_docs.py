@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mktestdocs import grab_code_blocks
 
 from apart_func import split_state
@@ -19,15 +18,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md"
 CODE = [name for name, path in PAGES.items() if "```python" in path.read_text(encoding="utf-8")]
 
 # What the README leaves to the reader: a loader, and the sizes of its batches.
-SAMPLES = 32
-GIVEN: dict[str, dict[str, Any]] = {
-    "README.md": {
-        "loader": [(torch.randn(SAMPLES, 3, 32, 32), torch.arange(SAMPLES))],
-        "M": SAMPLES,
-        "N": SAMPLES,
-        "criterion": F.cross_entropy,
-    }
-}
+LOADER = [(torch.randn(32, 3, 32, 32), torch.arange(32))]
+GIVEN: dict[str, dict[str, Any]] = {"README.md": {"loader": LOADER, "M": 32, "N": 32}}
 
 
 @pytest.mark.parametrize("page", CODE)

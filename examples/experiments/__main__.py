@@ -6,6 +6,7 @@
     evaluate     what trained networks withstand
     evidence     methods compared, with radii chosen on validation data
     robustness   a picture of what networks withstand
+    budget       arms with equal budgets of tuning: examples/results/PLAN.md
 
 `python -m experiments COMMAND --help` lists what each takes.
 """
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness")
+COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness", "budget")
 
 
 def main(arguments: Sequence[str]) -> int | str | None:

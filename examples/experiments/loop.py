@@ -43,7 +43,7 @@ from experiments.logs import (
     progress_bar,
 )
 from experiments.methods import Batch
-from experiments.networks import NetworkError, make_network
+from experiments.networks import NetworkError, drop_features, make_network
 from experiments.ranks import Share
 from experiments.runs import (
     CHECKPOINTS,
@@ -145,7 +145,8 @@ def prepared(runs: Sequence[Settings], device: torch.device) -> tuple[DataSet, L
 def initial_network(settings: Settings, data: DataSet) -> nn.Module:
     """The network of a run before its first step. Torch's default generator is seeded, and goes on from there."""
     torch.manual_seed(settings.seed)
-    return make_network(settings.model.name, data, settings.model.width)
+    model = make_network(settings.model.name, data, settings.model.width)
+    return drop_features(model, settings.model.dropout) if settings.model.dropout else model
 
 
 def _agree(settings: Settings, data: DataSet, model: nn.Module) -> None:

@@ -265,6 +265,6 @@ def harm(settings: Settings, loss: float | None, classes: int) -> str | None:
     plain += ["--epochs", str(settings.training.epochs), "--out", f"{settings.out}-plain"]
     return (
         f"the clean training loss is still {loss:.3f}: the network or the schedule does not fit its samples under "
-        f"{method.name}, and may be harmed by it. Compare with plain training, all other options as here:\n"
+        f"{method.name}, and plain training may be better. Compare with plain training, all other options as here:\n"
         f"  python -m experiments train {shlex.join(plain)}"
     )

@@ -72,10 +72,18 @@ class ModelSettings:
         name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
             wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm.
         width: channels of its first stage, where it has a choice.
+        dropout: share of the features that training drops before the classifier.
     """
 
     name: Annotated[str, arg(name="model")] = "small_resnet"
     width: Annotated[int | None, arg(metavar="CHANNELS")] = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a share that leaves no features."""
+        _at_least(0, dropout=self.dropout)
+        if self.dropout >= 1:
+            raise SettingsError(f"dropout is {self.dropout}; expected a share below 1.")
 
 
 @dataclass(frozen=True)

@@ -83,5 +83,6 @@ def test_the_tutorial_runs_and_its_kept_output_is_that_of_the_library(monkeypatc
     def shapes(text: str) -> list[str]:
         return [line for line in text.splitlines() if "loss" not in line]  # these round otherwise elsewhere
 
-    first = namespace["step"](*split_state(namespace["initial"]), tuple(part[:64] for part in namespace["train"]))
+    batch = tuple(part[:64] for part in namespace["train"])
+    first = namespace["step"](*split_state(namespace["initial"]), batch, namespace["delta"])
     assert shapes(kept) == shapes(repr(first))

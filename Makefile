@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
 EXPERIMENTS := train sweep report evaluate evidence robustness
-.PHONY: demo test lint format docs tutorial wheel matrix bench zoo gpu clean $(EXPERIMENTS)
+.PHONY: demo test test-slow lint format docs tutorial wheel matrix bench zoo gpu clean $(EXPERIMENTS)
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
@@ -15,7 +15,11 @@ $(EXPERIMENTS): .venv/ready
 	cd examples && ../$(RUN) -m experiments $@ $(ARGS)
 
 test: .venv/ready
-	$(RUN) -m pytest -n 2 --cov=apart_func --cov-report=term --cov-fail-under=95
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow' --cov=apart_func --cov-report=term --cov-fail-under=95
+
+# What needs minutes: Inductor, training on several processes, the zoo, more of the random networks.
+test-slow: .venv/ready
+	$(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

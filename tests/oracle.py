@@ -46,7 +46,7 @@ ShiftTree = dict[str, Shift]
 
 # Which sample a row of a layer's input belongs to. A function is always asked; else a row is a sample where there are
 # no more rows than samples.
-Rows = Literal["consecutive", "in_turn"] | Callable[[str, Tensor], Tensor] | None
+Rows = Literal["consecutive", "interleaved"] | Callable[[str, Tensor], Tensor] | None
 Grouped = Callable[[Tensor], list[list[int]]]  # from a layer's input to the rows of every group
 
 
@@ -142,7 +142,7 @@ def groups_of_rows(name: str, x: Tensor, groups: int, samples: int, rows: Rows) 
     elif rows == "consecutive":
         sample_of = [row // per_sample for row in range(len(x))]
     else:
-        assert rows == "in_turn" or groups == 1
+        assert rows == "interleaved" or groups == 1
         sample_of = [row % samples for row in range(len(x))]
     return [[row for row, sample in enumerate(sample_of) if sample % groups == g] for g in range(groups)]
 

@@ -37,7 +37,7 @@ FUNCTIONS = {
     "all_finite",
     "assign_grads_",
     "clean_stat_grads",
-    "climb",
+    "sam_ascent",
     "functionalize",
     "grad_and_value",
     "gradients_at",

@@ -48,7 +48,7 @@ class PointCloud(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rows == "uneven":
             pooled = self.of_nodes(x)
-        elif self.rows == "in_turn":
+        elif self.rows == "interleaved":
             rows = self.embed(x.transpose(0, 1)).flatten(0, 1)
             pooled = self.of_points(rows).tanh().unflatten(0, (x.shape[1], x.shape[0])).mean(0)
         else:
@@ -76,7 +76,7 @@ def sample_of_points(layer: str, x: Tensor) -> Tensor:
 
 WAYS: dict[str, Any] = {
     "consecutive": "consecutive",
-    "in_turn": "in_turn",
+    "interleaved": "in_turn",
     "function": sample_of_points,
     "uneven": sample_of_nodes,
 }
@@ -153,7 +153,7 @@ def test_one_pass_groups_rows_by_sample_as_the_definition_says(way: str, groups:
     assert relative_error(dict(model.named_buffers()), expected.buffers) < 1e-9
 
 
-@pytest.mark.parametrize("way", ["consecutive", "in_turn", "function", "uneven"])
+@pytest.mark.parametrize("way", ["consecutive", "interleaved", "function", "uneven"])
 def test_rows_are_grouped_under_a_transform_as_eagerly(way: str) -> None:
     model, batch = network(way), batch_for(way)
     step = make_apart_step(model, F.cross_entropy, groups=2, rows=WAYS[way])
@@ -254,5 +254,5 @@ def test_every_sample_can_be_a_group_where_it_has_several_rows() -> None:
             super().__init__(rows)
             self.of_samples = nn.Identity()
 
-    for way in ("consecutive", "in_turn", "function"):
+    for way in ("consecutive", "interleaved", "function"):
         assert_agree(take_step(OfPoints(way).double(), batch_for(way), groups=-1, rows=WAYS[way]))

@@ -20,7 +20,7 @@ from apart_func import (
     adversarial_pass,
     assign_grads_,
     clean_stat_grads,
-    climb,
+    sam_ascent,
     functionalize,
     grad_and_value,
     gradients_at,
@@ -172,7 +172,7 @@ CALLS = {
     ),
     "gradients_at": Call(gradients_at, {**PASS, "perturbation": ZERO}, {"loss_fn": CALLABLE}),
     "clean_stat_grads": Call(clean_stat_grads, {"stat_grads": MIXED.stat_grads, "clean": 1}, {}),
-    "climb": Call(climb, {"params": PARAMS, "grads": PROXY.grads, "rho": 0.1}, {"rho": {"a number"}}),
+    "sam_ascent": Call(sam_ascent, {"params": PARAMS, "grads": PROXY.grads, "rho": 0.1}, {"rho": {"a number"}}),
     "grad_and_value": Call(
         grad_and_value,
         {"function": lambda p: (p["a"].sum(), None), "params": {"a": torch.ones(2)}},

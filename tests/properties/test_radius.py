@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
     "large images": (64, 32),
     "large channels_last": (64, 32),
     "points: consecutive": (),
-    "points: in_turn": (),
+    "points: interleaved": (),
     "points: function": (),
     "nodes: function": (),
 }
@@ -84,7 +84,7 @@ class Case:
         """The sample of every row of a layer's input."""
         if self.layout.startswith("nodes"):
             return sample_of_nodes("", torch.empty(rows))
-        if self.layout == "points: in_turn":
+        if self.layout == "points: interleaved":
             return torch.arange(rows) % samples
         return torch.arange(rows) // (rows // samples)
 
@@ -127,7 +127,7 @@ class Network(nn.Module):
         if self.case.layout.startswith("nodes"):
             return x[torch.arange(x.shape[1]) < NODES[: len(x), None]]
         if self.case.layout.startswith("points"):
-            return (x.transpose(0, 1) if self.case.layout.endswith("in_turn") else x).flatten(0, 1)
+            return (x.transpose(0, 1) if self.case.layout.endswith("interleaved") else x).flatten(0, 1)
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,10 +275,11 @@ def check_one_pass(case: Case, model: Network, out: Any, perturbation: Any) -> N
 def drop_in(case: Case, compiled: bool = False) -> APART:
     """Run two passes of the user's own."""
     model, batch = Network(case), batch_of(case)
-    method = APART(model, case.epsilon, case.groups, rows=case.rows)
+    method = APART(model, case.epsilon / 2, case.groups, rows=case.rows)
     forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
     with method.to_proxy():
         calls = calls_of(model, backward(model, forward, batch), SAMPLES)
+    method.set_epsilon(case.epsilon)
     assert_normalised_by(replace(case, groups=1), model, calls, SAMPLES, init_perturbation(model))
     samples = int(case.ratio * SAMPLES)
     part = batch[0][:samples], batch[1][:samples]

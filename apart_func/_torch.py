@@ -39,11 +39,6 @@ def is_concrete(tensor: Tensor) -> bool:
     return not is_traced() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
-def is_mapped(leaves: Iterable[Any]) -> bool:
-    """Return whether the innermost transform around this call is a vmap over one of some tensors."""
-    return any(isinstance(leaf, Tensor) and torch._C._functorch.is_batchedtensor(leaf) for leaf in leaves)
-
-
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the plain tensor under the wrappers of `torch.func` transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -94,6 +89,10 @@ def register_tree(kind: type, flatten: Callable[[Any], tuple[list[Any], Any]], u
     register(kind, flatten, unflatten)
 
 
-def lerp_all(starts: list[Tensor], ends: list[Tensor], weight: float) -> list[Tensor]:
-    """Return (1 − weight) · start + weight · end for every pair, in one call. Not under a transform or compiler."""
-    return list(torch._foreach_lerp(starts, ends, weight))
+def unsafe_view(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return the same memory in another shape, as a tensor that is no view, if nobody else holds it.
+
+    Autograd must not see a view if an in-place activation follows: it would copy gradients.
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(tensor, shape)
+    return shaped

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from apart_func._torch import unsafe_view
+
 # From mean and variance of every group on this rank to those over all ranks, for synchronised layers.
 Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -153,4 +155,4 @@ def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Redu
     slope = gamma * invstd
     intercept = bias - gamma * shift * (mean * invstd).detach() - (mean - start) * slope
     y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(groups.join(y.to(x.dtype)), mean, var)
+    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean, var)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.weak import WeakIdKeyDictionary
 
-from apart_func._torch import Constants, is_compiling
+from apart_func._torch import Constants, is_compiling, is_concrete
 from apart_func.autodiff import is_unreached
 from apart_func.errors import BatchError, ModelError, StateError, UsageError
 from apart_func.intercept import (
@@ -71,8 +71,8 @@ _PARAMETER_OF: Any = WeakIdKeyDictionary()
 def follow_parameters(params: Mapping[str, Tensor]) -> Tensors:
     """Return the same tensors, but for those of `split_state` whose parameters have other memory now."""
     found = dict(params)
-    if not is_compiling():
-        for name, tensor in params.items():
+    for name, tensor in params.items():
+        if isinstance(tensor, Tensor) and is_concrete(tensor):
             reference = _PARAMETER_OF.get(tensor)
             parameter = None if reference is None else reference()
             if parameter is not None and parameter.data_ptr() != tensor.data_ptr():

@@ -357,7 +357,7 @@ class Pass:
 
         inputs = (params, shifts) if by_shifts else (params,)
         try:
-            grads, results = gradients(compute, *inputs, lend_copies=not fmodel.training.is_proven)
+            grads, results = gradients(compute, *inputs, lend_copies=not (is_compiling() or fmodel.training.is_proven))
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
         if not is_compiling():

@@ -91,7 +91,7 @@ def survives(mutant: Mutant, copy: Path) -> bool:
 
 
 def run(tests: str, copy: Path) -> str:
-    """The first test that fails, as pytest says it; nothing if all pass. They run in a child, which has torch already."""
+    """The first test that fails, as pytest says it; nothing if all pass. A child runs them, which has torch already."""
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if not child:

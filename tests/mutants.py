@@ -4,8 +4,8 @@
     python tests/mutants.py properties/test_radius.py      those that these tests are to kill
     python tests/mutants.py --check                        only whether every text to replace is still there, once
 
-A mutant is applied in a copy of the repository, where its tests run until the first of them fails. One that survives says
-that a promise of the library is held by no test.
+A mutant is applied in a copy of the repository, where its tests run until the first of them fails. One that survives
+says that a promise of the library is held by no test.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
+import torch  # noqa: F401  # so that the children need not
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("apart_func", "tests", "conftest.py", "pyproject.toml", "examples", "benchmarks")
@@ -59,11 +61,11 @@ def main() -> None:
         print(f"{mutant.file}: {text_of(mutant, ROOT).count(mutant.old)} times, not once:\n{mutant.old}")
     if arguments.check or lost:
         sys.exit(len(lost))
+    sys.dont_write_bytecode = True  # two mutants of a file may have one size and one time
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
-            source = ROOT / name
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
         for tests in dict.fromkeys(mutant.tests for mutant in chosen):
             if failure := run(tests, copy):
                 raise SystemExit(f"{tests} fails without a mutant: {failure}")
@@ -89,13 +91,21 @@ def survives(mutant: Mutant, copy: Path) -> bool:
 
 
 def run(tests: str, copy: Path) -> str:
-    """The first test that fails, as pytest says it; nothing if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
-    command += [f"tests/{name}" for name in tests.split()]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    failures = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return "" if done.returncode == 0 else (failures or [done.stdout[-1000:] + done.stderr[-1000:]])[0]
+    """The first test that fails, as pytest says it; nothing if all pass. A child runs them, which has torch already."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(copy)
+            sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
+            names = [f"tests/{name}" for name in tests.split()]
+            os._exit(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *names]))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        lines = output.read().splitlines()
+    failures = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return "" if status == 0 else (failures or ["\n".join(lines[-20:])])[0]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from experiments import evaluate, evidence
 from experiments.corruptions import CORRUPTIONS, SEVERITIES
 from experiments.figures import format_error
-from experiments.paired import estimate, paired_difference
+from experiments.paired import estimate, holm, paired_difference, welch_difference
 from experiments.runs import FolderError
 from test_report import PAGE, epochs, method, read_table, write_run
 
@@ -33,6 +33,9 @@ def write_measured(folder: Path, error: float, level: float | None = None, **opt
         "test_error": error,
         "wrong": list(range(round(10 * error))),
         "test_samples": 1000,
+        "exact_error": level + 1,
+        "train_error": level,
+        "train_loss": level / 10,
         "ece": level / 2,
         "radii": RADII,
         "random": curve,
@@ -132,7 +135,7 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
     ):
         write_measured(runs / f"other{number}", 5, validation_error=number, **options)
     tables = make(runs)
-    chosen = {label: row["chosen"] for label, row in tables["equal epochs"].items()}
+    chosen = {label: row["chosen"].partition(" (")[0] for label, row in tables["equal epochs"].items()}
     assert chosen == {
         "plain": "",
         "zero radius": "ε 0",
@@ -151,24 +154,36 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
     ]
 
 
-def test_radii_are_compared_on_the_seeds_that_all_have(runs):
+def test_a_candidate_is_judged_by_all_seeds_that_it_has(runs):
     write_measured(runs / "a0", 5, seed=0, validation_error=4, **method("apart", epsilon=0.05))
     write_measured(runs / "a1", 5, seed=1, validation_error=90, **method("apart", epsilon=0.05))
     write_measured(runs / "b0", 5, seed=0, validation_error=5, **method("apart", epsilon=0.1))
-    assert make(runs)["equal epochs"]["APART"]["chosen"] == "ε 0.05"
+    assert make(runs)["equal epochs"]["APART"]["chosen"].startswith("ε 0.1")
 
 
-def test_radii_without_a_seed_in_common_are_refused(runs):
-    write_measured(runs / "a", 5, seed=0, **method("apart", epsilon=0.05))
-    write_measured(runs / "b", 5, seed=1, **method("apart", epsilon=0.1))
-    with pytest.raises(FolderError, match=r"APART: no radius can be chosen.* no seed was trained at all of them"):
-        make(runs)
+def test_a_choice_at_the_edge_of_what_was_tried_is_named_in_table_and_terminal(runs, capsys):
+    for epsilon, validation in ((0.1, 6), (0.2, 5), (0.4, 4)):
+        write_measured(runs / f"a{epsilon}", 5, validation_error=validation, **method("apart", epsilon=epsilon))
+    assert make(runs)["equal epochs"]["APART"]["chosen"] == "ε 0.4 (at the edge: ε)"
+    assert "warning: digits, APART: ε 0.4 of 0.1 to 0.4 is at the edge" in capsys.readouterr().out
+
+
+def test_a_choice_inside_its_range_and_a_zero_that_nothing_lies_beyond_are_not_named(runs, capsys):
+    for epsilon, validation in ((0.1, 6), (0.2, 3), (0.4, 5)):
+        write_measured(runs / f"a{epsilon}", 5, validation_error=validation, **method("apart", epsilon=epsilon))
+    for decay, validation in ((0.0, 4), (0.1, 5)):
+        training = {"epochs": 2, "weight_decay": decay}
+        write_measured(runs / f"d{decay}", 5, validation_error=validation, training=training)
+    table = make(runs)["equal epochs"]
+    assert table["APART"]["chosen"] == "ε 0.2"
+    assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0"
+    assert "is at the edge" not in capsys.readouterr().out
 
 
 def test_groups_are_chosen_like_the_radius(runs):
     write_measured(runs / "a", 5, validation_error=4, **method("one_pass", epsilon=0.1, groups=4))
     write_measured(runs / "b", 5, validation_error=3, **method("one_pass", epsilon=0.2, groups=8))
-    assert make(runs)["equal epochs"]["APART in one pass"]["chosen"] == "ε 0.2, groups 8"
+    assert make(runs)["equal epochs"]["APART in one pass"]["chosen"].startswith("ε 0.2, groups 8")
 
 
 # comparison
@@ -179,8 +194,8 @@ def test_at_equal_epochs_plain_training_of_as_many_is_the_opponent(grid):
     assert list(table) == ["plain", "APART", "APART in one pass"]
     assert [row["passes"] for row in table.values()] == ["2", "4", "2"]
     assert table["plain"]["gain on plain"] == ""
-    assert table["APART"]["gain on plain"] == f"**{difference(PLAIN, TWO_PASSES)}**"
-    assert table["APART in one pass"]["gain on plain"] == f"**{difference(PLAIN, ONE_PASS)}**"
+    assert table["APART"]["gain on plain"].strip("*") == difference(PLAIN, TWO_PASSES)
+    assert table["APART in one pass"]["gain on plain"].strip("*") == difference(PLAIN, ONE_PASS)
 
 
 def test_at_equal_compute_plain_training_of_twice_the_epochs_is_the_opponent(grid):
@@ -231,7 +246,28 @@ def test_every_two_methods_are_compared_directly_over_seeds_and_over_images(grid
     assert over_seeds == difference(ONE_PASS, TWO_PASSES)
     low, high = (float(end) for end in re.search(r"\[(.*), (.*)\]", row["over seeds and test images"]).groups())
     assert low < 0.12 < high
-    assert table["plain against APART"]["over seeds and test images"].startswith("**-2.12 [")
+    assert table["plain against APART"]["over seeds and test images"].startswith("-2.12 [")
+
+
+def test_p_is_that_of_the_pairs_by_holms_procedure_over_the_rows_and_decides_what_is_bold(grid):
+    table = make(grid)["methods compared directly"]
+    pairs = {"plain against APART": (PLAIN, TWO_PASSES), "plain against APART in one pass": (PLAIN, ONE_PASS)}
+    pairs["APART against APART in one pass"] = (TWO_PASSES, ONE_PASS)
+    raw = [paired_difference(list(one.values()), list(other.values())).p for one, other in pairs.values()]
+    for row, p in zip(table.values(), holm(raw), strict=True):
+        assert float(row["p, Holm"]) == pytest.approx(p, rel=0.05)  # two digits are written
+        assert row["difference in test error, over seeds"].startswith("**") == (p < 0.05)
+
+
+def test_where_pairs_gain_nothing_the_interval_without_them_stands_beside(runs):
+    against, along = {0: 5.0, 1: 7.0, 2: 5.5, 3: 6.0}, {0: 6.0, 1: 4.0, 2: 5.5, 3: 5.0}
+    write_all(runs, against, **method("apart"))
+    write_all(runs, along, **method("one_pass"))
+    table = make(runs)["methods compared directly"]
+    found = welch_difference(list(against.values()), list(PLAIN.values()))
+    row = table["plain against APART"]  # seeds correlate by −0.9
+    assert row["without pairs"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    assert table["plain against APART in one pass"]["without pairs"] == ""
 
 
 def test_smoothing_and_weight_decay_are_chosen_as_rivals_and_plain_training_stays_what_it_was(grid):
@@ -243,7 +279,7 @@ def test_smoothing_and_weight_decay_are_chosen_as_rivals_and_plain_training_stay
     assert table["plain"]["test error %"].startswith("7.12")
     assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0.001"
     assert table["plain, tuned weight decay"]["gain on plain"].strip("*").startswith("+2.12")
-    assert table["plain, label smoothing"]["chosen"] == "label smoothing 0.2"
+    assert table["plain, label smoothing"]["chosen"] == "label smoothing 0.2 (at the edge: label smoothing)"
     assert table["plain, label smoothing"]["gain on plain"].strip("*").startswith("+3.12")
 
 
@@ -336,6 +372,8 @@ def test_the_numbers_of_every_seed_and_the_page_are_written(grid, tmp_path):
     )  # fmt: skip
     assert one["test error %"] == {str(seed): error for seed, error in ONE_PASS.items()}
     assert one["ECE %"] == {str(seed): error / 2 for seed, error in ONE_PASS.items()}
+    assert one["fits %"] == {str(seed): 100 - error for seed, error in ONE_PASS.items()}
+    assert one["training loss"] == {str(seed): error / 10 for seed, error in ONE_PASS.items()}
 
 
 def check_numbers(path: Path) -> None:

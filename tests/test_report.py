@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from experiments import report
 from experiments.__main__ import main as program
 from experiments.methods import OWN_RULES
-from experiments.paired import difference_by_key, estimate, over_images, paired_difference
+from experiments.paired import difference_by_key, estimate, holm, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 from safetensors.torch import save_file
@@ -192,7 +193,7 @@ def test_longer_plain_training_is_set_against_the_shortest(grid):
     assert rows["plain"]["gain on plain, 2× epochs"] == difference(TWICE, PLAIN)
 
 
-def test_bold_are_the_intervals_that_exclude_zero(grid):
+def test_bold_is_what_is_clear_of_zero_by_holms_procedure_over_the_rows(grid):
     rows = make(grid)
     assert rows["APART"]["gain on plain"].startswith("**+2.33")
     assert "*" not in rows["plain, 2× epochs"]["gain on plain"]
@@ -230,6 +231,20 @@ def test_over_several_splits_the_interval_is_that_of_their_means(runs):
     assert row["runs"] == "6"
     assert row["gain on plain"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     assert difference_by_key(errors, better) == found
+
+
+def test_holm_multiplies_the_smallest_p_by_all_tests_and_keeps_their_order():
+    """Worked by hand: 0.01 × 4, 0.02 × 3, then 0.03 × 2 which is no more, and 0.5; what is no test stays."""
+    adjusted = holm([0.5, 0.01, math.nan, 0.03, 0.02])
+    assert adjusted[:2] + adjusted[3:] == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert math.isnan(adjusted[2])
+
+
+def test_p_is_below_the_level_where_the_interval_excludes_zero():
+    inside, outside = paired_difference([1.0, 2.0, 3.0], [0.0] * 3), paired_difference([2.0, 2.5, 3.0], [0.0] * 3)
+    assert inside.low < 0 < outside.low
+    assert inside.p > 0.05 > outside.p
+    assert math.isnan(paired_difference([1.0], [0.0]).p)
 
 
 def test_an_interval_over_images_speaks_of_images_where_all_seeds_agree():

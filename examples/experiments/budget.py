@@ -32,7 +32,7 @@ from experiments.runs import FolderError, RunError, is_finished, read_run
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
-REFINED, REFINE_SEEDS, TEST_SPLITS = 3, (1, 2), range(1, 9)
+REFINED, REFINE_SEEDS = 3, (1, 2)
 
 
 class Range(NamedTuple):
@@ -63,10 +63,10 @@ class Study(NamedTuple):
     shared: Mapping[str, Range]
     arms: Mapping[str, Arm]
     draws: int = 20
+    test_splits: int = 8
 
 
 _DECAY = {"lr": Range(0.03, 0.6), "weight-decay": Range(5e-4, 5e-2)}
-_ONE_PASS = Arm("--method one_pass --groups 4 --epochs 120", {"epsilon": Range(0.05, 0.5)})
 STUDIES = {
     "cifar10": Study(
         "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 "
@@ -78,7 +78,7 @@ STUDIES = {
                 {"label-smoothing": Range(-0.2, 0.2, is_log=False), "dropout": Range(-0.5, 0.5, is_log=False)},
             ),
             "ghost_noise": Arm("--method ghost_noise --epochs 120", {"ghost-size": Range(4, 64, is_whole=True)}),
-            "one_pass": _ONE_PASS,
+            "one_pass": Arm("--method one_pass --groups 4 --epochs 120", {"epsilon": Range(0.05, 0.5)}),
             "apart": Arm("--method apart --groups 4 --epochs 60", {"epsilon": Range(0.025, 0.4)}),
             "sam": Arm("--method sam --epochs 60", {"rho": Range(0.02, 0.5)}),
         },
@@ -183,7 +183,8 @@ def refine(options: Options, results: Results) -> list[Trial]:
 def test(options: Options, results: Results) -> list[Trial]:
     """What each arm has chosen, on fresh splits and seeds."""
     chosen = {arm: choice(results, arm) for arm in options.arms}
-    return [Trial("test", arm, chosen[arm], split, 10 + split) for split in TEST_SPLITS for arm in options.arms]
+    splits = range(1, 1 + STUDIES[options.study].test_splits)
+    return [Trial("test", arm, chosen[arm], split, 10 + split) for split in splits for arm in options.arms]
 
 
 def ranked(results: Results, arm: str) -> list[int]:

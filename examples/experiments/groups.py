@@ -36,6 +36,7 @@ ORDINARY = {
     "method.every": 1,
     "method.epsilon_schedule": "constant",
     "method.label_smoothing": 0.0,
+    "model.dropout": 0.0,
 }
 NAMED_ALONE = ("data.name", "data.train_samples", "data.augment")  # in the name of a data set
 # What is chosen on validation data. A share of smoothing that is not zero, and weight decay where it is tuned, too.
@@ -245,15 +246,24 @@ class Family(NamedTuple):
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the lowest mean validation error over the seeds that all have; of equals the first."""
-        seeds = set.intersection(*(set(candidate.validation.runs) for candidate in self.candidates))
-        if not seeds:
-            raise FolderError(f"{self.label}: no radius can be chosen, since no seed was trained at all of them")
+        """The candidate with the lowest mean validation error, each over all seeds that it has; of equals the first."""
+        return min(self.candidates, key=lambda each: float(np.mean(list(each.validation.errors.values()))))
 
-        def mean_error(candidate: Candidate) -> float:
-            return float(np.mean([candidate.validation.errors[seed] for seed in sorted(seeds)]))
+    @property
+    def edges(self) -> dict[str, str]:
+        """What of the choice is the smallest or largest value that was tried, 0 aside: the best may lie beyond it."""
+        found = {}
+        for name in (*CHOSEN, DECAY):
+            values = sorted({each.test.settings[name] for each in self.candidates if name in each.test.settings})
+            chosen = self.best.test.settings.get(name)
+            if len(values) > 1 and (chosen == values[-1] or chosen == values[0] != 0):
+                found[word(name)] = f"{chosen:g} of {values[0]:g} to {values[-1]:g}"
+        return found
 
-        return min(self.candidates, key=mean_error)
+    @property
+    def chosen(self) -> str:
+        """The chosen settings, with a mark where one is at the edge of what was tried."""
+        return self.best.chosen + (f" (at the edge: {', '.join(self.edges)})" if self.edges else "")
 
     @property
     def group(self) -> Group:

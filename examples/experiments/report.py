@@ -20,7 +20,7 @@ from experiments.figures import Curve, draw_curves, format_error
 from experiments.groups import Group, by_data, by_key, group_runs, plain_training, shared_settings, unconverged
 from experiments.paired import estimate
 from experiments.runs import FinishedRun, find_finished, read_run
-from experiments.tables import Cell, ResultTable, gain, write_results
+from experiments.tables import Cell, ResultTable, gains, write_results
 
 COLUMNS = (
     "method",
@@ -34,9 +34,10 @@ COLUMNS = (
 )
 EXPLANATION = (
     "Means over runs, ± standard error. A gain is by how many points the error is lower, within seeds, with its 95 % "
-    "interval (over splits, where there are several), in bold where that excludes zero. Passes are forward-backward "
-    "passes over the training data; the time of a step is this machine's, as a multiple of plain training's on the "
-    "same seed (median). The training loss is that of the last epoch, without perturbation."
+    "interval (over splits, where there are several), in bold where it is clear of zero by Holm's procedure over the "
+    "rows. Passes are forward-backward passes over the training data; the time of a step is this machine's, as a "
+    "multiple of plain training's on the same seed (median). The training loss is that of the last epoch on training "
+    "batches, without perturbation."
 )
 
 
@@ -57,17 +58,24 @@ class Options:
     page: Path | None = None
 
 
-def row(groups: Sequence[Group], group: Group) -> list[Cell]:
-    """A group's row of the table: a cell for each of `COLUMNS`."""
-    opponents = [plain_training(groups, group, factor) for factor in (1, 2)]
+def rows_of(groups: Sequence[Group]) -> list[list[Cell]]:
+    """The rows of the table: a cell for each of `COLUMNS`."""
+    opponents = [[plain_training(groups, group, factor) for group in groups] for factor in (1, 2)]
+    columns = [
+        gains([(plain and plain.errors, group.errors) for plain, group in zip(column, groups, strict=True)])
+        for column in opponents
+    ]
     return [
-        Cell(group.label),
-        Cell(str(len(group.runs))),
-        Cell(f"{group.passes:g}"),
-        Cell(_step_time(group, opponents[0] or group)),
-        Cell(f"{group.loss:.4f}"),
-        Cell(format_error(estimate(list(group.errors.values())))),
-        *(gain(plain.errors, group.errors) if plain else Cell("") for plain in opponents),
+        [
+            Cell(group.label),
+            Cell(str(len(group.runs))),
+            Cell(f"{group.passes:g}"),
+            Cell(_step_time(group, plain or group)),
+            Cell(f"{group.loss:.4f}"),
+            Cell(format_error(estimate(list(group.errors.values())))),
+            *of_group,
+        ]
+        for group, plain, *of_group in zip(groups, opponents[0], *columns, strict=True)
     ]
 
 
@@ -81,7 +89,7 @@ def table_of(groups: Sequence[Group], title: str) -> ResultTable:
     """The table of one data set."""
     machines = "; ".join(sorted({run.machine for group in groups for run in group.runs.values()}))
     notes = f"{EXPLANATION}{unconverged(groups)} Shared settings: {shared_settings(groups)}. Trained with {machines}."
-    return ResultTable(title, COLUMNS, [row(groups, group) for group in groups], notes)
+    return ResultTable(title, COLUMNS, rows_of(groups), notes)
 
 
 def draw(path: Path, groups: Sequence[Group], title: str) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.figures import format_gain, write_json
-from experiments.paired import Key, difference_by_key
+from experiments.paired import Key, clear_of_zero, difference_by_key
 from experiments.runs import FolderError
 
 FILE_WIDTH = 180  # of the printed table where there is no terminal
@@ -35,19 +35,26 @@ class ResultTable(NamedTuple):
     notes: str
 
 
-def gain(plain: Mapping[Key, float], other: Mapping[Key, float]) -> Cell:
-    """By how many points an error lies below that of plain training, over the runs that both have.
+Errors = Mapping[Key, float]
+
+
+def gains(rows: Sequence[tuple[Errors | None, Errors]]) -> list[Cell]:
+    """A column: by how many points the error of a row lies below that of plain training, over the runs that both have.
+
+    Args:
+        rows: of each, the errors of plain training, if there is one to set it against, and its own.
 
     Returns:
-        The difference and its interval, and the number of pairs where it is not that of the seeds; nothing without
-        pairs.
+        Differences and intervals, and the number of pairs where it is not that of the seeds; nothing without pairs. In
+        bold what is clear of zero by Holm's procedure over the rows.
     """
-    difference = difference_by_key(plain, other)
-    if difference is None:
-        return Cell("")
-    pairs = len(plain.keys() & other.keys())
-    missing = "" if pairs == len(other) else f" ({pairs} run{'s' * (pairs > 1)})"
-    return Cell(format_gain(difference) + missing, bold=difference.excludes_zero)
+    differences = [difference_by_key(plain, own) if plain else None for plain, own in rows]
+    cells = []
+    for (plain, own), difference, is_clear in zip(rows, differences, clear_of_zero(differences), strict=True):
+        pairs = len((plain or {}).keys() & own.keys())
+        missing = "" if pairs == len(own) else f" ({pairs} run{'s' * (pairs > 1)})"
+        cells.append(Cell(format_gain(difference) + missing if difference else "", is_clear))
+    return cells
 
 
 def print_table(results: ResultTable) -> None:

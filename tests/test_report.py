@@ -186,6 +186,16 @@ def test_a_method_is_set_against_plain_training_and_against_twice_its_epochs(gri
     assert row["gain on plain, 2× epochs"].strip("*") == difference(TWICE, APART)
 
 
+def test_every_row_is_set_against_plain_training_of_a_tuned_weight_decay_too(grid):
+    tuned = {0: 5.0, 1: 4.5, 2: 5.5}
+    write_runs(grid, tuned, training={"epochs": 2, "weight_decay": 0.01})
+    rows = make(grid)
+    column = "gain on plain, weight decay 0.01"
+    assert rows["APART, weight decay 0.0005"][column].strip("*") == difference(tuned, APART)
+    assert rows["plain, weight decay 0.0005"][column].strip("*") == difference(tuned, PLAIN)
+    assert rows["plain, weight decay 0.01"][column] == ""
+
+
 def test_longer_plain_training_is_set_against_the_shortest(grid):
     rows = make(grid)
     assert rows["plain, 2× epochs"]["gain on plain"] == difference(PLAIN, TWICE)

@@ -1,13 +1,15 @@
 """Compare finished runs, method by method: `python -m experiments report runs/*`.
 
-Runs that differ in split and seed alone are one row of the table. Every row is set against plain training, and against
-plain training for twice the epochs, within seeds. For each data set the table is printed and written as Markdown, and
-the learning curves are drawn. A folder that holds run folders stands for all of them.
+Runs that differ in split and seed alone are one row of the table. Within seeds, every row is set against plain training
+of its own settings, against that for twice the epochs, and against plain training of any other weight decay. For each
+data set the table is printed and written as Markdown, and the learning curves are drawn. A folder that holds run
+folders stands for all of them.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,17 @@ import matplotlib.pyplot as plt
 import tyro
 
 from experiments.figures import Curve, draw_curves, format_error
-from experiments.groups import Group, by_data, by_key, group_runs, plain_training, shared_settings, unconverged
+from experiments.groups import (
+    DECAY,
+    Group,
+    base_epochs,
+    by_data,
+    by_key,
+    group_runs,
+    plain_training,
+    shared_settings,
+    unconverged,
+)
 from experiments.paired import estimate
 from experiments.runs import FinishedRun, find_finished, read_run
 from experiments.tables import Cell, ResultTable, gains, write_results
@@ -61,6 +73,7 @@ class Options:
 def rows_of(groups: Sequence[Group]) -> list[list[Cell]]:
     """The rows of the table: a cell for each of `COLUMNS`."""
     opponents = [[plain_training(groups, group, factor) for group in groups] for factor in (1, 2)]
+    opponents += [[None if plain is group else plain for group in groups] for plain in other_decays(groups)]
     columns = [
         gains([(plain and plain.errors, group.errors) for plain, group in zip(column, groups, strict=True)])
         for column in opponents
@@ -79,6 +92,13 @@ def rows_of(groups: Sequence[Group]) -> list[list[Cell]]:
     ]
 
 
+def other_decays(groups: Sequence[Group]) -> list[Group]:
+    """Plain training, not prolonged, whose weight decay is not that of most rows: tuned, it is what is to be beaten."""
+    usual = Counter(group.settings[DECAY] for group in groups).most_common(1)[0][0]
+    shortest = base_epochs([group.settings for group in groups])
+    return [group for group in groups if group.is_plain and group.epochs == shortest and group.settings[DECAY] != usual]
+
+
 def _step_time(group: Group, plain: Group) -> str:
     keys = group.runs.keys() & plain.runs.keys()
     ratios = [group.runs[key].step_seconds / plain.runs[key].step_seconds for key in keys]
@@ -89,7 +109,8 @@ def table_of(groups: Sequence[Group], title: str) -> ResultTable:
     """The table of one data set."""
     machines = "; ".join(sorted({run.machine for group in groups for run in group.runs.values()}))
     notes = f"{EXPLANATION}{unconverged(groups)} Shared settings: {shared_settings(groups)}. Trained with {machines}."
-    return ResultTable(title, COLUMNS, rows_of(groups), notes)
+    columns = (*COLUMNS, *(f"gain on {plain.label}" for plain in other_decays(groups)))
+    return ResultTable(title, columns, rows_of(groups), notes)
 
 
 def draw(path: Path, groups: Sequence[Group], title: str) -> None:

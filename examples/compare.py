@@ -3,8 +3,8 @@
 Every seed trains the same small ResNet five times, from the same weights and on the same batches: plainly, plainly
 for twice the epochs (an APART step costs two passes), with APART, and both with a weight decay that validation images
 chose for plain training: the honest comparison is with that. The paired differences in test error, a table of them,
-and the learning curves are written to `--out`. The intervals speak of new weights and batches on this split of the data,
-not of other splits. A comparison that was stopped goes on with the same command.
+and the learning curves are written to `--out`. The intervals speak of new weights and batches on this split of the
+data, not of other splits. A comparison that was stopped goes on with the same command.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import budget
+from experiments import budget, budget_table
 from experiments.budget import Arm, Options, Range, Study, Trial, choice, drawn, edges, read_results
 from experiments.nonfinite import NonFiniteError
+from experiments.paired import PairedDifference, paired_difference
 
 PLAN = Path(budget.__file__).parents[1] / "results/PLAN.md"
 CIFAR = budget.STUDIES["cifar10"]
@@ -147,3 +148,56 @@ def test_a_study_or_arm_that_there_is_not_is_named() -> None:
         Options("svhn")
     with pytest.raises(ValueError, match="cifar10 has no arm mixup: choose of its arms plain, ghost_noise"):
         Options("cifar10", ("mixup",))
+
+
+# what is concluded
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "expected"),
+    [
+        (0.6, 1.4, 0.01, "helps"),
+        (0.1, 0.4, 0.01, "helps, by less than half a point"),
+        (0.1, 1.4, 0.06, "not shown"),  # one of two contrasts: Holm takes it back
+        (-1.4, -0.6, 0.01, "harms"),
+        (-0.4, 0.5, 0.9, "does nothing"),
+        (-0.4, 0.6, 0.9, "not shown"),
+    ],
+)
+def test_the_decision_is_that_of_the_plan(low: float, high: float, p: float, expected: str) -> None:
+    assert budget_table.decision(PairedDifference((low + high) / 2, low, high, 0.95), p) == expected
+
+
+def tests_of(arm: str, errors: list[float], corrupted: list[float]) -> list[dict[str, Any]]:
+    """Lines of an arm's tests, as the program writes them."""
+    rest = {"stage": "test", "arm": arm, "exact_error": 1.0, "train_loss": 0.1, "train_error": 0.0, "test_samples": 100}
+    return [
+        rest
+        | {"split": split, "seed": 10 + split, "test_error": error, "corruptions": {"blur": [worse]}}
+        | {"area": {"random": 50.0, "adversarial": 40.0}, "wrong": list(range(round(error)))}
+        for split, (error, worse) in enumerate(zip(errors, corrupted, strict=True), start=1)
+    ]
+
+
+def test_one_pass_is_set_against_plain_training_in_error_and_corruption_error() -> None:
+    """Its errors are lower by 1.5 ± 0.29, its errors on corrupted images not told apart."""
+    lines = tests_of("plain", [20, 21, 22, 23], [40, 41, 42, 43]) + tests_of(
+        "one_pass", [19, 19, 21, 21], [44, 38, 42, 43]
+    )
+    _, contrasts = budget_table.test_tables("small", ARMS, lines)
+    rows = {row[1].text: row for row in contrasts.rows}
+    found = paired_difference([20.0, 21, 22, 23], [19.0, 19, 21, 21])
+    error, corruption = (rows[name] for name in budget_table.PRIMARY)
+    assert error[2].text == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    assert float(error[5].text) == pytest.approx(2 * found.p, rel=0.1)  # the smaller of two, by Holm
+    assert (error[6].text, corruption[6].text) == ("helps", "not shown")
+    assert not any(row[6].text for name, row in rows.items() if name not in budget_table.PRIMARY)
+
+
+def test_nothing_is_said_of_tests_before_all_have_finished(study: Study, tmp_path: Path) -> None:
+    errors = dict.fromkeys(budget.search(options(tmp_path), {}), 30.0)
+    write(tmp_path, errors | {Trial("test", "plain", 0, 1, 11): 1.0})
+    budget.write_tables(options(tmp_path), tmp_path / "results.jsonl")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "9 of 24 runs have finished, and decide nothing yet" in text
+    assert "small: test" not in text

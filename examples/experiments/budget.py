@@ -23,12 +23,14 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
+from experiments.budget_table import search_table, test_tables
 from experiments.environment import environment
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
 from experiments.loop import train
 from experiments.nonfinite import NonFiniteError
 from experiments.runs import FolderError, RunError, is_finished, read_run
+from experiments.tables import markdown
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
@@ -269,11 +271,29 @@ def main(argv: Sequence[str]) -> None:
             if trial not in read_results(path):
                 print(f"{number} of {len(trials)}: {trial.name}", flush=True)
                 run(options, trial, path)
+                write_tables(options, path)
+        write_tables(options, path)
         if not set(trials) <= set(read_results(path)):
             print(
                 "Other processes are at the last runs of this stage; the same command goes on when they have finished."
             )
             return
+
+
+def write_tables(options: Options, path: Path) -> None:
+    """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
+    results = read_results(path)
+    lines, arms = list(results.values()), list(dict.fromkeys(trial.arm for trial in results))
+    tables = [search_table(options.study, arms, lines)]
+    tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
+    if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
+        tables += test_tables(options.study, list(options.arms), lines)
+    else:
+        planned = len(options.arms) * (STUDIES[options.study].draws + REFINED * len(REFINE_SEEDS))
+        planned += len(options.arms) * STUDIES[options.study].test_splits
+        notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
+        tables = [tables[0]._replace(notes=notes)]
+    path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
 
 
 def is_settled(options: Options, results: Results) -> bool:

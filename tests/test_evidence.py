@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from experiments import evaluate, evidence
+from experiments import appendix, evaluate, evidence
 from experiments.corruptions import CORRUPTIONS, SEVERITIES
 from experiments.figures import format_error
 from experiments.paired import estimate, holm, paired_difference, welch_difference
 from experiments.runs import FolderError
-from test_report import PAGE, epochs, method, read_table, write_run
+from test_report import epochs, method, read_table, write_run
 
+RESULTS = Path(evidence.__file__).parents[1] / "results"
 RADII = (0, 0.1, 0.3)
 SPLITS = ("test", "validation")
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}
@@ -213,17 +214,6 @@ def test_plain_training_that_stopped_earlier_is_a_rival_at_equal_epochs(grid):
     assert table["plain, 1 epochs"]["gain on plain"] == f"**{difference(PLAIN, dict.fromkeys(PLAIN, 5.0))}**"
 
 
-def test_a_summary_sets_all_methods_against_plain_training_of_both_lengths(grid, tmp_path):
-    page = tmp_path / "summary.md"
-    page.write_text("<!-- digits-summary -->\n<!-- end -->\n")
-    make(grid, summary=page)
-    table = read_tables(page.read_text(encoding="utf-8"))["test error"]
-    assert list(table) == ["plain", "plain, 2× epochs", "APART", "APART in one pass", "APART in one pass, 2× epochs"]
-    one_pass = table["APART in one pass"]
-    assert one_pass["gain on plain"].strip("*") == difference(PLAIN, ONE_PASS)
-    assert one_pass["gain on plain, 2× epochs"].strip("*") == difference(TWICE, ONE_PASS)
-
-
 def test_measured_figures_are_means_over_seeds_bold_where_they_differ_from_plain(runs):
     for seed, level in enumerate((4, 3, 3, 4)):
         write_measured(runs / f"one{seed}", 7, level, seed=seed, **method("one_pass"))
@@ -300,23 +290,26 @@ def test_ways_to_carry_are_methods_of_their_own(grid):
     assert row["gain on plain"] == "**+1.38 [+0.98, +1.77]**"
 
 
-def test_the_error_over_the_radius_starts_at_zero_radius_and_marks_what_was_chosen(runs, tmp_path):
-    for epsilon, error in ((0, 6), (0.1, 5), (0.2, 4), (0.4, 7)):
-        write_all(runs, {0: error, 1: error + 1}, **method("one_pass", epsilon=epsilon))
+def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each_and_marks_what_was_chosen(runs, tmp_path):
+    for decay, epsilon, error in ((0.001, 0.1, 6), (0.001, 0.2, 5), (0.002, 0.1, 4), (0.002, 0.2, 7), (0.004, 0.1, 6)):
+        training = {"epochs": 2, "weight_decay": decay}
+        write_all(runs, {0: error, 1: error + 1}, training=training, **method("one_pass", epsilon=epsilon))
     families = evidence.report(
         "digits",
         *(evidence.group_runs(map(partial(evidence.read_run, split=split), runs.iterdir())) for split in SPLITS),
         evidence.Options((runs,), out=tmp_path),
     )
-    (curve,) = (found for family in families if (found := evidence.radius_curve(families, family)))
-    assert curve.radii == [0, 0.1, 0.2, 0.4]
-    assert curve.errors == [6.5, 5.5, 4.5, 7.5]
-    assert curve.chosen == 2
+    curves = {family.label: curve for family in families if (curve := evidence.decay_curve(family))}
+    curve = curves["APART in one pass, tuned weight decay"]
+    assert curve.decays == [0.001, 0.002, 0.004]
+    assert curve.errors == [5.5, 4.5, 6.5]
+    assert curve.chosen == 1
 
 
 def test_a_picture_is_drawn_where_it_is_asked_for(grid, tmp_path):
-    make(grid, picture=tmp_path / "pictures/radii.png")
-    assert (tmp_path / "pictures/radii.png").stat().st_size > 10_000
+    write_all(grid, PLAIN, training={"epochs": 2, "weight_decay": 0.01})
+    make(grid, picture=tmp_path / "pictures/decays.png")
+    assert (tmp_path / "pictures/decays.png").stat().st_size > 10_000
 
 
 # evaluations
@@ -359,12 +352,9 @@ def test_runs_without_plain_training_are_refused(tmp_path):
 # what is written
 
 
-def test_the_numbers_of_every_seed_and_the_page_are_written(grid, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("<!-- digits-evidence -->\n<!-- end -->\n")
-    make(grid, page=page)
+def test_the_numbers_of_every_seed_are_written(grid, tmp_path):
+    make(grid)
     stem = tmp_path / "evidence/digits-evidence"
-    assert written(grid) in page.read_text(encoding="utf-8")
     check_numbers(stem.with_suffix(".json"))
     (one,) = (
         entry for entry in json.loads(stem.with_suffix(".json").read_text())["groups"]
@@ -385,20 +375,24 @@ def check_numbers(path: Path) -> None:
         for label, row in tables[title].items():
             assert row["chosen"] == chosen[label]["chosen"]
             for name in ("test error %", *evidence.MEASURED):
-                if name not in chosen[label]:  # of the oldest runs, not all were measured
-                    assert row.get(name, "") == ""
-                    continue
                 assert row[name].strip("*") == format_error(estimate(list(chosen[label][name].values())))
 
 
-RESULTS = PAGE.parent
+def test_the_appendix_is_what_the_numbers_beside_it_say(tmp_path):
+    for path in RESULTS.glob("*-evidence.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    appendix.main([str(tmp_path)])
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("table", sorted(RESULTS.glob("*-evidence.md")), ids=lambda path: path.stem)
-def test_the_page_of_results_shows_the_tables_as_they_were_written(table):
-    assert table.read_text(encoding="utf-8") in PAGE.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("numbers", sorted(RESULTS.glob("*-evidence.json")), ids=lambda path: path.stem)
-def test_the_tables_of_the_page_follow_from_the_numbers_beside_them(numbers):
-    check_numbers(numbers)
+def test_the_appendix_sets_every_method_against_the_plain_training_that_validation_chose(grid, tmp_path):
+    tuned = {0: 5.0, 1: 6.0, 2: 5.5, 3: 5.0}
+    write_all(grid, tuned, training={"epochs": 2, "weight_decay": 0.01})
+    make(grid)
+    appendix.main([str(tmp_path / "evidence")])
+    text = (tmp_path / "evidence/README.md").read_text(encoding="utf-8")
+    table = read_table(text.partition("**digits: test error**")[2].partition("\n\n**")[0])
+    assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0.01 (at the edge: weight decay)"
+    assert table["plain, tuned weight decay"]["gain"] == ""
+    assert table["APART in one pass"]["gain"].strip("*") == difference(tuned, ONE_PASS)
+    assert "| APART in one pass | 6.12 ± 0.31 |" in text.partition("withstand**")[2]  # the first figure measured there

@@ -13,13 +13,12 @@ import torch
 from experiments import report
 from experiments.__main__ import main as program
 from experiments.methods import OWN_RULES
-from experiments.paired import difference_by_key, estimate, holm, over_images, paired_difference
+from experiments.paired import difference_by_key, holm, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
-PAGE = Path(report.__file__).parents[1] / "results/README.md"
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5}
 TWICE = {0: 7.0, 1: 5.5, 2: 7.5}
 APART = {0: 5.5, 1: 4.0, 2: 5.0}
@@ -393,43 +392,6 @@ def test_a_run_given_twice_counts_once(runs):
     assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["runs"] == "1"
 
 
-def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
-    page = tmp_path / "page.md"
-    other = "after\n<!-- mnist1d-test -->\nkept\n<!-- end -->\n"
-    page.write_text(f"before\n<!-- digits-test -->\nstale\n<!-- end -->\n{other}")
-    write_run(runs / "a", error=5)
-    for _ in range(2):  # the same again changes nothing
-        make(runs, page=page)
-        text = page.read_text(encoding="utf-8")
-        assert (tmp_path / "report/digits-test.md").read_text(encoding="utf-8") in text
-        assert text.startswith("before\n")
-        assert text.endswith(other)
-        assert text.count("digits: test error") == 1
-        assert "stale" not in text
-
-
-def test_an_empty_place_is_filled_and_what_follows_it_is_kept(runs, tmp_path):
-    page = tmp_path / "page.md"
-    other = "after\n<!-- mnist1d-test -->\n<!-- end -->\n"
-    page.write_text(f"<!-- digits-test -->\n<!-- end -->\n{other}")
-    write_run(runs / "a", error=5)
-    make(runs, page=page)
-    table = (tmp_path / "report/digits-test.md").read_text(encoding="utf-8")
-    assert page.read_text(encoding="utf-8") == f"<!-- digits-test -->\n\n{table}\n<!-- end -->\n{other}"
-
-
-def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("text\n")
-    write_run(runs / "a")
-    with pytest.raises(FolderError, match=r"page\.md has no place for the table: .* <!-- digits-test -->"):
-        make(runs, page=page)
-    assert page.read_text() == "text\n"
-
-
-# errors
-
-
 def test_two_runs_of_the_same_settings_and_seed_are_refused(runs):
     write_run(runs / "a", seed=4)
     write_run(runs / "b", seed=4)
@@ -461,24 +423,3 @@ def test_a_damaged_file_is_named(runs, name, content):
     (write_run(runs / "a") / name).write_text(content)
     with pytest.raises(FolderError, match=f"runs/a/{name} is not as train writes it .*: leave .*a out"):
         make(runs)
-
-
-# the page of results
-
-
-@pytest.mark.parametrize("table", sorted(PAGE.parent.glob("*-test.md")), ids=lambda path: path.stem)
-def test_the_page_of_results_shows_each_table_and_the_figures_that_are_there(table):
-    page = PAGE.read_text(encoding="utf-8")
-    assert table.read_text(encoding="utf-8") in page
-    assert not table.with_suffix(".png").exists() or f"({table.stem}.png)" in page
-
-
-@pytest.mark.parametrize("errors", sorted(PAGE.parent.glob("*-test.json")), ids=lambda path: path.stem)
-def test_the_tables_of_the_page_follow_from_the_errors_beside_them(errors):
-    table = read_table(errors.with_suffix(".md").read_text(encoding="utf-8"))
-    groups = json.loads(errors.read_text(encoding="utf-8"))["groups"]
-    assert [group["label"] for group in groups] == list(table)
-    for group in groups:
-        found = estimate(list(group["errors"].values()))
-        spread = f" ± {found.standard_error:.2f}" if len(group["errors"]) > 1 else ""  # one seed has none
-        assert table[group["label"]]["error %"] == f"{found.mean:.2f}{spread}"

@@ -22,7 +22,7 @@ import tyro
 
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.figures import COLOURS, RadiusCurve, draw_radii, format_error, format_gain
+from experiments.figures import DecayCurve, draw_decays, format_error, format_gain
 from experiments.groups import (
     DECAY,
     Candidate,
@@ -35,10 +35,10 @@ from experiments.groups import (
     equal_epochs,
     find_families,
     group_runs,
-    has_zero_radius,
     plain_of,
     shared_settings,
     unconverged,
+    validation_error,
 )
 from experiments.paired import (
     Key,
@@ -51,7 +51,7 @@ from experiments.paired import (
     welch_by_key,
 )
 from experiments.runs import FolderError, find_finished, read_run
-from experiments.tables import Cell, ResultTable, gains, markdown, show_on_page, write_results
+from experiments.tables import Cell, ResultTable, gains, write_results
 
 Figures = Mapping[str, Mapping[str, Mapping[Key, float]]]  # by label of a family, name, split and seed
 
@@ -103,9 +103,7 @@ class Options:
         samples: test samples that accuracies under a shift are then measured on, at most.
         processes: that then measure at the same time, with one thread each.
         out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
-        page: Markdown file that shows the tables too, between `<!-- digits-evidence -->` and `<!-- end -->`.
-        summary: Markdown file that shows one table of them all, between `<!-- digits-summary -->` and `<!-- end -->`.
-        picture: file for a figure of the error over the radius ε, a panel for each data set.
+        picture: file for a figure of the error over the weight decay, a panel for each data set.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -114,8 +112,6 @@ class Options:
     samples: int = Measurement.samples
     processes: int = Measurement.processes
     out: Path = Path("runs/evidence")
-    page: Path | None = None
-    summary: Path | None = None
     picture: Path | None = None
 
 
@@ -259,61 +255,32 @@ def at_equal_epochs(families: Sequence[Family], epochs: int) -> list[Family]:
     return [*earlier, *equal_epochs(families, epochs)]
 
 
-def summary(data: str, families: Sequence[Family], epochs: int) -> ResultTable:
-    """All methods in one table, against plain training of as many epochs and, where there is one, of twice as many."""
-    lengths = {family.group.epochs for family in families if family.is_plain}
-    opponents = {name: factor * epochs for name, factor in OPPONENTS.items() if factor * epochs in lengths}
-    columns = [
-        gain_cells([plain_of(families, family, length) for family in families], families)
-        for length in opponents.values()
-    ]
-    rows = [[*first_cells(family), *of_row] for family, *of_row in zip(families, *columns, strict=True)]
-    return ResultTable(f"{data}: test error", (*BOTH, *opponents), rows, "")
-
-
 def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
-    """Draw the error of APART over its radius, on every data set where it was trained at several."""
+    """Draw the error of every method over its weight decay, a panel for each data set where it was varied."""
     curves_of = {
-        data: {family.label: curve for family in families if (curve := radius_curve(families, family))}
+        data: {family.label: curve for family in families if (curve := decay_curve(family))}
         for data, families in families_of.items()
     }
     shown = [data for data, curves in curves_of.items() if curves] or list(families_of)
-    labels = dict.fromkeys(label for curves in curves_of.values() for label in curves)
-    colours = dict(zip(labels, itertools.cycle(COLOURS), strict=False))
-    size = (4.6 * len(shown), 5.2)
-    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained", squeeze=False)
     for axes, data in zip(panels[0], shown, strict=True):
-        plain = [family for family in families_of[data] if family.group.is_plain]  # with tuned weight decay, too
-        levels = {family.label: estimate(list(family.group.errors.values())).mean for family in plain}
-        draw_radii(axes, curves_of[data], levels, data, colours)
+        draw_decays(axes, curves_of[data], data)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def radius_curve(families: Sequence[Family], family: Family) -> RadiusCurve | None:
-    """The error over ε from zero radius on; None of a method that was trained at one radius, has none, or was tuned."""
-    best = rest_of(family.best)
-    if any(rest_of(each)[DECAY] != best[DECAY] for each in family.candidates):
+def decay_curve(family: Family) -> DecayCurve | None:
+    """The error over the weight decay, at each the candidate of the lowest validation error; None where it is one."""
+    best: dict[float, Candidate] = {}
+    for candidate in sorted(family.candidates, key=validation_error):
+        best.setdefault(candidate.test.settings[DECAY], candidate)
+    if len(best) < 2:
         return None
-    points = [each for each in family.candidates if "method.epsilon" in each.test.settings and rest_of(each) == best]
-    if len(points) < 2:
-        return None
-    others = [each for other in families for each in other.candidates if has_zero_radius(each.test.settings)]
-    points += [each for each in others if rest_of(each) | {"method.rule": None} == best | {"method.rule": None}]
-    points.sort(key=lambda each: float(each.test.settings["method.epsilon"]))
-    errors = [estimate(list(each.test.errors.values())) for each in points]
-    return RadiusCurve(
-        [each.test.settings["method.epsilon"] for each in points],
-        [error.mean for error in errors],
-        [error.standard_error for error in errors],
-        points.index(family.best),
-    )
-
-
-def rest_of(candidate: Candidate) -> dict[str, Any]:
-    """A candidate's settings but for the radius."""
-    return {name: value for name, value in candidate.test.settings.items() if name != "method.epsilon"}
+    decays = sorted(best)
+    errors = [estimate(list(best[decay].test.errors.values())) for decay in decays]
+    means, standard_errors = [error.mean for error in errors], [error.standard_error for error in errors]
+    return DecayCurve(decays, means, standard_errors, decays.index(family.best.test.settings[DECAY]))
 
 
 def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> list[Family]:
@@ -346,9 +313,7 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
         chosen_from,
     ]
     stem = options.out / f"{data}-evidence"
-    write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)}, options.page)
-    if options.summary is not None:
-        show_on_page(options.summary, f"{data}-summary", markdown(summary(data, shown, epochs)))
+    write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)})
     print(f"Written: {stem}.md, .json")
     for family in shown:
         for name, edge in family.edges.items():

@@ -217,6 +217,17 @@ def word(setting: str) -> str:
     return SYMBOLS.get(setting) or (section if name == "name" else name.replace("_", " "))
 
 
+def edges_of(chosen: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which chosen settings are the smallest or largest that were tried, 0 aside: the best may lie beyond them."""
+    found = {}
+    for name in (*CHOSEN, DECAY):
+        values = sorted({settings[name] for settings in candidates if name in settings})
+        value = chosen.get(name)
+        if len(values) > 1 and (value == values[-1] or value == values[0] != 0):
+            found[word(name)] = f"{value:g} of {values[0]:g} to {values[-1]:g}"
+    return found
+
+
 class Candidate(NamedTuple):
     """Runs that differ in split and seed alone.
 
@@ -229,6 +240,11 @@ class Candidate(NamedTuple):
     chosen: str
     test: Group
     validation: Group
+
+
+def validation_error(candidate: Candidate) -> float:
+    """The mean over all seeds that it has."""
+    return float(np.mean(list(candidate.validation.errors.values())))
 
 
 class Family(NamedTuple):
@@ -247,18 +263,12 @@ class Family(NamedTuple):
     @property
     def best(self) -> Candidate:
         """The candidate with the lowest mean validation error, each over all seeds that it has; of equals the first."""
-        return min(self.candidates, key=lambda each: float(np.mean(list(each.validation.errors.values()))))
+        return min(self.candidates, key=validation_error)
 
     @property
     def edges(self) -> dict[str, str]:
-        """What of the choice is the smallest or largest value that was tried, 0 aside: the best may lie beyond it."""
-        found = {}
-        for name in (*CHOSEN, DECAY):
-            values = sorted({each.test.settings[name] for each in self.candidates if name in each.test.settings})
-            chosen = self.best.test.settings.get(name)
-            if len(values) > 1 and (chosen == values[-1] or chosen == values[0] != 0):
-                found[word(name)] = f"{chosen:g} of {values[0]:g} to {values[-1]:g}"
-        return found
+        """What of the choice lies at the edge of what was tried."""
+        return edges_of(self.best.test.settings, [each.test.settings for each in self.candidates])
 
     @property
     def chosen(self) -> str:

@@ -61,13 +61,11 @@ class Options:
         folders: run folders, and folders of run folders.
         measure_on: whose error: settings are chosen on validation data, results stated on test data.
         out: folder for tables (.md), the errors of every seed (.json) and figures (.png), named after the data.
-        page: Markdown file that shows the tables too, each between `<!-- digits-test -->` and `<!-- end -->`.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
     measure_on: Literal["test", "validation"] = "test"
     out: Path = Path("runs/report")
-    page: Path | None = None
 
 
 def rows_of(groups: Sequence[Group]) -> list[list[Cell]]:
@@ -128,13 +126,13 @@ def draw(path: Path, groups: Sequence[Group], title: str) -> None:
     plt.close(figure)
 
 
-def report(data: str, runs: Sequence[FinishedRun], measure_on: str, stem: Path, page: Path | None = None) -> None:
+def report(data: str, runs: Sequence[FinishedRun], measure_on: str, stem: Path) -> None:
     """Print and write the table of one data set, and draw its curves."""
     groups = group_runs(runs)
     title = f"{data}: {measure_on} error"
     errors = [{"label": each.label, "settings": each.settings, "errors": by_key(each.errors)} for each in groups]
     table = table_of(groups, title)
-    write_results(stem, [table], {"notes": table.notes, "groups": errors}, page)
+    write_results(stem, [table], {"notes": table.notes, "groups": errors})
     draw(stem.with_suffix(".png"), groups, title)
     print(f"Written: {stem}.md, .png, .json")
 
@@ -145,4 +143,4 @@ def main(arguments: Sequence[str]) -> None:
     measure_on = options.measure_on
     found = [read_run(folder, measure_on) for folder in find_finished(options.folders)]
     for data, runs in by_data(found).items():
-        report(data, runs, measure_on, options.out / f"{data}-{measure_on}", options.page)
+        report(data, runs, measure_on, options.out / f"{data}-{measure_on}")

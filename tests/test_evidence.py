@@ -156,10 +156,18 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
 
 
 def test_a_candidate_is_judged_by_all_seeds_that_it_has(runs):
-    write_measured(runs / "a0", 5, seed=0, validation_error=4, **method("apart", epsilon=0.05))
-    write_measured(runs / "a1", 5, seed=1, validation_error=90, **method("apart", epsilon=0.05))
-    write_measured(runs / "b0", 5, seed=0, validation_error=5, **method("apart", epsilon=0.1))
+    """On seed 0 alone, which both have, the first would be the better one."""
+    for epsilon, errors in ((0.05, {0: 4, 1: 9}), (0.1, {0: 5, 2: 6})):
+        for seed, error in errors.items():
+            options = method("apart", epsilon=epsilon)
+            write_measured(runs / f"{epsilon}-{seed}", 5, seed=seed, validation_error=error, **options)
     assert make(runs)["equal epochs"]["APART"]["chosen"].startswith("ε 0.1")
+
+
+def test_what_a_search_has_dropped_is_not_chosen_for_the_luck_of_a_single_seed(runs):
+    write_all(runs, {0: 5.0, 1: 6.0}, **method("apart", epsilon=0.05))
+    write_all(runs, {0: 4.0}, **method("apart", epsilon=0.1))
+    assert make(runs)["equal epochs"]["APART"]["chosen"].startswith("ε 0.05")
 
 
 def test_a_choice_at_the_edge_of_what_was_tried_is_named_in_table_and_terminal(runs, capsys):
@@ -172,9 +180,8 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_named_in_table_and_terminal(r
 def test_a_choice_inside_its_range_and_a_zero_that_nothing_lies_beyond_are_not_named(runs, capsys):
     for epsilon, validation in ((0.1, 6), (0.2, 3), (0.4, 5)):
         write_measured(runs / f"a{epsilon}", 5, validation_error=validation, **method("apart", epsilon=epsilon))
-    for decay, validation in ((0.0, 4), (0.1, 5)):
-        training = {"epochs": 2, "weight_decay": decay}
-        write_measured(runs / f"d{decay}", 5, validation_error=validation, training=training)
+    for decay, error in ((0.0, 4), (0.1, 5)):
+        write_all(runs, dict.fromkeys(PLAIN, error), training={"epochs": 2, "weight_decay": decay})
     table = make(runs)["equal epochs"]
     assert table["APART"]["chosen"] == "ε 0.2"
     assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0"
@@ -317,13 +324,15 @@ def test_a_picture_is_drawn_where_it_is_asked_for(grid, tmp_path):
 
 def test_what_was_not_measured_is_told_with_the_command_and_only_chosen_runs_count(grid):
     for epsilon, validation in ((0.2, 1), (0.3, 99)):
-        folder = grid / f"more{epsilon}"
-        write_measured(folder, 5, seed=0, validation_error=validation, **method("apart", epsilon=epsilon))
-        (folder / evaluate.EVALUATION).unlink()
+        for seed in PLAIN:
+            folder = grid / f"more{epsilon}-{seed}"
+            write_measured(folder, 5, seed=seed, validation_error=validation, **method("apart", epsilon=epsilon))
+            if seed == 0:
+                (folder / evaluate.EVALUATION).unlink()
     with pytest.raises(FolderError) as caught:
         make(grid)
-    assert "1 of 17 chosen runs on digits have not been measured" in str(caught.value)
-    assert str(caught.value).endswith(f"\n  python -m experiments evaluate {grid}/more0.2")
+    assert "1 of 20 chosen runs on digits have not been measured" in str(caught.value)
+    assert str(caught.value).endswith(f"\n  python -m experiments evaluate {grid}/more0.2-0")
 
 
 def test_the_chosen_runs_are_measured_where_asked_for(grid, monkeypatch):

@@ -27,13 +27,13 @@ TITLE = """# Results in detail
 What [the page of results](../RESULTS.md) is drawn from: a section for each set of numbers beside this page, written by
 `python -m experiments appendix results`. [commands.sh](commands.sh) has the commands that trained the networks.
 
-Means over runs, ± standard error. Of each method the candidate of the lowest mean validation error was chosen, over all
-seeds that it has; test images had no part in it. (At the edge: the smallest or largest value that was tried, so that
-the best may lie beyond.) *Gain*: by how many points the test error is lower than that of the plain training that
-validation chose, of whatever decay, smoothing and length, within seeds; Student's 95 % interval over seeds, or over
-splits where there are several. In bold where p by Holm's procedure over the rows of a table is below 0.05. *Without
-pairs*: Welch's interval, where seeds do not correlate above zero. Passes are forward-backward passes over the training
-data. One run has no interval and shows nothing.
+Means over runs, ± standard error. Of each method's candidates with the most runs (others were dropped in a search)
+that of the lowest mean validation error over all of them was chosen; test images had no part in it. (At the edge: the
+smallest or largest value that was tried, so that the best may lie beyond.) *Gain*: by how many points the test error
+is lower than that of the plain training that validation chose, of whatever decay, smoothing and length, within seeds;
+Student's 95 % interval over seeds, or over splits where there are several. In bold where p by Holm's procedure over
+the rows of a table is below 0.05. *Without pairs*: Welch's interval, where seeds do not correlate above zero. Passes
+are forward-backward passes over the training data. One run has no interval and shows nothing.
 """
 COLUMNS = (
     "method",
@@ -61,8 +61,10 @@ def mean_of(entry: Entry, figure: str) -> str:
 
 
 def chosen_of(entries: Sequence[Entry]) -> Entry:
-    """The candidate of the lowest mean validation error; of equals the first."""
-    return min(entries, key=lambda entry: float(np.mean(list(entry["validation error %"].values()))))
+    """Of the candidates with the most runs, that of the lowest mean validation error over them; of equals the first."""
+    most = max(len(entry["validation error %"]) for entry in entries)
+    refined = [entry for entry in entries if len(entry["validation error %"]) == most]
+    return min(refined, key=lambda entry: float(np.mean(list(entry["validation error %"].values()))))
 
 
 def tables_of(name: str, entries: Sequence[Entry]) -> list[ResultTable]:

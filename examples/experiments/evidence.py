@@ -77,12 +77,13 @@ PAIR_EXPLANATION = (
 )
 IMAGES_EXPLANATION = ", and a bootstrap over seeds and test images (and splits)"
 EXPLANATION = (
-    "Means over seeds, ± standard error. Of each method the candidate of the lowest mean validation error after the "
-    "last epoch was chosen, over all seeds that it has, in bold here; test data had no part in it. A choice at the "
-    "edge of what was tried is marked: the best may lie beyond. A gain is by how many points the test error is lower "
-    "than plain training's, within seeds, with its 95 % interval. Bold in the tables above are gains that are clear of "
-    "zero by Holm's procedure over the rows, and figures that differ as clearly from those of the same plain training, "
-    "for better or worse. Passes are forward-backward passes over the training data."
+    "Means over seeds, ± standard error. Of each method's candidates with the most runs (others were dropped in a "
+    "search) that of the lowest mean validation error after the last epoch, over all seeds that it has, was "
+    "chosen, in bold here; test data had no part in it. A choice at the edge of what was tried is marked: the "
+    "best may lie beyond. A gain is by how many points the test error is lower than plain training's, within "
+    "seeds, with its 95 % interval. Bold in the tables above are gains that are clear of zero by Holm's procedure "
+    "over the rows, and figures that differ as clearly from those of the same plain training, for better or "
+    "worse. Passes are forward-backward passes over the training data."
 )
 MEASURED_EXPLANATION = (
     " Exact statistics are those of the training samples in the place of running ones. What fits is the share of the "

@@ -68,23 +68,34 @@ class Study(NamedTuple):
     test_splits: int = 8
 
 
-_DECAY = {"lr": Range(0.03, 0.6), "weight-decay": Range(5e-4, 5e-2)}
+def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
+    """The arms, all of the same compute: two passes have half the epochs."""
+    smoothing, dropout = Range(-0.2, 0.2, is_log=False), Range(-0.5, 0.5, is_log=False)
+    once, twice = f"--epochs {epochs}", f"--epochs {epochs // 2}"
+    return {
+        "plain": Arm(f"--method plain {once}", {"label-smoothing": smoothing, "dropout": dropout}),
+        "ghost_noise": Arm(f"--method ghost_noise {once}", {"ghost-size": ghost_sizes}),
+        "one_pass": Arm(f"--method one_pass --groups {groups} {once}", {"epsilon": Range(0.05, 0.5)}),
+        "apart": Arm(f"--method apart --groups {groups} {twice}", {"epsilon": Range(0.025, 0.4)}),
+        "sam": Arm(f"--method sam {twice}", {"rho": Range(0.02, 0.5)}),
+    }
+
+
+_CIFAR = (
+    "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 --schedule cosine "
+    "--compile --channels-last --batch-size"
+)
+_DIGITS = "--data digits --schedule cosine --batch-size"
+_DECAYS = Range(5e-4, 5e-2)
+_LARGE = {"lr": Range(0.03, 0.6), "weight-decay": _DECAYS}
+_SMALL = {"lr": Range(0.01, 0.3), "weight-decay": _DECAYS}
+_FEW = Range(2, 16, is_whole=True)
 STUDIES = {
-    "cifar10": Study(
-        "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 "
-        "--batch-size 128 --schedule cosine --compile --channels-last",
-        _DECAY,
-        {
-            "plain": Arm(
-                "--method plain --epochs 120",
-                {"label-smoothing": Range(-0.2, 0.2, is_log=False), "dropout": Range(-0.5, 0.5, is_log=False)},
-            ),
-            "ghost_noise": Arm("--method ghost_noise --epochs 120", {"ghost-size": Range(4, 64, is_whole=True)}),
-            "one_pass": Arm("--method one_pass --groups 4 --epochs 120", {"epsilon": Range(0.05, 0.5)}),
-            "apart": Arm("--method apart --groups 4 --epochs 60", {"epsilon": Range(0.025, 0.4)}),
-            "sam": Arm("--method sam --epochs 60", {"rho": Range(0.02, 0.5)}),
-        },
-    ),
+    "cifar10": Study(f"{_CIFAR} 128", _LARGE, arms_of(120, 4, Range(4, 64, is_whole=True))),
+    "cifar10-batch16": Study(f"{_CIFAR} 16", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "cifar10-batch8": Study(f"{_CIFAR} 8", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "digits-batch16": Study(f"{_DIGITS} 16", _SMALL, arms_of(60, 2, _FEW), draws=12, test_splits=20),
+    "digits-batch8": Study(f"{_DIGITS} 8", _SMALL, arms_of(30, 2, _FEW), draws=12, test_splits=20),
 }
 
 

@@ -291,12 +291,6 @@ def test_a_method_of_several_weight_decays_stays_what_it_was_and_is_a_rival_with
     assert table["APART in one pass, tuned weight decay"]["gain on plain"].strip("*").startswith("+4.12")
 
 
-def test_ways_to_carry_are_methods_of_their_own(grid):
-    write_all(grid, {0: 6.5, 1: 4.5, 2: 6.0, 3: 6.0}, **method("one_pass", carry="average"))
-    row = make(grid)["equal epochs"]["APART in one pass, carry average"]
-    assert row["gain on plain"] == "**+1.38 [+0.98, +1.77]**"
-
-
 def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each_and_marks_what_was_chosen(runs, tmp_path):
     for decay, epsilon, error in ((0.001, 0.1, 6), (0.001, 0.2, 5), (0.002, 0.1, 4), (0.002, 0.2, 7), (0.004, 0.1, 6)):
         training = {"epochs": 2, "weight_decay": decay}

@@ -247,7 +247,6 @@ EXACT = {
     "several steps": {"rule": "multi_step", "ascent_steps": 2},
     "momentum": {"name": "momentum_sam"},
     "ghost noise": {"name": "ghost_noise"},
-    "average carried": {"name": "one_pass", "carry": "average"},
     "every other": {"every": 2, "epsilon_schedule": "rising"},
     "bfloat16": {"amp": "bf16", "channels_last": True},
     "clipped": {"clip": 0.5},

@@ -22,7 +22,6 @@ from experiments.logs import learning_rate
 from experiments.methods import PASSES, initially_carried, make_step, passes_of
 from experiments.nonfinite import NonFiniteError, Start, first_nonfinite
 from experiments.presets import PRESETS
-from experiments.rules import blended_perturbation, standardised_perturbation
 from experiments.settings import (
     DataName,
     DataSettings,
@@ -38,8 +37,6 @@ from torch import Tensor, nn
 
 from apart_func import (
     ApartError,
-    BatchStats,
-    StatGrads,
     StepOutput,
     assign_grads_,
     init_perturbation,
@@ -213,23 +210,6 @@ def test_a_rule_is_the_library_s(rule, function):
         outs.append(step(*split_state(model), batch))
     for layer, shift in outs[1].perturbation.items():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs[0].perturbation[layer], shift, strict=True))
-
-
-def test_half_of_the_blended_signs_are_random():
-    grads = {"norm": StatGrads(torch.ones(20_000), -torch.ones(20_000))}
-    torch.manual_seed(0)
-    found = blended_perturbation({}, grads, torch.tensor(0.3))["norm"]
-    for shift, g in zip(found, grads["norm"], strict=True):
-        assert shift.abs().unique().tolist() == pytest.approx([0.3])
-        assert (shift.sign() == g).float().mean().item() == pytest.approx(0.75, abs=0.02)  # 6 standard errors
-
-
-def test_standardised_radii_are_those_of_standard_errors():
-    stats = {"norm": BatchStats(torch.tensor([[2.0, -0.5, 0.001]]), torch.tensor([[1.0, 4.0, 4.0]]))}
-    grads = {"norm": StatGrads(torch.tensor([1.0, -3.0, 2.0]), torch.tensor([-1.0, 5.0, 0.0]))}
-    found = standardised_perturbation(stats, grads, torch.tensor(0.1))["norm"]
-    assert found.mean.tolist() == pytest.approx([0.1 / 2, -0.1 * 4, 0.1 * 10])  # s/|μ|, and no more than 10
-    assert found.scale.tolist() == pytest.approx([-0.1 / 2**0.5, 0.1 / 2**0.5, 0.0])
 
 
 def test_one_pass_refuses_a_rule_of_several_steps():

@@ -32,7 +32,6 @@ SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
 # What a method's bare name stands for; a rule of its own is in OWN_RULES.
 ORDINARY = {
     "method.rule": "sign",
-    "method.carry": "clean",
     "method.every": 1,
     "method.epsilon_schedule": "constant",
     "method.label_smoothing": 0.0,

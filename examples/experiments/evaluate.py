@@ -203,7 +203,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / EVALUATION
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FolderError(
             f"{path} cannot be read ({error}): python -m experiments evaluate --again {folder}"
         ) from error

@@ -83,7 +83,7 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
-    device = prepared_device(runs[0].machine)
+    device = prepared_device(runs[0].machine, runs[0].training.amp)
     with ranks.joined(device):
         resume = resume or ranks.is_restarted()
         # Each looks at its folder, and may refuse it.

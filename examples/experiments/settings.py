@@ -231,8 +231,13 @@ class Settings:
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
 
     def __post_init__(self) -> None:
-        """Refuse a seed that no generator takes."""
+        """Refuse a seed that no generator takes, and folders that no text can name."""
         _at_least(0, seed=self.seed)
+        for name, folder in {"--out": self.out, "--data-dir": self.data.folder}.items():
+            try:
+                str(folder).encode()
+            except UnicodeEncodeError:
+                raise SettingsError(f"{name} {str(folder)!a} is not valid UTF-8: rename the folder.") from None
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

@@ -10,15 +10,18 @@ from apart_func.rules import (
     IterativeRule,
     PerturbedStats,
     Rule,
+    RuleKind,
     l2_perturbation,
     multi_step,
     perturbed_stats,
     random_sign_perturbation,
+    random_signs,
+    rule_kind,
     sign_flips,
     sign_perturbation,
 )
 from apart_func.settings import Settings
-from apart_func.step import ApartStep, climb, make_apart_sam_step, make_apart_step
+from apart_func.step import ApartStep, make_apart_sam_step, make_apart_step, sam_ascent
 from apart_func.trees import (
     AdversarialOutput,
     BatchStats,
@@ -55,6 +58,7 @@ __all__ = [
     "ProxyOutput",
     "RanksError",
     "Rule",
+    "RuleKind",
     "SettingError",
     "Settings",
     "StatGradTree",
@@ -68,7 +72,6 @@ __all__ = [
     "all_finite",
     "assign_grads_",
     "clean_stat_grads",
-    "climb",
     "functionalize",
     "grad_and_value",
     "gradients_at",
@@ -83,6 +86,9 @@ __all__ = [
     "perturbed_stats",
     "proxy_pass",
     "random_sign_perturbation",
+    "random_signs",
+    "rule_kind",
+    "sam_ascent",
     "sign_flips",
     "sign_perturbation",
     "split_state",

@@ -1,8 +1,8 @@
 """Gradients with respect to dicts of tensors, eagerly or under a transform.
 
-`torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time.
-So where neither a `torch.func` transform nor a compiler is active, gradients come from `torch.autograd.grad` on
-fresh leaves, and from `torch.func.grad_and_value` otherwise. `differentiate` is the one place that decides.
+`torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time. So if neither a
+`torch.func` transform nor a compiler is active, gradients are those that `backward()` leaves in fresh leaves, and otherwise
+they come from `torch.func.grad_and_value`. `gradients` is the one place that decides.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
@@ -13,115 +13,186 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_compiling, is_traced, unwrapped
-from apart_func.errors import UsageError
-from apart_func.trees import Tensors, check_by_name, tensors_of, with_tensors
-
-
-class Opened(NamedTuple):
-    """A computation between its forward and its backward.
-
-    Attributes:
-        loss: what is differentiated, 0-d.
-        aux: further results.
-        taps: tensors that were made during the forward and are differentiated by as well. Only an eager one can have
-            them, since a transform differentiates by arguments.
-        trusted: tensors whose graph is known to have no parameters but the arguments; see `_check_graph`.
-    """
-
-    loss: Tensor
-    aux: Any = None
-    taps: Sequence[Tensor] = ()
-    trusted: Sequence[Tensor] = ()
+from apart_func._torch import is_compiling, is_differentiated, is_traced, register_tree, unwrapped
+from apart_func.errors import StateError, UsageError
+from apart_func.trees import Tensors, check_named_tensors, detached, tensors_of, with_tensors
 
 
 class Gradient(NamedTuple):
     """What differentiating returns. Gradients of an eager computation are detached; its further results are not.
 
     Attributes:
-        grads: a dict for each argument, zero where the loss does not depend on the tensor.
-        loss: the value.
+        grads: a dict for each argument; zero where the loss does not depend on the tensor (see `is_unreached`).
         aux: the further results.
-        tap_grads: a gradient for every tap.
     """
 
     grads: tuple[dict[Any, Any], ...]
-    loss: Tensor
     aux: Any
-    tap_grads: list[Tensor]
 
 
-# A computation takes dicts of tensors and `finish`, to which it hands what it has opened, and returns what comes back.
-# So all that its forward needed is still in place while layers run again during the backward (checkpointing).
+# A computation takes dicts of tensors and `backward`, which it calls with a 0-d loss and further results, and whose
+# result it returns. So all that its forward needed is in place while layers run again in the backward (checkpointing).
 Computation = Callable[..., Any]
 
 
-def differentiate(compute: Computation, *inputs: Mapping[str, Any]) -> Gradient:
+def gradients(compute: Computation, *inputs: Mapping[str, Any], lend_copies: bool = False) -> Gradient:
     """Differentiate a computation with respect to every tensor in some dicts of tensors, or of tuples of them.
 
+    Args:
+        compute: `(*inputs, backward) -> backward(loss, aux)`.
+        *inputs: what is differentiated by.
+        lend_copies: whether an eager computation gets copies of the tensors, not their memory: one that rewrites them is
+            refused all the same, and then has changed nothing.
+
     Raises:
+        StateError: the computation rewrites an argument.
         UsageError: the loss has no graph, depends on parameters that are not among the arguments, or saves tensors in
             a way that transforms do not allow.
     """
-    return _under_transforms(compute, inputs) if is_traced() else _eagerly(compute, inputs)
+    return _under_transforms(compute, inputs) if is_traced() else _eagerly(compute, inputs, lend_copies)
 
 
 def grad_and_value(
     function: Callable[[Tensors], tuple[Tensor, Any]], params: Mapping[str, Tensor]
 ) -> tuple[Tensors, Tensor, Any]:
-    """The gradient of a function of parameters, as the passes take it: eagerly, under `torch.func`, or compiled.
+    """Compute the gradient of a function of parameters, as the passes take it: eagerly, under `torch.func`, or compiled.
 
     Args:
         function: `params -> (loss, aux)`, a 0-d loss and anything else.
         params: the tensors to differentiate by.
 
     Returns:
-        The gradient, keyed as `params`; the loss, detached where the call is eager; and `aux`, as it is.
+        The gradient, keyed as `params`; the loss, detached if the call is eager; and `aux`, as it is.
 
     Raises:
-        UsageError: as `differentiate`.
+        UsageError: as `gradients`.
     """
     if not callable(function):
         raise UsageError(f"function is a {type(function).__name__}; expected params -> (loss, aux).")
-    check_by_name("params", params)
+    check_named_tensors("params", params)
 
-    def compute(trained: Tensors, finish: Callable[[Opened], Any]) -> Any:
+    def compute(trained: Tensors, backward: Callable[[Tensor, Any], Any]) -> Any:
         pair = function(trained)
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0):
             raise UsageError(f"function returned a {type(pair).__name__}; expected (loss, aux), with a 0-d loss.")
-        return finish(Opened(*pair))
+        return backward(pair[0], (pair[0] if is_traced() else pair[0].detach(), pair[1]))
 
-    (grads,), loss, aux, _ = differentiate(compute, params)
+    try:
+        (grads,), (loss, aux) = gradients(compute, params)
+    except ForeignParametersError as error:
+        raise foreign_parameters([f"one of shape {tuple(p.shape)}" for p in error.args[0]]) from None
     return grads, loss, aux
 
 
-def _eagerly(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
-    leaves = [tensor.detach().requires_grad_() for tree in inputs for tensor in _leaves(tree)]
+def detach_if_eager(tree: Any) -> Any:
+    """Cut the results of an eager pass from its graph; a transform still needs theirs."""
+    return tree if is_traced() else detached(tree)
 
-    def finish(opened: Opened) -> Gradient:
-        loss, aux, taps, trusted = opened
-        wanted = [*leaves, *taps]
-        _check_graph(loss, leaves, trusted)
-        found = torch.autograd.grad(loss, wanted, allow_unused=True)
-        grads = [torch.zeros_like(tensor) if g is None else g for tensor, g in zip(wanted, found, strict=True)]
-        return Gradient(_filled(inputs, grads), loss.detach(), aux, grads[len(leaves) :])
+
+def _eagerly(compute: Computation, inputs: Sequence[Mapping[str, Any]], lend_copies: bool) -> Gradient:
+    tensors = [(name, tensor) for tree in inputs for name, tensor in _leaves(tree)]
+    leaves = [_lent(tensor.detach().clone() if lend_copies else tensor.detach()) for _, tensor in tensors]
+    versions = [leaf._version for leaf in leaves]
+
+    def backward(loss: Tensor, aux: Any) -> Gradient:
+        for (name, _), leaf, version in zip(tensors, leaves, versions, strict=True):
+            if _is_rewritten(leaf, version):
+                raise rewritten(name)
+        _check_graph(loss, leaves)
+        # As in plain training: a gradient owns its memory, is dense or sparse, and a backward inside of this one, as
+        # of a reversible block, adds to it.
+        torch.autograd.backward(loss, inputs=leaves)
+        return Gradient(_filled(inputs, map(_gradient_of, leaves)), aux)
 
     with torch.enable_grad():
-        gradient: Gradient = compute(*_filled(inputs, leaves), finish)
+        gradient: Gradient = compute(*_filled(inputs, leaves), backward)
     return gradient
 
 
+class LentLeaf(nn.Parameter):
+    """A tensor of the caller's that a forward may read, and not rewrite.
+
+    `.data` would let it write without a trace, so that is a copy here.
+    """
+
+    def __new__(cls, tensor: Tensor) -> LentLeaf:
+        return super().__new__(cls, tensor, requires_grad=True)
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]  # an attribute of a tensor
+        """A copy."""
+        copy = self.detach().clone()
+        vars(self).setdefault("copies", []).append(copy)
+        return copy
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        vars(self)["replaced"] = True
+
+
+def _lent(tensor: Tensor) -> Tensor:
+    """Make a leaf of a tensor's memory."""
+    return LentLeaf(tensor) if type(tensor) is Tensor else tensor.requires_grad_()
+
+
+def _is_rewritten(leaf: Tensor, version: int) -> bool:
+    """Return whether somebody has written to a leaf since it had a version, or to a copy that its `.data` gave."""
+    seen = vars(leaf)
+    return leaf._version != version or "replaced" in seen or any(copy._version for copy in seen.get("copies", ()))
+
+
+def rewritten(name: str) -> StateError:
+    """Return the error for a tensor that a forward must not rewrite."""
+    return StateError(
+        f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm that is forced on "
+        "weights, or p.data = ... do). In a step that is a function, parameters are moved by the optimizer alone. Do this "
+        "after the optimizer's step, or compute the changed value in the forward, as a parametrization does."
+    )
+
+
+def is_unreached(grad: Tensor) -> bool:
+    """Return whether an eager step has seen that the loss does not reach the parameter of a gradient.
+
+    Plain PyTorch leaves the `.grad` of such a parameter at None, which optimizers skip; here it is a zero with a mark.
+    """
+    return getattr(grad, "is_unreached", False)
+
+
+def unreached_gradient(like: Tensor) -> Tensor:
+    """Return a zero gradient that `is_unreached`."""
+    zero = torch.zeros_like(like, requires_grad=False)
+    zero.is_unreached = True  # type: ignore[attr-defined]  # a tensor takes attributes
+    return zero
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    return unreached_gradient(leaf.detach()) if leaf.grad is None else leaf.grad
+
+
+class _Carried:
+    """Results of any kind, as a tree of the tensors in them: a transform takes nothing else out of a computation."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+
+register_tree(
+    _Carried,
+    lambda carried: (tensors_of(carried.tree), carried.tree),
+    lambda tensors, tree: _Carried(with_tensors(tree, list(tensors))),
+)
+
+
 def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
-    structure: list[Any] = []
+    def value(*trees: Any) -> tuple[Tensor, _Carried]:
+        return compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))  # type: ignore[no-any-return]
 
-    def value(*trees: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        opened: Opened = compute(*trees, lambda opened: opened)
-        structure.append(opened.aux)
-        return opened.loss, tuple(tensors_of(opened.aux))
-
-    differentiated = torch.func.grad_and_value(value, argnums=tuple(range(len(inputs))), has_aux=True)
+    if not is_differentiated():  # nothing that comes out of an eager step or a vmap has a graph
+        inputs = [_filled([tree], [leaf.detach() for _, leaf in _leaves(tree)])[0] for tree in inputs]
+    differentiated = torch.func.grad(value, argnums=tuple(range(len(inputs))), has_aux=True)
     try:
-        grads, (loss, leaves) = differentiated(*inputs)
+        with torch.enable_grad():  # so that a loss which reaches past the arguments is seen
+            grads, carried = differentiated(*inputs)
     except RuntimeError as error:
         if "saved tensor hooks" in str(error):
             raise UsageError(
@@ -129,24 +200,23 @@ def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]])
                 "transform that cannot be. Call the step without one, or switch checkpointing off."
             ) from error
         raise
+    loss, aux = carried.tree
     _check_closure(loss, inputs)
-    return Gradient(grads, loss, with_tensors(structure.pop(), list(leaves)), [])
+    return Gradient(grads, aux)
 
 
 # torch's pytrees do the same for trees of any kind, and take longer: an eager step is Python where models are small.
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The leaves of a dict of tensors, or of tuples of them."""
-    for value in tree.values():
-        if isinstance(value, Tensor):
-            yield value
-        else:
-            yield from value
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the leaves of a dict of tensors, or of tuples of them, by name."""
+    for name, value in tree.items():
+        for leaf in (value,) if isinstance(value, Tensor) else value:
+            yield name, leaf
 
 
 def _filled(trees: Sequence[Mapping[str, Any]], leaves: Iterable[Tensor]) -> tuple[dict[str, Any], ...]:
-    """The same dicts with other leaves, in the order of `_leaves`."""
+    """Return the same dicts with other leaves, in the order of `_leaves`."""
     left = iter(leaves)
     return tuple(
         {
@@ -157,28 +227,23 @@ def _filled(trees: Sequence[Mapping[str, Any]], leaves: Iterable[Tensor]) -> tup
     )
 
 
-class ForeignParametersError(UsageError):
-    """A loss depends on parameters that are none of its arguments.
-
-    Attributes:
-        parameters: these.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        super().__init__(self.message([f"of shape {tuple(p.shape)}" for p in parameters]))
-
-    def message(self, names: Sequence[str]) -> str:
-        """What to say, once the parameters have names."""
-        return (
-            f"the loss depends on parameters that are not in params: {', '.join(map(repr, names))}, which something "
-            "reaches past the arguments (a loss or a hook that closes over model.parameters(), a replaced forward, a "
-            "criterion with parameters of its own). They would get no gradient. Compute such terms inside the model's "
-            "forward, where its attributes are the arguments, or add their gradient to out.grads."
-        )
+class ForeignParametersError(Exception):
+    """A loss depends on parameters that are none of its arguments; they are the error's argument, for a pass to name."""
 
 
-def _check_graph(loss: Tensor, leaves: Sequence[Tensor], trusted: Sequence[Tensor]) -> None:
+def foreign_parameters(names: Sequence[str]) -> UsageError:
+    """Return the error for a loss that depends on parameters past its arguments."""
+    which = f": {', '.join(map(repr, names))}" if names else ""
+    return UsageError(
+        f"the loss depends on parameters that are not in params{which}, which something reaches past the arguments (a loss "
+        "or a hook that closes over model.parameters(), a replaced forward, a criterion with parameters of its own). They "
+        "would get no gradient. If they need none here, as those of a discriminator, say requires_grad_(False); else "
+        "compute such terms inside the model's forward, where its attributes are the arguments, or add their gradient to "
+        "out.grads."
+    )
+
+
+def _check_graph(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     """Make sure that a loss has a gradient, and that it is one by the leaves alone."""
     if not loss.requires_grad:
         raise UsageError(
@@ -186,31 +251,33 @@ def _check_graph(loss: Tensor, leaves: Sequence[Tensor], trusted: Sequence[Tenso
             "detach the output, compute without no_grad, and return a tensor that the model's output went into."
         )
     own = {id(leaf) for leaf in leaves}
-    graph = _graph_leaves(loss, {tensor.grad_fn for tensor in trusted})
-    foreign = [leaf for leaf in graph if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    foreign = [leaf for leaf in _graph_leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ForeignParametersError(foreign)
 
 
 def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
-    """`_check_graph` for the graph around a transform: of leaves that no transform differentiates by."""
-    if is_compiling() or not torch.is_grad_enabled():
+    """Make sure, as `_check_graph` does, that no parameter but the arguments is in the graph around a transform."""
+    leaves = [leaf for tree in inputs for _, leaf in _leaves(tree)]
+    if is_compiling():
+        # There is no graph to look through; but without arguments that are differentiated by, there should be none.
+        if loss.requires_grad and not any(leaf.requires_grad for leaf in leaves):
+            raise foreign_parameters([])
         return
-    own = {id(unwrapped(leaf)) for tree in inputs for leaf in _leaves(tree)}
-    plain = unwrapped(loss)
-    foreign = [leaf for leaf in _graph_leaves(plain) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    own = {id(unwrapped(leaf)) for leaf in leaves}
+    foreign = [leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
         raise ForeignParametersError(foreign)
 
 
-def _graph_leaves(loss: Tensor, left_out: Iterable[Any] = ()) -> Iterator[Tensor]:
-    """The leaves of the graph of a tensor that are differentiated by, without those that some nodes lead to."""
+def _graph_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves of the graph of a tensor that are differentiated by."""
     if loss.grad_fn is None:
         if loss.requires_grad:
             yield loss
         return
     waiting: list[Any] = [loss.grad_fn]
-    seen: set[Any] = {loss.grad_fn, None, *left_out}
+    seen: set[Any] = {loss.grad_fn, None}
     while waiting:
         for node, _ in waiting.pop().next_functions:
             if node in seen:

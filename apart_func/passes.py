@@ -5,35 +5,33 @@
     mixed_pass        some ghost groups at 0, the others at δ: both in one forward and backward
     gradients_at      the proxy loss at any δ    →  ∂L_p/∂δ there, for rules that look further than the first gradient
 
-A pass gives every BN layer of the functional model something else to do, and differentiates what comes out.
+All are one forward and backward of the functional model (`Pass`), with another δ, other groups, and other results.
 """
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from apart_func._torch import is_compiling, is_mapped, is_traced, specialize
-from apart_func.autodiff import ForeignParametersError, Gradient, Opened, differentiate
-from apart_func.distributed import check_groups, is_synchronised
-from apart_func.errors import BatchError, ModelError, SettingError, UsageError
+from apart_func._torch import backward_task, is_compiling, is_concrete, specialize
+from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
+from apart_func.checks import check_clean, check_perturbation
+from apart_func.errors import BatchError, ModelError, UsageError
 from apart_func.functional import (
     FunctionalModel,
     LossFunction,
-    _Template,
     call_module,
     check_loss_function,
+    follow_parameters,
     scalar_loss,
 )
-from apart_func.layer.affine import flat_shifts
-from apart_func.layer.rows import Grouping, Rows, check_rows, number_of_groups
-from apart_func.layers import ALL, CleanLayers, MixedLayers, ShiftedLayers, Shifts
-from apart_func.running import assign
+from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
+from apart_func.layers import PerturbedLayers, Record
+from apart_func.ranks import check_groups
 from apart_func.trees import (
     AdversarialOutput,
     MixedOutput,
@@ -42,13 +40,17 @@ from apart_func.trees import (
     ProxyOutput,
     StatGrads,
     StatGradTree,
+    StatTree,
     Tensors,
     batch_size,
-    detached,
+    cut_groups,
+    detach_perturbation,
     input_and_target,
     map_tensors,
-    replaced,
+    statistics_kind,
     tensors_of,
+    with_tensors,
+    zero_perturbation,
 )
 
 
@@ -80,7 +82,7 @@ def proxy_pass(
 
     Args:
         fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function.
         params: trained tensors by name.
         buffers: all other tensors by name.
         batch: `(input, target)`, pytrees. A tuple or list as input is splatted into the model, a mapping passed as
@@ -93,29 +95,8 @@ def proxy_pass(
     Raises:
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
     """
-    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
-    # A transform differentiates by arguments, so the zero shifts are one; and only that form knows other ranks.
-    if is_traced() or any(map(is_synchronised, fmodel.modules())):
-        return _proxy_pass_by_shifts(run, params, buffers)
-    layers = CleanLayers(run.layers, assign, run.like)
-    gradient, output, moved = run.differentiated(layers, (params,), lambda template: template.buffers(buffers))
-    stats, stat_grads = layers.statistics(), layers.stat_grads(gradient.tap_grads)
-    return ProxyOutput(
-        gradient.loss, output, run.unscaled(gradient.grads[0]), moved, stats, run.unscaled_stats(stat_grads)
-    )
-
-
-def _proxy_pass_by_shifts(run: _Pass, params: Tensors, buffers: Tensors) -> ProxyOutput:
-    point = zero_shifts(run.layers, run.like)
-    layers = MixedLayers(run.layers, point, Grouping(1, run.samples), 1, assign, run.like.dtype)
-
-    def after(template: _Template) -> Any:
-        return template.buffers(buffers), layers.record.statistics()
-
-    gradient, output, (moved, stats) = run.differentiated(layers, (params, point), after)
-    grads, shift_grads = gradient.grads
-    stat_grads = run.unscaled_stats(run.shift_grads(shift_grads, 1))
-    return ProxyOutput(gradient.loss, output, run.unscaled(grads), moved, stats, stat_grads)
+    params = check_call(fmodel, loss_fn, params, buffers)
+    return Pass(fmodel, loss_fn, params, buffers, batch, precision).proxy()
 
 
 def adversarial_pass(
@@ -134,31 +115,30 @@ def adversarial_pass(
 
     Args:
         fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function.
         params: trained tensors by name.
         buffers: all other tensors by name.
         batch: `(input, target)` with the N samples of this pass.
-        perturbation: relative shifts of every BN layer, `(C,)`, or `(groups, C)` for one in each group. A constant:
-            nothing is differentiated by it.
+        perturbation: relative shifts of every BN layer, `(C,)`, or `(groups, C)` for one in each group. `torch.func`
+            differentiates the loss by them; the gradients here are those of parameters.
         groups: number of ghost groups; sample i is in group i mod `groups`. 0 and 1 make one group of the whole
             batch, -1 makes a group of every sample.
-        rows: how the rows of a layer belong to samples, where there are others than one a sample; `layer/rows.py`.
+        rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
         precision: mixed-precision settings.
 
     Returns:
-        Loss, output and gradients.
+        Loss, output, gradients, and the statistics of every group.
 
     Raises:
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    params = check_call(fmodel, loss_fn, params, buffers)
+    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
     check_groups(groups, fmodel.modules())
     check_rows(rows)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
-    layers = ShiftedLayers(run.layers, run.point(perturbation, grouping.groups), grouping)
-    gradient, output, _ = run.differentiated(layers, (params,))
-    return AdversarialOutput(gradient.loss, output, run.unscaled(gradient.grads[0]))
+    return run.adversarial(perturbation, grouping)
 
 
 def gradients_at(
@@ -177,7 +157,7 @@ def gradients_at(
 
     Args:
         fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function.
         params: trained tensors by name.
         buffers: all other tensors by name, as the proxy pass got them.
         batch: `(input, target)`, which is one group.
@@ -190,12 +170,10 @@ def gradients_at(
     Raises:
         ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    run = _Pass(fmodel, loss_fn, detached(params), buffers, batch, precision)
+    params = check_call(fmodel, loss_fn, params, buffers)
+    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
-    point = run.point(perturbation, 1)
-    layers = ShiftedLayers(run.layers, point, Grouping(1, run.samples))
-    gradient, _, _ = run.differentiated(layers, ({}, point))
-    return run.unscaled_stats(run.shift_grads(gradient.grads[1], 1))
+    return run.gradients_at(perturbation)
 
 
 def mixed_pass(
@@ -210,6 +188,7 @@ def mixed_pass(
     clean: int,
     rows: Rows | None = None,
     precision: Precision = FULL_PRECISION,
+    stat_grads: bool = True,
 ) -> MixedOutput:
     """Run a forward and backward in which some ghost groups are clean, and the others have perturbed statistics.
 
@@ -218,59 +197,85 @@ def mixed_pass(
 
     Args:
         fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`. It is called twice, with the clean samples and with the others, for
-            which every tensor with a dimension in output and target has one entry a sample.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function. The loss of the whole batch is
+            differentiated; those of the clean samples and of the others are computed besides, for the report.
         params: trained tensors by name.
         buffers: all other tensors by name.
         batch: `(input, target)`.
-        perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean. A constant.
+        perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean.
         groups: number of ghost groups G ≥ 2; sample i is in group i mod G.
         clean: how many of them are clean, the first ones; at least one, and less than all.
-        rows: how the rows of a layer belong to samples, where there are others than one a sample; `layer/rows.py`.
+        rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
         precision: mixed-precision settings.
+        stat_grads: whether to differentiate by the perturbation as well.
 
     Returns:
         Losses, output, gradients, new buffers, the clean statistics, and statistic gradients of every group.
 
     Raises:
-        ApartError: the state, batch, output or perturbation does not fit, or a layer cannot be perturbed.
+        ApartError: the state, batch or perturbation does not fit, or a layer cannot be perturbed.
     """
-    run = _Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    params = check_call(fmodel, loss_fn, params, buffers)
+    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
     check_groups(groups, fmodel.modules())
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
     check_rows(rows)
     check_perturbation(fmodel.layers, perturbation, 1)
-    point = run.point(perturbation, groups, clean)
-    layers = MixedLayers(run.layers, point, Grouping(groups, run.samples, rows), clean, assign, run.like.dtype)
-    losses: list[Tensor] = []
-
-    def loss_of_both(output: Any, target: Any) -> Tensor:
-        _check_output(output, run.samples)
-        losses[:] = [
-            scalar_loss(loss_fn(*(cut_groups(tree, groups, *limits) for tree in (output, target))))
-            for limits in ((0, clean), (clean, groups))
-        ]
-        return torch.lerp(losses[1], losses[0], clean / groups)
-
-    def after(template: _Template) -> Any:
-        return template.buffers(buffers), layers.record.statistics(), [_outcome(loss) for loss in losses]
-
-    run.loss_fn = loss_of_both
-    gradient, output, (moved, stats, (loss, second)) = run.differentiated(layers, (params, point), after)
-    grads, shift_grads = gradient.grads
-    stat_grads = run.unscaled_stats(run.shift_grads(shift_grads, groups))
-    return MixedOutput(loss, second, output, run.unscaled(grads), moved, stats, stat_grads)
+    return run.mixed(perturbation, Grouping(groups, run.samples, rows), clean, stat_grads)
 
 
-class _Pass:
-    """A forward and backward of a model over a batch, whatever its batch norm does.
+def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors) -> Tensors:
+    """Make sure that a pass can be run, and take over what the caller has changed on the model.
+
+    Returns:
+        The parameters to run it with; see `split_state`.
+
+    Raises:
+        ApartError: it cannot.
+    """
+    if not isinstance(fmodel, FunctionalModel):
+        raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
+    fmodel.update()
+    fmodel.check_trains()
+    check_loss_function(loss_fn)
+    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
+        raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
+    fmodel.check_state(params, buffers)
+    return follow_parameters(params)
+
+
+class Results(NamedTuple):
+    """What a forward leaves besides gradients.
 
     Attributes:
-        layers: channels of the BN layers, by name.
+        loss: of the batch, 0-d.
+        clean_loss: of the clean samples of a mixed pass.
+        adversarial_loss: of the others.
+        output: of the model.
+        aux: what the loss function returned besides the loss.
+        buffers: after the forward.
+        stats: of the clean groups.
+        perturbed_stats: of the others.
+    """
+
+    loss: Tensor
+    clean_loss: Tensor
+    adversarial_loss: Tensor
+    output: Any
+    aux: Any
+    buffers: Tensors
+    stats: StatTree
+    perturbed_stats: StatTree
+
+
+class Pass:
+    """A forward and backward of a model over a batch, at any δ in any ghost groups.
+
+    Attributes:
         samples: number of samples in the batch.
-        like: 0-d zero with the dtype and device of the model's statistics.
-        loss_fn: of output and target.
+        dtype: of the model's statistics.
+        device: likewise.
     """
 
     def __init__(
@@ -282,214 +287,199 @@ class _Pass:
         batch: Any,
         precision: Precision,
     ) -> None:
-        if not isinstance(fmodel, FunctionalModel):
-            raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
-        check_loss_function(loss_fn)
-        if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
-            raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
-        self._fmodel, self.layers, self.loss_fn, self._criterion = fmodel, fmodel.layers, loss_fn, loss_fn
-        # A compiler traces the checks as well: there a step makes them once, and its passes do not.
-        self._tensors = {**params, **buffers} if is_compiling() else fmodel.check_state(params, buffers)
-        specialize([*self._tensors.values(), *tensors_of(batch)])
-        self._inputs, self._target = input_and_target(_laid_out(batch, self._tensors))
+        self._fmodel, self._loss_fn, self._precision = fmodel, loss_fn, precision
+        self._params, self._buffers = params, buffers
+        self._inputs, self._target = input_and_target(batch)
         self.samples = batch_size(batch)
-        self.like = statistics_like(self._tensors)
-        self._precision = precision
+        self.dtype, self.device = statistics_kind(params)
+        specialize([*params.values(), *buffers.values(), *tensors_of(batch)])
 
-    def differentiated(
-        self,
-        layers: CleanLayers | ShiftedLayers,
-        inputs: tuple[Mapping[str, Any], ...],
-        after: Callable[[_Template], Any] = lambda template: None,
-    ) -> tuple[Gradient, Any, Any]:
-        """Run the pass.
+    def proxy(self) -> ProxyOutput:
+        """See `proxy_pass`."""
+        zero = zero_perturbation(self._fmodel.layers, self.dtype, self.device)
+        grads, stat_grads, results = self._run(self._params, zero, True, Grouping(1, self.samples), 1)
+        return ProxyOutput(results.loss, results.output, grads, results.buffers, results.stats, stat_grads, results.aux)
 
-        Args:
-            layers: what batch norm does.
-            inputs: parameters to differentiate by, then shifts, if these are differentiated by as well.
-            after: what else to return, asked between forward and backward.
+    def adversarial(self, perturbation: PerturbationTree, grouping: Grouping) -> AdversarialOutput:
+        """See `adversarial_pass`."""
+        grads, _, results = self._run(self._params, perturbation, False, grouping, 0)
+        return AdversarialOutput(results.loss, results.output, grads, results.perturbed_stats, results.aux)
 
-        Returns:
-            The gradient of the scaled loss, with the loss itself; the model's output; and what `after` returned.
-        """
-        templates: list[_Template] = []
+    def gradients_at(self, perturbation: PerturbationTree) -> StatGradTree:
+        """See `gradients_at`."""
+        return self._run({}, detach_perturbation(perturbation), True, Grouping(1, self.samples), 0)[1]
 
-        def compute(trained: Tensors, *more: Any) -> Any:
-            *shifts, finish = more
-            if shifts and isinstance(layers, ShiftedLayers):
-                (layers.shifts,) = shifts
+    def mixed(self, perturbation: PerturbationTree, grouping: Grouping, clean: int, stat_grads: bool) -> MixedOutput:
+        """See `mixed_pass`."""
+        is_perturbed = (torch.arange(grouping.groups, device=self.device) >= clean).to(self.dtype).unsqueeze(1)
+        shifts = {name: Perturbation(is_perturbed * mean, is_perturbed * scale) for name, (mean, scale) in perturbation.items()}
+        grads, shift_grads, results = self._run(self._params, shifts, stat_grads, grouping, clean)
+        return MixedOutput(
+            results.clean_loss,
+            results.adversarial_loss,
+            results.output,
+            grads,
+            results.buffers,
+            results.stats,
+            shift_grads,
+            results.perturbed_stats,
+            results.loss,
+            results.aux,
+        )
 
-            def body(template: _Template) -> Any:
-                layers.prepare({} if is_traced() else template.affine_parameters())
+    def _run(
+        self, params: Tensors, shifts: PerturbationTree, by_shifts: bool, grouping: Grouping, clean: int
+    ) -> tuple[Tensors, StatGradTree, Results]:
+        """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
+        fmodel = self._fmodel
+
+        def compute(trained: Tensors, *others: Any) -> Any:
+            *point, backward = others
+            record = Record(clean, fmodel.training.replace_buffer, self.dtype)
+            layers = PerturbedLayers(point[0] if point else shifts, grouping, record, backward_task())
+
+            def forward_and_backward(stateless: Any) -> Any:
                 with self._autocast():
-                    output = call_module(template.module, self._inputs)
-                    loss = scalar_loss(self.loss_fn(output, self._target))
-                templates.append(template)
-                trusted = tensors_of(output) if template.checked else []
-                layers.flush()
+                    inputs = map_tensors(_copied, self._inputs)
+                    output = call_module(stateless.module, inputs)
+                    _check_unchanged(inputs)
+                    if layers.mixes:
+                        check_output(output, self.samples)
+                    loss, aux = _loss_and_aux(self._loss_fn(output, self._target))
+                    parts = self._losses_by_part(loss, output, grouping, clean)
+                layers.check_rows()
+                buffers = stateless.buffers(self._buffers)
+                results = Results(loss, *parts, output, aux, buffers, record.clean_stats(), record.perturbed_stats())
                 scale = self._precision.loss_scale
-                results = (_outcome(loss), _outcome(output), after(template))
-                return finish(Opened(loss if scale is None else loss * scale, results, layers.taps(), trusted))
+                return backward(loss if scale is None else loss * scale, detach_if_eager(results))
 
-            return self._fmodel.run({**self._tensors, **trained}, layers, body)
+            return fmodel.run({**self._params, **trained}, self._buffers, layers, forward_and_backward)
 
+        inputs = (params, shifts) if by_shifts else (params,)
         try:
-            gradient = differentiate(compute, *inputs)
+            grads, results = gradients(compute, *inputs, lend_copies=not (is_compiling() or fmodel.training.is_proven))
         except ForeignParametersError as error:
-            raise UsageError(error.message([self._name_of(parameter) for parameter in error.parameters])) from None
-        if not is_traced():
-            templates[0].checked = True
-        loss, output, results = gradient.aux
-        return replaced(gradient, loss=loss), output, results
+            raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
+        if not is_compiling():
+            fmodel.training.is_proven = True
+        by_params = {name: self._unscaled(grad) for name, grad in grads[0].items()}
+        by_point = {
+            name: StatGrads(self._unscaled(mean), self._unscaled(scale))
+            for name, (mean, scale) in (grads[1] if by_shifts else {}).items()
+        }
+        return by_params, by_point, results
 
-    def point(self, perturbation: PerturbationTree, groups: int, clean: int = 0) -> Shifts:
-        """Where a pass is taken: a perturbation of all ghost groups but the first `clean` ones."""
-        if not is_traced() and all(mean.dim() == scale.dim() == 1 for mean, scale in perturbation.values()):
-            return {ALL: flat_shifts(perturbation, self.layers, groups, clean, self.like.dtype)}
-        return in_groups(perturbation, groups, clean, self.like) if clean else perturbation
+    def _losses_by_part(self, loss: Tensor, output: Any, grouping: Grouping, clean: int) -> tuple[Tensor, Tensor]:
+        """Return the losses of the clean samples and of the others, or twice that of all if it couples samples."""
+        groups = grouping.groups
+        if not 0 < clean < groups:
+            return loss, loss
+        if self._couples(output, groups, clean):
+            return loss, loss
+        clean_loss, adversarial_loss = (
+            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[0]
+            for part in ((0, clean), (clean, groups))
+        )
+        return clean_loss, adversarial_loss
 
-    def shift_grads(self, grads: Mapping[str, Any], groups: int) -> StatGradTree:
-        """Gradients by the shifts of such a point, `(C,)` in one group, `(G, C)` else."""
-        by_layer = grads[ALL].by_layer(self.layers, groups) if ALL in grads else grads
-        return {name: StatGrads(*by_layer[name]) for name in self.layers}
+    def _couples(self, output: Any, groups: int, clean: int) -> bool:
+        """Return whether the loss couples clean samples with others; a traced call cannot see it, and says no."""
+        if not is_concrete(tensors_of(output)[0]):
+            return False
+        key, known = (id(self._loss_fn), self.samples, groups, clean), self._fmodel.coupled
+        if key not in known:
+            known[key] = couples(self._loss_fn, output, self._target, groups, clean)
+        return known[key]
 
-    def unscaled(self, grads: Tensors) -> Tensors:
-        """Gradients without the loss scale."""
-        scale = self._precision.loss_scale
-        return grads if scale is None else {name: grad / scale for name, grad in grads.items()}
-
-    def unscaled_stats(self, stat_grads: StatGradTree) -> StatGradTree:
-        """Statistic gradients without the loss scale."""
-        scale = self._precision.loss_scale
-        if scale is None:
-            return stat_grads
-        return {name: StatGrads(mean / scale, spread / scale) for name, (mean, spread) in stat_grads.items()}
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        """Divide the loss scale out of a gradient."""
+        return grad if self._precision.loss_scale is None else grad / self._precision.loss_scale
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision.autocast is None:
             return nullcontext()
-        return torch.autocast(self.like.device.type, dtype=self._precision.autocast)
+        return torch.autocast(self.device.type, dtype=self._precision.autocast)
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         if name := self._fmodel.name_of(parameter):
             return name
-        criterion = self._criterion.named_parameters() if isinstance(self._criterion, nn.Module) else ()
+        criterion = self._loss_fn.named_parameters() if isinstance(self._loss_fn, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
 
 
-def statistics_like(tensors: Mapping[str, Tensor]) -> Tensor:
-    """A 0-d zero with the device and dtype of this model's statistics: float64 in a float64 model, float32 else."""
-    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors.values())
-    device = next(iter(tensors.values())).device
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+def _loss_and_aux(result: Any) -> tuple[Tensor, Any]:
+    """Return what a loss function returned as a scalar and further results."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return scalar_loss(result[0]), result[1]
+    return scalar_loss(result), ()
 
 
-def zero_shifts(layers: Mapping[str, int], like: Tensor) -> PerturbationTree:
-    """No perturbation, `(C,)`, of layers with C channels."""
-    return {name: Perturbation(like.new_zeros(channels), like.new_zeros(channels)) for name, channels in layers.items()}
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.layout == torch.strided and not tensor.is_nested else tensor
 
 
-def in_groups(perturbation: PerturbationTree, groups: int, clean: int, like: Tensor) -> PerturbationTree:
-    """A perturbation of each ghost group, `(G, C)`: none of the first `clean` ones, the given one of the others."""
-    amount = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
-    return {
-        name: Perturbation(amount * mean.detach(), amount * scale.detach())
-        for name, (mean, scale) in perturbation.items()
-    }
+def _check_unchanged(inputs: Any) -> None:
+    """Make sure that a forward has not changed the copies of its inputs, which the second pass would get changed."""
+    for place, tensor in enumerate(tensors_of(inputs)):
+        if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
+            raise BatchError(
+                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and a "
+                "step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
+            )
 
 
-def cut_groups(tree: Any, groups: int, start: int, stop: int) -> Any:
-    """Samples of ghost groups `start` to `stop`; leaves without a dimension are passed whole."""
+def check_output(output: Any, samples: int) -> None:
+    """Make sure that a model's output can be cut into clean and perturbed samples.
 
-    def of_groups(leaf: Tensor) -> Tensor:
-        grouped = rearrange(leaf, "(b g) ... -> b g ...", g=groups)[:, start:stop]
-        return rearrange(grouped, "b g ... -> (b g) ...")
-
-    return map_tensors(lambda leaf: of_groups(leaf) if leaf.dim() else leaf, tree)
-
-
-def _check_output(output: Any, samples: int) -> None:
-    """Make sure that a model's output can be cut into ghost groups."""
-    leaves = tensors_of(output)
-    lengths = [leaf.shape[0] for leaf in leaves if leaf.dim()]
+    Raises:
+        BatchError: it has tensors without an entry a sample.
+    """
+    parts = tensors_of(output)
+    lengths = [leaf.size(0) for leaf in parts if leaf.dim()]
     if not lengths or any(length != samples for length in lengths):
         raise BatchError(
-            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
-            "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
-            "use make_apart_step."
+            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a sample, "
+            "since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or use "
+            "make_apart_step."
         )
-    if any(leaf.requires_grad for leaf in leaves if not leaf.dim()):
+    if any(leaf.requires_grad for leaf in parts if not leaf.dim()):
         raise BatchError(
             "the model's output holds a 0-d tensor that depends on parameters, such as a loss of all samples, and the "
-            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute "
-            "the loss in loss_fn, or use make_apart_step."
+            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute the "
+            "loss in loss_fn, or use make_apart_step."
         )
 
 
-def _laid_out(batch: Any, tensors: Tensors) -> Any:
-    """Images that a compiler is about to see on a CPU, in channels_last, in which Inductor's convolutions compute.
+def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean: int) -> bool:
+    """Return whether the gradient of a loss by outputs of clean samples depends on those of the others.
 
-    In one graph with its backward, Inductor keeps activations in the layout that they would have had without it, and
-    copies them to and fro for every convolution. Under vmap, layouts are not ours to choose.
+    Args:
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`.
+        output: of the model, with an entry a sample.
+        target: of the batch.
+        groups: number of ghost groups G; sample i is in group i mod G.
+        clean: how many of them are clean, the first ones.
     """
-    if not is_compiling() or is_mapped([*tensors.values(), *tensors_of(batch)]):
-        return batch
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-    def laid_out(leaf: Tensor) -> Tensor:
-        if leaf.device.type != "cpu" or leaf.dim() not in formats:
-            return leaf
-        return leaf.contiguous(memory_format=formats[leaf.dim()])
-
-    return map_tensors(laid_out, batch)
-
-
-def _outcome(tree: Any) -> Any:
-    """Results of an eager pass are cut from its graph; a transform still needs theirs."""
-    return tree if is_traced() else detached(tree)
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in tensors_of(output)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):
+        try:
+            loss, _ = _loss_and_aux(loss_fn(with_tensors(output, leaves), target))
+            slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+            # Sines as weights: those of a class and those of a sample may add up to nothing.
+            probes = [(g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum() for g in slopes if g is not None]
+            curvatures = torch.autograd.grad(sum(probes, loss * 0), wanted, allow_unused=True)
+        except RuntimeError:  # it has no second derivative
+            return False
+    return any(bool((c[_part(c, groups, clean, groups)].nan_to_num() != 0).any()) for c in curvatures if c is not None)
 
 
-def check_clean(clean: Any, groups: int) -> None:
-    """Make sure that a mixed pass has groups of both kinds.
-
-    Raises:
-        SettingError: all groups would be of one kind.
-    """
-    if not isinstance(clean, int) or isinstance(clean, bool) or not 0 < clean < groups:
-        raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and less than all of them.")
+def _part(tensor: Tensor, groups: int, start: int, stop: int) -> Tensor:
+    """Return which entries are of samples of ghost groups `start` to `stop`."""
+    group = torch.arange(tensor.shape[0], device=tensor.device) % groups
+    return (group >= start) & (group < stop)
 
 
-def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int) -> None:
-    """Make sure that every layer has a perturbation of its width.
-
-    Raises:
-        SettingError: naming the layers.
-    """
-    check_layers(layers, perturbation)
-    for name, channels in layers.items():
-        for shift in perturbation[name]:
-            shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
-            if shape not in ((channels,), (groups, channels)):
-                raise SettingError(
-                    f"the perturbation of layer {name!r} has shape {shape}; expected ({channels},), "
-                    f"or ({groups}, {channels}) for one in each group."
-                )
-
-
-def check_layers(layers: Iterable[str], perturbation: Any) -> None:
-    """Make sure that a perturbation has the layers that it should have.
-
-    Raises:
-        SettingError: naming the layers.
-    """
-    if not isinstance(perturbation, Mapping):
-        raise SettingError(
-            f"the perturbation is a {type(perturbation).__name__}; expected a dict by layer, as of init_perturbation."
-        )
-    missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
-    if missing or unexpected:
-        raise SettingError(
-            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
-            "A rule returns one entry for every layer in stat_grads."
-        )
+def _sines(like: Tensor, share: float) -> Tensor:
+    return torch.arange(round(like.numel() * share), dtype=like.dtype, device=like.device).sin()

@@ -4,16 +4,19 @@ A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by 
 gradients at perturbations of its own; `perturbation_by` is the one place where the two differ.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_concrete
+from apart_func.checks import is_number
 from apart_func.errors import SettingError, StateError
 from apart_func.summary import summarised
 from apart_func.trees import (
@@ -23,7 +26,7 @@ from apart_func.trees import (
     StatGrads,
     StatGradTree,
     StatTree,
-    check_by_name,
+    check_named_tensors,
 )
 
 
@@ -32,6 +35,41 @@ class Rule(Protocol):
 
     def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
         """See `sign_perturbation`."""
+
+
+class RuleKind(NamedTuple):
+    """What the steps have to know of a rule; `rule_kind` says it of one. As it is here of a rule that nobody described.
+
+    Attributes:
+        is_bounded: whether it moves every statistic by at most ε, so that ε has to be below 1.
+        draws: whether it may find something else on every rank, from the same gradients.
+        needs_gradients: whether it looks at the values of gradients. One pass differentiates by the statistics, and
+            carries a perturbation from step to step, for such rules alone.
+    """
+
+    is_bounded: bool = False
+    draws: bool = True
+    needs_gradients: bool = True
+
+
+AnyRule = TypeVar("AnyRule", bound=Callable[..., PerturbationTree])
+
+
+def rule_kind(*, is_bounded: bool = False, draws: bool = True, needs_gradients: bool = True) -> Callable[[AnyRule], AnyRule]:
+    """Describe a rule of your own, as a decorator; see `RuleKind`."""
+
+    def describe(rule: AnyRule) -> AnyRule:
+        rule.kind = RuleKind(is_bounded, draws, needs_gradients)  # type: ignore[attr-defined]  # a function takes it
+        return rule
+
+    return describe
+
+
+def kind_of(rule: Any) -> RuleKind:
+    """Return the kind of a rule, or of one whose further arguments `functools.partial` has fixed."""
+    while isinstance(rule, partial):
+        rule = rule.func
+    return getattr(rule, "kind", RuleKind())
 
 
 # From a perturbation to the gradient of the proxy loss there, by one more pass over the batch.
@@ -49,17 +87,19 @@ class IterativeRule:
         search: `(stats, stat_grads, epsilon, gradients_at) -> perturbation`, where `gradients_at(perturbation)` is
             ∂L_p/∂δ there.
         name: what messages call it.
+        kind: see `RuleKind`.
     """
 
     search: Callable[[StatTree, StatGradTree, Tensor, GradientsAt], PerturbationTree]
     name: str
+    kind: RuleKind = RuleKind(is_bounded=True, draws=False)
 
     def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
         """Refuse: whoever calls it as a rule of one gradient has no others to give."""
         raise self.refusal()
 
     def refusal(self) -> SettingError:
-        """What to say where there are no further passes."""
+        """Return what to say if there are no further passes."""
         return SettingError(
             f"rule={self.name} needs further passes over the batch, and there are none here. Use it in "
             "make_apart_step or make_apart_sam_step, or take a rule of one gradient, such as sign_perturbation."
@@ -69,67 +109,13 @@ class IterativeRule:
 def perturbation_by(
     rule: Rule, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt
 ) -> PerturbationTree:
-    """The perturbation that a rule of either kind makes."""
+    """Return the perturbation that a rule of either kind makes."""
     if isinstance(rule, IterativeRule):
         return rule.search(stats, stat_grads, epsilon, gradients_at)
     return rule(stats, stat_grads, epsilon)
 
 
-def may_draw(rule: Rule) -> bool:
-    """Whether a rule may find something else on every rank, from the same gradients: those of the user's own may."""
-    return not (isinstance(rule, IterativeRule) or rule in (sign_perturbation, l2_perturbation))
-
-
-def is_drawn(rule: Rule) -> bool:
-    """Whether a rule asks no gradient, so that one pass can take it without one of the step before."""
-    return rule is random_sign_perturbation
-
-
-def check_rule(rule: Any) -> None:
-    """Make sure that a rule can be called.
-
-    Raises:
-        SettingError: it cannot.
-    """
-    if not callable(rule):
-        raise SettingError(
-            f"rule={rule!r}; expected a function (stats, stat_grads, epsilon) -> perturbation, such as "
-            "sign_perturbation."
-        )
-
-
-def check_epsilon(epsilon: Any, rule: Rule) -> None:
-    """Make sure that a perturbation radius is one, where its value can be read.
-
-    Raises:
-        SettingError: it is no number, negative, not finite, has a dimension, or is 1 or more under a sign rule.
-    """
-    if isinstance(epsilon, Tensor):
-        if epsilon.dim():
-            raise SettingError(
-                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
-                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
-            )
-        if is_traced() or epsilon.device.type != "cpu":
-            return  # all_finite reports a bad value, which cannot be read here, or only by waiting for the device
-        epsilon = epsilon.item()
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise SettingError(f"epsilon={epsilon!r}; expected a number, such as 0.1, or a 0-d tensor.")
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
-    if epsilon >= radius_limit(rule):
-        raise SettingError(
-            f"epsilon={epsilon}; a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1. "
-            "Use a radius below 1, such as 0.1."
-        )
-
-
-def radius_limit(rule: Rule) -> float:
-    """The radius from which on a rule can make |δσ| ≥ 1; rules that are not the library's answer for themselves."""
-    bounded = rule in (sign_perturbation, random_sign_perturbation) or isinstance(rule, IterativeRule)
-    return 1.0 if bounded else math.inf
-
-
+@rule_kind(is_bounded=True, draws=False)
 def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Push every statistic to its radius, in the direction that raises the loss.
 
@@ -151,30 +137,64 @@ def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor
     return {layer: Perturbation(epsilon * g.mean.sign(), epsilon * g.scale.sign()) for layer, g in stat_grads.items()}
 
 
-def random_sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
-    """Push every statistic to its radius, in a direction drawn by lot.
+@rule_kind(is_bounded=True, draws=True, needs_gradients=False)
+def random_sign_perturbation(
+    stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, generator: torch.Generator | None = None
+) -> PerturbationTree:
+    """Push every statistic to its radius, up or down at random.
 
-    It is the rule of one pass, where it does as well as the signs of a gradient or better (`examples/RESULTS.md`), and
-    in two passes the control for whether the direction matters.
-
-    Signs come from torch's default generator, as dropout's masks do: under vmap say `randomness="different"`, or
-    "same". Ranks of a process group take the signs of the first one.
+    The rule of one pass, and in two passes the control for whether the direction matters. See `random_signs`.
 
     Args:
         stats: batch statistics of the proxy pass, ignored.
         stat_grads: their gradients, of which only shape, dtype and device are looked at.
         epsilon: perturbation radius, 0-d, ≥ 0, as a fraction of the statistic.
+        generator: of the signs; None is torch's default one. `functools.partial` fixes it.
 
     Returns:
         A perturbation for every layer in `stat_grads`: |δ| = ε.
     """
-
-    def signs(like: Tensor) -> Tensor:
-        return 2 * torch.rand_like(like).round() - 1
-
-    return {layer: Perturbation(epsilon * signs(g.mean), epsilon * signs(g.scale)) for layer, g in stat_grads.items()}
+    return random_signs(stat_grads, epsilon, generator)
 
 
+def random_signs(
+    layers: Mapping[str, StatGrads | Perturbation], epsilon: float | Tensor, generator: torch.Generator | None = None
+) -> PerturbationTree:
+    """Draw random signs of a radius for all layers, in one draw.
+
+    As a value, they are the way to take a step with a key: `apart_step(..., perturbation=δ)`, or
+    `one_pass_step(params, buffers, batch, δ)`, also compiled and mapped.
+
+    From torch's default generator they come as dropout's masks do: under vmap say `randomness="different"`, or "same".
+    Ranks of a process group take those of the first one.
+
+    Args:
+        layers: a tree of the layers, such as `init_perturbation(model)`, of which only shape, dtype and device are looked at.
+        epsilon: perturbation radius ≥ 0, a number or 0-d tensor.
+        generator: a key, such as `torch.Generator().manual_seed(0)`, on the device of `layers`.
+
+    Returns:
+        A perturbation of the same layers and shapes: |δ| = ε.
+
+    Example:
+        >>> layers = {"bn": Perturbation(mean=torch.zeros(2), scale=torch.zeros(2))}
+        >>> one, same = (random_signs(layers, 0.5, torch.Generator().manual_seed(0)) for _ in range(2))
+        >>> bool((one["bn"].mean.abs() == 0.5).all()), bool((one["bn"].scale == same["bn"].scale).all())
+        (True, True)
+    """
+    check_named_tensors("layers", layers)
+    parts = [part for pair in layers.values() for part in pair]
+    if not parts:
+        return {}
+    sizes = [part.numel() for part in parts]
+    bits = torch.randint(2, (sum(sizes),), generator=generator, device=parts[0].device)
+    signs = iter((2 * bits - 1).to(parts[0].dtype).mul(epsilon).split(sizes))
+    return {
+        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair)) for layer, pair in layers.items()
+    }
+
+
+@rule_kind(draws=False)
 def l2_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
     """Move the statistics of every layer by ε along their gradient.
 
@@ -204,7 +224,7 @@ def _of_length(epsilon: Tensor, g: StatGrads) -> Perturbation:
 def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
     """Make the rule that climbs to the worst statistics in several steps: projected gradient ascent.
 
-    From δ = 0, δ ← clip(δ + step_size · ε · sign(∂L_p/∂δ), −ε, ε), with the gradient taken anew at every δ. The first
+    From δ = 0, δ ← clip(δ + step_size · ε · sign(∂L_p/∂δ), −ε, ε), with the gradient taken again at every δ. The first
     is the proxy pass's own; each further one costs a forward and a backward without parameter gradients. One step of
     the default size is `sign_perturbation`.
 
@@ -234,13 +254,13 @@ def _ascended(
         layer: Perturbation(torch.zeros_like(mean), torch.zeros_like(scale))
         for layer, (mean, scale) in stat_grads.items()
     }
-    where = _climbed(where, stat_grads, length)  # in radii
+    where = _ascended_once(where, stat_grads, length)  # in radii
     for _ in range(steps - 1):
-        where = _climbed(where, gradients_at(_times(epsilon, where)), length)
+        where = _ascended_once(where, gradients_at(_times(epsilon, where)), length)
     return _times(epsilon, where)
 
 
-def _climbed(where: PerturbationTree, grads: StatGradTree, length: float) -> PerturbationTree:
+def _ascended_once(where: PerturbationTree, grads: StatGradTree, length: float) -> PerturbationTree:
     """One step uphill, and back into the unit ball."""
     return {
         layer: Perturbation(*((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True)))
@@ -275,8 +295,8 @@ def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
         >>> sign_flips(before, after)  # two of three
         tensor(0.6667)
     """
-    check_by_name("previous", previous)
-    check_by_name("current", current)
+    check_named_tensors("previous", previous)
+    check_named_tensors("current", current)
     shapes = [{layer: tuple(shift.mean.shape) for layer, shift in tree.items()} for tree in (previous, current)]
     if shapes[0] != shapes[1] or not shapes[0]:
         raise StateError(
@@ -308,10 +328,12 @@ def perturbed_stats(
 ) -> dict[str, PerturbedStats]:
     """Apply a perturbation to batch statistics.
 
-    With |δ| ≤ ε this bounds what an adversarial pass sees: |μ' − μ| ≤ ε|μ| and |s/s' − 1| ≤ ε.
+    With |δ| ≤ ε, |μ' − μ| ≤ ε|μ| and |s/s' − 1| ≤ ε. Of the statistics that an adversarial pass returns, these are exactly
+    what it normalised by; of the proxy pass's they are that in the first layer and one group alone, since deeper layers see
+    what earlier ones changed.
 
     Args:
-        stats: batch statistics by layer, `(C,)` or `(K, C)`.
+        stats: batch statistics by layer, `(C,)`, `(G, C)`, or with a leading K.
         perturbation: relative shifts of those layers, `(C,)`.
         eps: BN's constant, one for all layers or one for each.
 
@@ -329,10 +351,9 @@ def perturbed_stats(
         >>> mean, std
         (tensor([3.]), tensor([4.]))
     """
-    check_by_name("stats", stats)
-    check_by_name("perturbation", perturbation)
-    known = isinstance(eps, (int, float)) and not isinstance(eps, bool)
-    if not known and not (isinstance(eps, Mapping) and set(stats) <= set(eps)):
+    check_named_tensors("stats", stats)
+    check_named_tensors("perturbation", perturbation)
+    if not is_number(eps) and not (isinstance(eps, Mapping) and set(stats) <= set(eps)):
         raise SettingError(f"eps is a {type(eps).__name__}; expected BN's constant, or one for every layer in stats.")
     return {
         layer: _perturbed(layer, moments, perturbation, eps[layer] if isinstance(eps, Mapping) else eps)
@@ -350,15 +371,10 @@ def _perturbed(layer: str, stats: BatchStats, perturbation: PerturbationTree, ep
         raise StateError(
             f"layer {layer!r} has {stats.mean.shape[-1]} channels, and its perturbation {shift.mean.shape[-1]}."
         )
-    radius = _concrete_maximum(shift.scale)
-    if radius is not None and radius >= 1:
+    radius = shift.scale.abs().max().item() if is_concrete(shift.scale) else 0.0
+    if radius >= 1:
         raise SettingError(
             f"layer {layer!r} has |δσ| up to {radius:g}, and s' = s/(1 + δσ) needs |δσ| < 1. Use a radius below 1."
         )
     std = torch.sqrt(stats.var + eps)
     return PerturbedStats(stats.mean * (1 + shift.mean), std / (1 + shift.scale))
-
-
-def _concrete_maximum(values: Tensor) -> Any:
-    """The largest magnitude, or None where a transform or compiler hides the values."""
-    return None if is_traced() else values.abs().max().item()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_concrete
 
 Kind = TypeVar("Kind", bound=type)
 
@@ -51,7 +51,7 @@ def _counted(count: int, noun: str) -> str:
 
 def _of_tensor(tensor: Tensor) -> str:
     """Its value, if it has but one that can be read here; else its shape."""
-    if tensor.dim() == 0 and type(tensor) is Tensor and not tensor.is_meta and not is_traced():
+    if tensor.dim() == 0 and is_concrete(tensor):
         return f"{tensor.item():.4g}" if tensor.is_floating_point() else str(tensor.item())
     return f"{tuple(tensor.shape)} {_dtype(tensor)}"
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_concrete
 from apart_func.errors import BatchError, StateError
 from apart_func.summary import summarised
 
@@ -74,21 +74,35 @@ StatGradTree: TypeAlias = dict[str, StatGrads]
 PerturbationTree: TypeAlias = dict[str, Perturbation]
 
 
-def constant(perturbation: Mapping[str, Perturbation]) -> PerturbationTree:
-    """A perturbation that nothing is differentiated by."""
+def detach_perturbation(perturbation: Mapping[str, Perturbation]) -> PerturbationTree:
+    """Return a perturbation that nothing is differentiated by."""
     return {layer: Perturbation(mean.detach(), scale.detach()) for layer, (mean, scale) in perturbation.items()}
 
 
-def vectors(tree: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The tensors of a tree of statistics, of their gradients, or of perturbations."""
+def leaves(tree: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return the tensors of a tree of statistics, of their gradients, or of perturbations."""
     return [vector for of_layer in tree.values() for vector in of_layer]
 
 
-def check_by_name(what: str, tree: Any) -> None:
+def statistics_kind(params: Mapping[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    """Return dtype and device of a model's statistics: float64 if a parameter is, else float32."""
+    wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in params.values())
+    return torch.float64 if wide else torch.float32, next(iter(params.values())).device
+
+
+def zero_perturbation(layers: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> PerturbationTree:
+    """Return no perturbation, `(C,)`, of layers with C channels."""
+    return {
+        name: Perturbation(*(torch.zeros(channels, dtype=dtype, device=device) for _ in range(2)))
+        for name, channels in layers.items()
+    }
+
+
+def check_named_tensors(what: str, tree: Any) -> None:
     """Make sure that an argument is a dict by layer or tensor name.
 
     Raises:
-        StateError: it is none, or holds something else than tensors, or pairs of them.
+        StateError: it is not, or holds something else than tensors, or pairs of them.
     """
     if not isinstance(tree, Mapping):
         raise StateError(f"{what} is a {type(tree).__name__}; expected a dict by name, as the library returns.")
@@ -108,7 +122,8 @@ class ProxyOutput(NamedTuple):
         grads: ∇L_p, keyed as `params`.
         buffers: the buffers after the pass.
         stats: batch statistics of every BN layer that was called.
-        stat_grads: ∂L_p/∂δ of every BN layer in training mode, `(C,)` each; zero where the layer was not called.
+        stat_grads: ∂L_p/∂δ of every BN layer in training mode, `(C,)` each; zero if the layer was not called.
+        aux: what the loss function returned besides the loss; () if nothing.
     """
 
     loss: Tensor
@@ -117,6 +132,7 @@ class ProxyOutput(NamedTuple):
     buffers: Tensors
     stats: StatTree
     stat_grads: StatGradTree
+    aux: Any = ()
 
 
 @summarised
@@ -127,11 +143,16 @@ class AdversarialOutput(NamedTuple):
         loss: L_a, 0-d.
         output: the model's output for the samples of the pass.
         grads: ∇L_a, keyed as `params`.
+        stats: batch statistics of every ghost group of every layer that was called, `(G, C)`: `perturbed_stats(stats, δ)`
+            is what the pass normalised by.
+        aux: what the loss function returned besides the loss; () if nothing.
     """
 
     loss: Tensor
     output: Any
     grads: Tensors
+    stats: StatTree
+    aux: Any = ()
 
 
 @summarised
@@ -139,14 +160,18 @@ class MixedOutput(NamedTuple):
     """What the mixed pass returns.
 
     Attributes:
-        loss: L_p, that of the clean samples, 0-d.
-        adversarial_loss: L_a, that of the perturbed ones.
+        loss: L_p, that of the clean samples, 0-d; that of all if the loss couples samples, or has no entry a sample.
+        adversarial_loss: L_a, that of the perturbed ones, likewise.
         output: the model's output, of all samples.
-        grads: r ∇L_p + (1 − r) ∇L_a, with r the share of clean groups; keyed as `params`.
+        grads: gradient of the loss of the whole batch, keyed as `params`: r ∇L_p + (1 − r) ∇L_a, with r the share of clean
+            groups, if the loss is a mean over samples.
         buffers: the buffers after the pass.
         stats: batch statistics of the clean samples, of every BN layer that was called.
         stat_grads: gradients of r L_p + (1 − r) L_a by the relative shifts of each ghost group, `(G, C)` each, for
-            every BN layer in training mode.
+            every BN layer in training mode; empty if they were not wanted.
+        adversarial_stats: batch statistics of every perturbed ghost group, `(G', C)`.
+        batch_loss: the loss of the whole batch, 0-d, which is differentiated.
+        aux: what the loss function returned besides it.
     """
 
     loss: Tensor
@@ -156,6 +181,9 @@ class MixedOutput(NamedTuple):
     buffers: Tensors
     stats: StatTree
     stat_grads: StatGradTree
+    adversarial_stats: StatTree
+    batch_loss: Tensor
+    aux: Any = ()
 
     @property
     def loss_gap(self) -> Tensor:
@@ -174,10 +202,12 @@ class StepOutput(NamedTuple):
         adversarial_loss: L_a, 0-d.
         output: the model's output in the proxy pass; in a one-pass step that of all samples, clean and perturbed.
         stats: batch statistics of the proxy pass, or of the clean samples.
-        stat_grads: gradients of L_p with respect to the relative shifts.
-        perturbation: δ of the adversarial pass; from a one-pass step, δ for the next one, or that of the step if it was
-            drawn there.
-        all_finite: 0-d bool, whether both losses, all gradients and δ are finite.
+        stat_grads: gradients of L_p with respect to the relative shifts; empty in a one-pass step of random signs.
+        perturbation: δ of the adversarial pass. From a one-pass step whose rule needs gradients, δ for the next one.
+        adversarial_stats: batch statistics of every ghost group of the adversarial pass, `(G, C)`:
+            `perturbed_stats(adversarial_stats, δ)` is what it normalised by.
+        all_finite: 0-d bool, whether the losses, all gradients and δ are finite.
+        aux: what the loss function returned besides the loss of the proxy pass, or of the whole batch in one pass.
     """
 
     grads: Tensors
@@ -188,7 +218,9 @@ class StepOutput(NamedTuple):
     stats: StatTree
     stat_grads: StatGradTree
     perturbation: PerturbationTree
+    adversarial_stats: StatTree
     all_finite: Tensor
+    aux: Any = ()
 
     @property
     def loss_gap(self) -> Tensor:
@@ -199,14 +231,14 @@ class StepOutput(NamedTuple):
 Named = TypeVar("Named", bound=NamedTuple)
 
 
-def replaced(parts: Named, **changes: Any) -> Named:
-    """A named tuple with other values in some places: `_replace`, in words that Dynamo of torch 2.8 traces."""
+def replace(parts: Named, **changes: Any) -> Named:
+    """Return a named tuple with other values in some places: `_replace`, in words that Dynamo of torch 2.8 traces."""
     kind = type(parts)
     return kind(*[changes.get(name, value) for name, value in zip(kind._fields, parts, strict=True)])
 
 
 def input_and_target(batch: Any) -> tuple[Any, Any]:
-    """The two parts of a batch.
+    """Return the two parts of a batch.
 
     Raises:
         BatchError: it is no pair.
@@ -218,12 +250,12 @@ def input_and_target(batch: Any) -> tuple[Any, Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples M: the length that every tensor with a dimension shares.
+    """Return the number of samples M: the length that every tensor with a dimension shares.
 
     Raises:
         BatchError: there is no such tensor, or their lengths differ.
     """
-    lengths = [leaf.shape[0] for leaf in tensors_of(batch) if leaf.dim()]
+    lengths = [leaf.size(0) for leaf in tensors_of(batch) if leaf.dim()]
     if not lengths:
         raise BatchError(
             "the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target)."
@@ -236,9 +268,68 @@ def batch_size(batch: Any) -> int:
     return int(lengths[0])
 
 
-def cut_batch(batch: Any, start: int, stop: int) -> Any:
-    """Samples `start` to `stop` of a batch; leaves without a dimension are passed whole."""
-    return map_tensors(lambda leaf: leaf[start:stop] if leaf.dim() else leaf, batch)
+def cut_batch(batch: Any, start: int, stop: int, samples: int) -> Any:
+    """Return samples `start` to `stop` of a batch of `samples`; see `cut_samples`."""
+    if (start, stop) == (0, samples):
+        return batch
+    return cut_samples(batch, slice(start, stop), samples)
+
+
+def cut_groups(tree: Any, groups: int, start: int, stop: int, samples: int) -> Any:
+    """Return the samples of ghost groups `start` to `stop` of some `samples`; see `cut_samples`."""
+    return cut_samples(tree, [i for i in range(samples) if start <= i % groups < stop], samples)
+
+
+WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def cut_samples(tree: Any, which: slice | list[int], samples: int) -> Any:
+    """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
+
+    Tensors without a dimension, numbers, strings, and lists of another length are passed whole.
+
+    Raises:
+        BatchError: a part cannot be cut, so that what is passed would not belong to the samples.
+    """
+    if isinstance(tree, Tensor):
+        return _cut_tensor(tree, which) if tree.dim() else tree
+    if isinstance(tree, Mapping):
+        values = {key: cut_samples(tree[key], which, samples) for key in tree}
+        return values if type(tree) is dict else _mapping_like(tree, values)
+    if isinstance(tree, (tuple, list)):
+        if len(tree) == samples and not tensors_of(tree) and not hasattr(tree, "_fields"):
+            return type(tree)(_entries(tree, which))
+        items = [cut_samples(item, which, samples) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if _is_dataclass(tree):
+        made = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(made, field.name, cut_samples(getattr(tree, field.name), which, samples))
+        return made
+    if isinstance(tree, WHOLE):
+        return tree
+    if hasattr(tree, "__array__") and hasattr(tree, "shape"):
+        return tree[which] if len(tree.shape) and tree.shape[0] == samples else tree
+    raise BatchError(
+        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and nobody "
+        "knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 in two "
+        "passes, where the whole batch is used."
+    )
+
+
+def _cut_tensor(tensor: Tensor, which: slice | list[int]) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise BatchError(
+            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted here, "
+            "and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch is used."
+        )
+    if isinstance(which, slice):
+        return tensor[which]
+    return tensor.index_select(0, torch.tensor(which, device=tensor.device))
+
+
+def _entries(items: Any, which: slice | list[int]) -> Any:
+    return items[which] if isinstance(which, slice) else [items[i] for i in which]
 
 
 def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
@@ -280,7 +371,7 @@ def _mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors of a tree, in order."""
+    """Return the tensors of a tree, in order."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, Mapping):
@@ -294,58 +385,92 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for child in children for leaf in tensors_of(child)]
 
 
-def with_tensors(tree: Any, tensors: list[Tensor]) -> Any:
-    """The same tree with other tensors, in the order of `tensors_of`."""
+def with_tensors(tree: Any, tensors: list[Any]) -> Any:
+    """Return the same tree with other tensors, in the order of `tensors_of`."""
     left = iter(tensors)
     return map_tensors(lambda _: next(left), tree)
 
 
 def detached(tree: Any) -> Any:
-    """A tree of the same tensors, cut from every graph."""
+    """Return a tree of the same tensors, cut from every graph."""
     return map_tensors(torch.Tensor.detach, tree)
 
 
-def stack_by_layer(trees: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trees by layer as one, with a new leading dimension: a layer's is as long as the trees that have it."""
+def stack_calls(calls: Mapping[str, Sequence[BatchStats]]) -> StatTree:
+    """Return statistics of the calls of every layer as one tree; a layer called K > 1 times gets a leading K."""
+    return {layer: stats[0] if len(stats) == 1 else stack_trees(stats) for layer, stats in calls.items()}
+
+
+def stack_by_layer(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return trees by layer as one, with a new leading dimension: a layer's is as long as the trees that have it."""
     found: dict[str, list[Any]] = {}
     for tree in trees:
         for layer, of_layer in tree.items():
             found.setdefault(layer, []).append(of_layer)
-    return {layer: stacked(parts) for layer, parts in found.items()}
+    return {layer: stack_trees(parts) for layer, parts in found.items()}
 
 
-def stacked(trees: list[Any]) -> Any:
-    """One tree of stacked tensors, with a new leading dimension, from trees of one structure."""
-    return map_tensors(lambda *leaves: torch.stack(leaves), *trees)
+def stack_trees(trees: Sequence[Any]) -> Any:
+    """Return one tree of stacked tensors, from trees of one structure.
+
+    Tensors of unlike shapes, as the statistics of a layer that one part calls more often than another, are joined on
+    their first dimension instead, `(K, C)` after `(C,)`.
+    """
+    return map_tensors(_stacked, *trees)
 
 
-def concatenated(trees: list[Any]) -> Any:
-    """One tree of tensors joined on dim 0, from trees of one structure; tensors without a dimension are stacked."""
-    return map_tensors(lambda *leaves: torch.cat(leaves) if leaves[0].dim() else torch.stack(leaves), *trees)
+def _stacked(*tensors: Tensor) -> Tensor:
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    dims = max(tensor.dim() for tensor in tensors)
+    return torch.cat([tensor if tensor.dim() == dims else tensor.unsqueeze(0) for tensor in tensors])
+
+
+def concatenate(trees: Sequence[Any]) -> Any:
+    """Return one tree of tensors joined on dim 0, from trees of one structure; tensors without a dimension are stacked."""
+    return map_tensors(lambda *parts: torch.cat(parts) if parts[0].dim() else torch.stack(parts), *trees)
+
+
+def dense_values(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor that may be sparse or complex, as a dense real one."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 # Up to here, tensors are looked at together: it costs less to copy them than to start an operator for each.
-FEW = 2**14
+SMALL_NUMEL = 2**14
 
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether no tensor holds an infinity or NaN, as a 0-d bool; no host waits for a device."""
-    kept = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors if tensor.numel()]
+    """Return whether no tensor holds an infinity or NaN, as a 0-d bool; no host waits for a device."""
+    kept = [dense_values(tensor) for tensor in tensors if tensor.numel()]
     if not kept:
         return torch.tensor(True)
-    if is_traced():
-        return torch.stack([tensor.isfinite().all() for tensor in kept]).all()
-    small = [tensor.flatten() for tensor in kept if tensor.numel() <= FEW]
-    parts = ([torch.cat(small)] if small else []) + [tensor for tensor in kept if tensor.numel() > FEW]
-    # A sum takes half the time of both bounds. It shows every infinity and NaN, and may overflow by itself.
-    if all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in parts):
+    small = [tensor.flatten() for tensor in kept if tensor.numel() <= SMALL_NUMEL]
+    parts = ([torch.cat(small)] if small else []) + [tensor for tensor in kept if tensor.numel() > SMALL_NUMEL]
+    # On a CPU a sum takes half the time of a maximum. It shows every infinity and NaN, and may overflow by itself.
+    if is_concrete(parts[0]) and parts[0].device.type == "cpu":
         sums = _all_finite([part.sum() for part in parts])
         if sums:
             return sums
-    # A NaN is the least and the greatest of the values that it is among.
-    return _all_finite([bound for part in parts for bound in torch.aminmax(part)])
+    return _all_finite([part.abs().amax() for part in parts])
 
 
 def _all_finite(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack([scalar.to(torch.float64) for scalar in scalars]).isfinite().all()
+
+
+Tree = TypeVar("Tree")
+
+
+def where_tree(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """Return `new` if the condition holds, else `old`, leaf by leaf; the host waits for no device."""
+    if is_concrete(condition) and condition.device.type == "cpu":
+        return new if condition else old
+
+    def of_leaf(one: Tensor, other: Tensor) -> Tensor:
+        return one if one is other else torch.where(condition, one, other)
+
+    return map_tensors(of_leaf, new, old)  # type: ignore[no-any-return]  # of the trees' own type

@@ -133,7 +133,7 @@ class Network(nn.Module):
     def to_points(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """From `(samples, points, ...)` to rows, and from rows to the mean over those of each sample."""
         samples, points = len(x), self.points
-        if self.rows == "in_turn":
+        if self.rows == "interleaved":
             return lambda x: x.transpose(0, 1).flatten(0, 1), lambda rows: rows.unflatten(0, (points, samples)).mean(0)
         of_rows = samples_of_points(samples, points, self.rows)
         counts = of_rows.bincount()
@@ -250,6 +250,6 @@ def architectures(draw: st.DrawFn) -> Architecture:
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
         points=points,
-        rows=draw(st.sampled_from(["consecutive", "in_turn", "function", "uneven"])) if points > 1 else "consecutive",
+        rows=draw(st.sampled_from(["consecutive", "interleaved", "function", "uneven"])) if points > 1 else "consecutive",
         pooled_from=draw(st.integers(1, len(blocks))) if points > 1 else 0,
     )

@@ -1,0 +1,158 @@
+"""The mathematics: batch norm with perturbed statistics, as a formula in plain operators.
+
+    y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β          x̂ = (x − μ)/s,  s² = σ² + eps,  sg = stop-gradient
+
+for every channel of every ghost group: batch norm whose mean is μ(1 + δμ) and whose deviation is s/(1 + δσ). Transforms,
+compilers, every device and every order of derivative know these operators; `kernels.py` is the same as one node of autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from apart_func._torch import unsafe_view
+
+# From mean and variance of every group on this rank to those over all ranks, for synchronised layers.
+Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Normalized(NamedTuple):
+    """What a call of a layer returns.
+
+    Attributes:
+        y: of the activations' shape and dtype.
+        mean: batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32.
+        var: biased variance σ², likewise.
+    """
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class Affine(NamedTuple):
+    """What a layer applies to x̂, in the dtype of its statistics.
+
+    Attributes:
+        weight: γ, `(C,)`.
+        bias: β, `(C,)`.
+        shift: δμ, `(C,)` for all ghost groups or `(G, C)` for each.
+        scale: δσ, likewise.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+class Groups(Protocol):
+    """How activations `(N, C, ...)` form ghost groups."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return the activations in the form that the other two work on."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over every channel of every group, `(G, C)`."""
+
+    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
+        """Return vectors `(G, C)` in a shape that broadcasts over `values`."""
+
+    def join(self, values: Tensor) -> Tensor:
+        """Undo `split`."""
+
+
+class InterleavedGroups(NamedTuple):
+    """Ghost groups in which row i is in group i mod G: a dimension of their own, which is a view in every layout."""
+
+    count: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return `(N/G, G, C, ...)`."""
+        return x.unflatten(0, (-1, self.count))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values.mean((0, *range(3, values.dim())))
+
+    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return vectors.reshape(*vectors.shape, *[1] * (values.dim() - 3))
+
+    def join(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values.flatten(0, 1)
+
+
+class IndexedGroups(NamedTuple):
+    """Ghost groups of any rows, which need not be alike in number.
+
+    Attributes:
+        index: the group of every row, `(N,)`, int64.
+        sizes: values a channel in each group, `(G, 1)`, in the dtype of the statistics.
+    """
+
+    index: Tensor
+    sizes: Tensor
+
+    def split(self, x: Tensor) -> Tensor:
+        """See `Groups`."""
+        return x
+
+    def mean(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        of_rows = values.flatten(2).sum(2) if values.dim() > 2 else values
+        return of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.index, of_rows) / self.sizes
+
+    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        rows = vectors.expand(len(self.sizes), -1)[self.index]
+        return rows.reshape(*rows.shape, *[1] * (values.dim() - 2))
+
+    def join(self, values: Tensor) -> Tensor:
+        """See `Groups`."""
+        return values
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics for activations of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor) -> Affine:
+    """Take γ, β and δ in the dtype of a layer's statistics; a γ of None is 1, a β of None is 0."""
+    dtype = statistics_dtype(x.dtype)
+    weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
+    bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
+    return Affine(weight, bias, shift.to(dtype), scale.to(dtype))
+
+
+def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Reduce | None = None) -> Normalized:
+    """Normalise by perturbed statistics.
+
+    Args:
+        x: activations `(N, C, ...)`.
+        vectors: γ, β, δμ and δσ.
+        eps: BN's constant, added to the variance.
+        groups: the ghost groups of the rows.
+        reduce: makes moments over all ranks from those of this one, differentiably; None keeps these.
+    """
+    weight, bias, shift, scale = vectors
+    values = groups.split(x).to(weight.dtype)
+    mean = groups.mean(values)
+    # As a constant, `start` spares the backward a sum over the activations.
+    start = mean.detach()
+    centred = values - groups.spread(start, values)
+    var = groups.mean(centred.square()) - (mean - start).square()
+    if reduce is not None:
+        mean, var = reduce(mean, var)
+    invstd = torch.rsqrt(var + eps)
+    gamma = weight * (1 + scale)
+    slope = gamma * invstd
+    intercept = bias - gamma * shift * (mean * invstd).detach() - (mean - start) * slope
+    y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
+    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean, var)

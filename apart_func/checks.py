@@ -1,0 +1,164 @@
+"""What is refused, and how: the checks of arguments and settings, each with its message.
+
+A message says what was given, what was expected, and how to mend it. Values are checked if they can be read without
+waiting for a device; under a transform a bad radius makes `all_finite` False.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apart_func._torch import is_concrete
+from apart_func.errors import SettingError
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, of Python or numpy, and no bool."""
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is an integer, of Python or numpy, and no bool."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def check_rule(rule: Any) -> None:
+    """Make sure that a rule can be called.
+
+    Raises:
+        SettingError: it cannot.
+    """
+    if not callable(rule):
+        raise SettingError(
+            f"rule={rule!r}; expected a function (stats, stat_grads, epsilon) -> perturbation, such as "
+            "sign_perturbation."
+        )
+
+
+def check_epsilon(epsilon: Any, is_bounded: bool) -> None:
+    """Make sure that a perturbation radius is one, if its value can be read.
+
+    Args:
+        epsilon: a number or 0-d tensor.
+        is_bounded: whether the rule moves every statistic by at most ε, so that it has to be below 1.
+
+    Raises:
+        SettingError: it is no number, negative, not finite, has a dimension, or is 1 or more under such a rule.
+    """
+    if isinstance(epsilon, Tensor):
+        if epsilon.dim():
+            raise SettingError(
+                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
+                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
+            )
+        if not is_concrete(epsilon) or epsilon.device.type != "cpu":
+            return
+        epsilon = epsilon.item()
+    if not is_number(epsilon):
+        raise SettingError(f"epsilon={epsilon!r}; expected a number, such as 0.1, or a 0-d tensor.")
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
+    if is_bounded and epsilon >= 1:
+        raise SettingError(
+            f"epsilon={epsilon}; a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1. "
+            "Use a radius below 1, such as 0.1."
+        )
+
+
+def check_radius(name: str, value: Any) -> None:
+    """Make sure that a setting is a radius.
+
+    Raises:
+        SettingError: it is no number, negative, or not finite.
+    """
+    if not (is_number(value) and 0 <= value < math.inf):
+        raise SettingError(f"{name}={value!r}; expected a finite radius ≥ 0, such as 0.05.")
+
+
+def scalar(value: Any, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a setting as a 0-d tensor that nothing is differentiated by.
+
+    Raises:
+        SettingError: it is no number.
+    """
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value.detach().to(device=device, dtype=dtype)
+    if not is_number(value):
+        raise SettingError(f"{name}={value!r}; expected a number or 0-d tensor.")
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def check_clean(clean: Any, groups: int) -> None:
+    """Make sure that a mixed pass has groups of both kinds.
+
+    Raises:
+        SettingError: all groups would be of one kind.
+    """
+    if not is_count(clean) or not 0 < clean < groups:
+        raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and less than all of them.")
+
+
+def clean_groups(clean_fraction: float, groups: int) -> int:
+    """Return how many of G ghost groups are clean.
+
+    Raises:
+        SettingError: that would be none or all of them.
+    """
+    clean = round(clean_fraction * groups)
+    if not 0 < clean < groups:
+        which = "none" if clean <= 0 else "all"
+        raise SettingError(
+            f"groups={groups} and clean_fraction={clean_fraction} make {which} of the groups clean; expected at least one "
+            "that is, and one that is not. Use groups=2 or more, and a fraction such as 0.5."
+        )
+    return clean
+
+
+def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int) -> None:
+    """Make sure that every layer has a perturbation of its width.
+
+    Args:
+        layers: channels by name.
+        perturbation: two tensors a layer.
+        groups: number of ghost groups, of which each may have its own; 1 allows `(C,)` alone.
+
+    Raises:
+        SettingError: naming the layers.
+    """
+    check_layers(layers, perturbation)
+    for name, channels in layers.items():
+        parts = perturbation[name]
+        if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+            given = f"{len(parts)} parts" if isinstance(parts, (tuple, list)) else f"a {type(parts).__name__}"
+            raise SettingError(f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation.")
+        for shift in parts:
+            shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+            if shape not in ((channels,), (groups, channels)):
+                raise SettingError(
+                    f"the perturbation of layer {name!r} has shape {shape}; expected ({channels},), "
+                    f"or ({groups}, {channels}) for one in each group."
+                )
+
+
+def check_layers(layers: Iterable[str], perturbation: Any) -> None:
+    """Make sure that a perturbation has the layers that it should have.
+
+    Raises:
+        SettingError: naming the layers.
+    """
+    if not isinstance(perturbation, Mapping):
+        raise SettingError(
+            f"the perturbation is a {type(perturbation).__name__}; expected a dict by layer, as of init_perturbation."
+        )
+    missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
+    if missing or unexpected:
+        raise SettingError(
+            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
+            "A rule returns one entry for every layer in stat_grads."
+        )

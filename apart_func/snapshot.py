@@ -1,0 +1,263 @@
+"""Copies of a model, and what has changed on a model since one was taken.
+
+A copy is a `copy.deepcopy`, with three differences: hooks stay the caller's objects, functions that hold modules of the
+model hold those of the copy, and tensors that a hook computes (as pruning does) are left to the hook.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from operator import is_
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from apart_func.errors import ModelError
+
+HOOKS = frozenset(
+    name
+    for name, value in vars(nn.Module()).items()
+    if name.endswith("_hooks") or (name.startswith("_") and "hooks_" in name)
+)
+# Changed by training itself, and taken from the arguments of a call: of these, only the names count.
+REGISTERS = ("_parameters", "_buffers")
+SCALARS = frozenset([bool, int, float, complex, str, bytes, type(None)])
+
+
+def check_model(model: Any) -> None:
+    """Make sure that a model is a module whose tensors have a shape.
+
+    Raises:
+        ModelError: it is not, or has lazy layers.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ModelError(f"the model is {what}; expected a torch.nn.Module, such as resnet18().")
+    lazy = [name for name, tensor in named_tensors(model) if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(f"{lazy[0]!r} has no shape yet: the model has lazy layers. Run one forward on a batch first.")
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return parameters and buffers, each once, by its first name."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model.
+
+    Args:
+        model: any module.
+        memo: what stands for an object in the copy, by the object's id, as `copy.deepcopy` takes it. Afterwards it has
+            all that was copied.
+
+    Raises:
+        ModelError: it cannot be copied, or would run modules that are not its own.
+    """
+    check_model(model)
+    memo = {} if memo is None else memo
+    own = {id(module) for module in model.modules()}
+    rebound: list[FunctionType] = []
+    for name, module in model.named_modules():
+        for place, function in _functions_of(module):
+            inner = _closed_over(function)
+            held = [value for value in inner if isinstance(value, nn.Module)]
+            _check_foreign(name, module, place, [m for m in held if id(m) not in own])
+            if any(id(m) in own for m in held):
+                functions = [f for f in (function, *inner) if isinstance(f, FunctionType) and id(f) not in memo]
+                memo.update((id(f), _with_empty_cells(f)) for f in functions)
+                rebound += functions
+            elif place in HOOKS and not (isinstance(function, MethodType) and isinstance(function.__self__, nn.Module)):
+                memo.setdefault(id(function), function)
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+        group = vars(module).get("process_group")  # a SyncBatchNorm says over which ranks
+        if group is not None:
+            memo[id(group)] = group
+    try:
+        made: nn.Module = copy.deepcopy(model, memo)
+        for function in rebound:
+            _fill_cells(function, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({error}). Make what copy.deepcopy cannot copy no attribute of a "
+            "module, or give it a __deepcopy__; pass the module that a wrapper such as DistributedDataParallel holds."
+        ) from error
+    return made
+
+
+def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the functions that stand on a module, and the attribute that each is in."""
+    for place, value in vars(module).items():
+        if place in HOOKS:
+            yield from ((place, hook) for hook in value.values())
+        elif isinstance(value, (FunctionType, MethodType, partial)):
+            yield place, value
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """Return what a function closes over or is partially applied to, and so on for the functions among that."""
+    found: list[Any] = []
+    waiting = [function]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, partial):
+            inner: list[Any] = [*value.args, *value.keywords.values(), value.func]
+        elif isinstance(value, FunctionType):
+            inner = [*(value.__defaults__ or ()), *_cell_contents(value)]
+        else:
+            continue
+        inner = [getattr(part, "__self__", part) if isinstance(part, MethodType) else part for part in inner]
+        new = [part for part in inner if not any(part is known for known in found)]
+        found += new
+        waiting += new
+    return found
+
+
+def _cell_contents(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet filled
+            continue
+
+
+def _check_foreign(name: str, module: nn.Module, place: str, foreign: list[nn.Module]) -> None:
+    """Make sure that a function on a module does not train modules that are not the model's."""
+    for held in foreign:
+        if place == "forward" or (held.training and list(held.buffers())):
+            what = "the forward" if place == "forward" else f"{place!r}"
+            raise ModelError(
+                f"{what} of layer {name!r} ({type(module).__name__}) is a function that holds {type(held).__name__}, which "
+                "is no module of the model, so a copy of the layer would still run the original. Make it an attribute of "
+                "the module, override forward in a subclass, or put what it holds in evaluation mode."
+            )
+
+
+def _with_empty_cells(function: FunctionType) -> FunctionType:
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    vars(made).update(vars(function))
+    return made
+
+
+def _fill_cells(function: FunctionType, memo: dict[int, Any]) -> None:
+    """Give a copied function what the original holds: the copy's modules, and otherwise the same objects."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, copied(value.__self__))
+        return memo.get(id(value), value) if isinstance(value, (nn.Module, FunctionType)) else value
+
+    made = memo[id(function)]
+    made.__defaults__ = None if function.__defaults__ is None else tuple(map(copied, function.__defaults__))
+    for cell, original in zip(made.__closure__ or (), function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not yet filled
+            cell.cell_contents = copied(original.cell_contents)
+
+
+def signature(model: nn.Module) -> list[Any]:
+    """Describe what a model holds besides the tensors in its registers: modules, modes, hooks, attributes, containers.
+
+    Two signatures are equal if nothing has changed. Numbers and strings stand for themselves, and other objects for their
+    identity, so that nothing of the model is kept alive.
+    """
+    found: list[Any] = []
+    for module in model.modules():
+        found.append(id(module))
+        for name, value in vars(module).items():
+            if type(value) in SCALARS:
+                found.append(value)
+            elif not isinstance(value, (dict, list, set, deque)):
+                found.append(id(value))
+            elif value:
+                found.append(name)
+                found += value if name in REGISTERS else map(_identity, _content(value))
+    return found
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, (dict, list, set, deque)):
+        return [_identity(part) for part in _content(value)]
+    return value if type(value) in SCALARS else id(value)
+
+
+class Snapshot:
+    """The attributes of the modules of a copy and what is in their containers, to be put back after a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._attributes = [dict(vars(module)) for module in self._modules]
+        self._values = [tuple(attributes.values()) for attributes in self._attributes]
+        self._containers = list(_containers(self._attributes))
+        self._contents = [_content(container) for container in self._containers]
+
+    def restore(self) -> None:
+        """Undo what has changed, such as the lists and counters that a forward fills."""
+        for module, attributes, values in zip(self._modules, self._attributes, self._values, strict=True):
+            if not _are_same(vars(module).values(), values):
+                vars(module).clear()
+                vars(module).update(attributes)
+        for container, content in zip(self._containers, self._contents, strict=True):
+            if len(container) == 0 == len(content) or _are_same(_content(container), content):
+                continue
+            container.clear()
+            if isinstance(container, dict):
+                container.update(zip(content[::2], content[1::2], strict=True))
+            elif isinstance(container, set):
+                container.update(content)
+            else:
+                container.extend(content)
+
+
+def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """Yield the containers in some attributes, also those in others."""
+    waiting = [value for of_module in attributes for value in of_module.values()]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list, set, deque)) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def _content(container: Any) -> tuple[Any, ...]:
+    return tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
+
+
+def _are_same(values: Any, old: tuple[Any, ...]) -> bool:
+    return len(values) == len(old) and all(map(is_, values, old))
+
+
+class HiddenTensors:
+    """The tensors and arrays of a model that are in no register: plain attributes, and modules in plain lists.
+
+    A copy has copies of them, which follow the caller's at every call, so that what a forward writes to them is dropped.
+    """
+
+    def __init__(self, memo: Mapping[int, Any]) -> None:
+        originals = memo.get(id(memo), [])  # copy.deepcopy keeps what it has copied alive there
+        pairs = [(original, memo[id(original)]) for original in originals if _is_array(original)]
+        self._pairs = [(weakref.ref(one), other, copy.deepcopy(other)) for one, other in pairs if other is not one]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give the copies the values of the originals, or those they began with if the originals are gone."""
+        for reference, copied, kept in self._pairs:
+            original = reference()
+            copied[...] = kept if original is None else original
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or (type(value).__module__ == "numpy" and hasattr(value, "__setitem__"))

@@ -112,7 +112,7 @@ def passes_of(settings: MethodSettings) -> tuple[str, ...]:
 
 def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:
     """What the first step carries: zeros for a perturbation or a momentum, and nothing for the other methods."""
-    if settings.name == "one_pass":
+    if settings.name == "one_pass" and settings.rule != "random_sign":  # which draws in every step
         return init_perturbation(model)
     if settings.name == "momentum_sam":
         trained = ((name, param) for name, param in model.named_parameters() if param.requires_grad)
@@ -170,8 +170,8 @@ def _carrying(one_pass_step: Callable[..., StepOutput]) -> Step:
     def step(
         params: Tensors, buffers: Tensors, batch: Batch, carried: Carried, *, epsilon: Tensor | None = None
     ) -> tuple[StepOutput, Carried]:
-        out = one_pass_step(params, buffers, batch, carried, epsilon=epsilon)
-        return out, out.perturbation
+        out = one_pass_step(params, buffers, batch, *([carried] if carried else []), epsilon=epsilon)
+        return out, out.perturbation if carried else carried
 
     return step
 

@@ -7,6 +7,7 @@
     evidence     methods compared, with radii chosen on validation data
     robustness   a picture of what networks withstand
     budget       arms with equal budgets of tuning: examples/results/PLAN.md
+    appendix     results in detail, from the numbers of every seed
 
 `python -m experiments COMMAND --help` lists what each takes.
 """
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness", "budget")
+COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness", "budget", "appendix")
 
 
 def main(arguments: Sequence[str]) -> int | str | None:

@@ -23,16 +23,18 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
+from experiments.budget_table import search_table, test_tables
 from experiments.environment import environment
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
 from experiments.loop import train
 from experiments.nonfinite import NonFiniteError
 from experiments.runs import FolderError, RunError, is_finished, read_run
+from experiments.tables import markdown
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
-REFINED, REFINE_SEEDS, TEST_SPLITS = 3, (1, 2), range(1, 9)
+REFINED, REFINE_SEEDS = 3, (1, 2)
 
 
 class Range(NamedTuple):
@@ -63,26 +65,37 @@ class Study(NamedTuple):
     shared: Mapping[str, Range]
     arms: Mapping[str, Arm]
     draws: int = 20
+    test_splits: int = 8
 
 
-_DECAY = {"lr": Range(0.03, 0.6), "weight-decay": Range(5e-4, 5e-2)}
-_ONE_PASS = Arm("--method one_pass --groups 4 --epochs 120", {"epsilon": Range(0.05, 0.5)})
+def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
+    """The arms, all of the same compute: two passes have half the epochs."""
+    smoothing, dropout = Range(-0.2, 0.2, is_log=False), Range(-0.5, 0.5, is_log=False)
+    once, twice = f"--epochs {epochs}", f"--epochs {epochs // 2}"
+    return {
+        "plain": Arm(f"--method plain {once}", {"label-smoothing": smoothing, "dropout": dropout}),
+        "ghost_noise": Arm(f"--method ghost_noise {once}", {"ghost-size": ghost_sizes}),
+        "one_pass": Arm(f"--method one_pass --groups {groups} {once}", {"epsilon": Range(0.05, 0.5)}),
+        "apart": Arm(f"--method apart --groups {groups} {twice}", {"epsilon": Range(0.025, 0.4)}),
+        "sam": Arm(f"--method sam {twice}", {"rho": Range(0.02, 0.5)}),
+    }
+
+
+_CIFAR = (
+    "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 --schedule cosine "
+    "--compile --channels-last --batch-size"
+)
+_DIGITS = "--data digits --schedule cosine --batch-size"
+_DECAYS = Range(5e-4, 5e-2)
+_LARGE = {"lr": Range(0.03, 0.6), "weight-decay": _DECAYS}
+_SMALL = {"lr": Range(0.01, 0.3), "weight-decay": _DECAYS}
+_FEW = Range(2, 16, is_whole=True)
 STUDIES = {
-    "cifar10": Study(
-        "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 "
-        "--batch-size 128 --schedule cosine --compile --channels-last",
-        _DECAY,
-        {
-            "plain": Arm(
-                "--method plain --epochs 120",
-                {"label-smoothing": Range(-0.2, 0.2, is_log=False), "dropout": Range(-0.5, 0.5, is_log=False)},
-            ),
-            "ghost_noise": Arm("--method ghost_noise --epochs 120", {"ghost-size": Range(4, 64, is_whole=True)}),
-            "one_pass": _ONE_PASS,
-            "apart": Arm("--method apart --groups 4 --epochs 60", {"epsilon": Range(0.025, 0.4)}),
-            "sam": Arm("--method sam --epochs 60", {"rho": Range(0.02, 0.5)}),
-        },
-    ),
+    "cifar10": Study(f"{_CIFAR} 128", _LARGE, arms_of(120, 4, Range(4, 64, is_whole=True))),
+    "cifar10-batch16": Study(f"{_CIFAR} 16", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "cifar10-batch8": Study(f"{_CIFAR} 8", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "digits-batch16": Study(f"{_DIGITS} 16", _SMALL, arms_of(60, 2, _FEW), draws=12, test_splits=20),
+    "digits-batch8": Study(f"{_DIGITS} 8", _SMALL, arms_of(30, 2, _FEW), draws=12, test_splits=20),
 }
 
 
@@ -183,7 +196,8 @@ def refine(options: Options, results: Results) -> list[Trial]:
 def test(options: Options, results: Results) -> list[Trial]:
     """What each arm has chosen, on fresh splits and seeds."""
     chosen = {arm: choice(results, arm) for arm in options.arms}
-    return [Trial("test", arm, chosen[arm], split, 10 + split) for split in TEST_SPLITS for arm in options.arms]
+    splits = range(1, 1 + STUDIES[options.study].test_splits)
+    return [Trial("test", arm, chosen[arm], split, 10 + split) for split in splits for arm in options.arms]
 
 
 def ranked(results: Results, arm: str) -> list[int]:
@@ -268,11 +282,29 @@ def main(argv: Sequence[str]) -> None:
             if trial not in read_results(path):
                 print(f"{number} of {len(trials)}: {trial.name}", flush=True)
                 run(options, trial, path)
+                write_tables(options, path)
+        write_tables(options, path)
         if not set(trials) <= set(read_results(path)):
             print(
                 "Other processes are at the last runs of this stage; the same command goes on when they have finished."
             )
             return
+
+
+def write_tables(options: Options, path: Path) -> None:
+    """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
+    results = read_results(path)
+    lines, arms = list(results.values()), list(dict.fromkeys(trial.arm for trial in results))
+    tables = [search_table(options.study, arms, lines)]
+    tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
+    if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
+        tables += test_tables(options.study, list(options.arms), lines)
+    else:
+        planned = len(options.arms) * (STUDIES[options.study].draws + REFINED * len(REFINE_SEEDS))
+        planned += len(options.arms) * STUDIES[options.study].test_splits
+        notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
+        tables = [tables[0]._replace(notes=notes)]
+    path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
 
 
 def is_settled(options: Options, results: Results) -> bool:

@@ -30,6 +30,7 @@ from experiments.evaluate import (
     load_network,
     read_evaluation,
     scores,
+    with_exact_statistics,
 )
 from experiments.groups import group_runs
 from experiments.loop import train
@@ -159,6 +160,25 @@ def test_curves_begin_with_the_accuracy_on_the_test_samples(measured):
     assert measured["adversarial"][2] < measured["random"][2] < measured["random"][0]
     for kind in ("random", "adversarial"):
         assert measured["area"][kind] == pytest.approx(np.trapezoid(measured[kind], measured["radii"]) / RADII[-1])
+
+
+def test_loss_and_error_on_the_training_samples_are_those_of_evaluation_mode(run, measured):
+    model = network(run)
+    found, labels = scores(model, DIGITS, DIGITS.train)
+    assert measured["train_loss"] == pytest.approx(torch.nn.functional.cross_entropy(found, labels).item())
+    assert measured["train_error"] == pytest.approx(100 * (found.argmax(1) != labels).double().mean().item())
+
+
+def test_exact_statistics_are_those_of_all_training_samples(run):
+    model = network(run)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = with_exact_statistics(model, DIGITS)
+    ((samples, _),) = evaluation_batches(DIGITS, DIGITS.train, batch_size=len(DIGITS.train))
+    entered = model.stem[0](samples)  # what the first layer of batch norm sees
+    torch.testing.assert_close(exact.stem[1].running_mean, entered.mean((0, 2, 3)))
+    torch.testing.assert_close(exact.stem[1].running_var, entered.var((0, 2, 3)))
+    assert not exact.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_images_with_a_wrong_label_are_listed(run, measured):

@@ -206,7 +206,10 @@ def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> No
     given = with_a_graph(model, leaf)
     two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *_: given)
     one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=lambda *_: given)
-    for out in (two_passes(*split_state(model), batch), one_pass(*split_state(model), batch, given)):
+    state, infinite = split_state(model), (batch[0] * float("inf"), batch[1])
+    outs = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
+    outs.append(one_pass(*state, infinite, given))  # which returns the one that came in
+    for out in outs:
         assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
     assert leaf.grad is None

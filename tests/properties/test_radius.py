@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apart_func import (
     APART,
+    BatchStats,
     Perturbation,
     init_perturbation,
     l2_perturbation,
@@ -226,6 +227,23 @@ def assert_normalised_by(
             assert (off_std <= slack)[told].all()
 
 
+def assert_statistics(
+    case: Case, calls: list[Call], samples: int, stats: dict[str, BatchStats], clean: int = 0
+) -> None:
+    """The statistics that a step returns are those of the groups that it pushed."""
+    groups, rounding = groups_of(case, samples), 1e-9 if case.dtype == torch.float64 else 1e-4
+    for norm in (0, 1):
+        own = [call for call in calls if call.norm == norm]
+        shape = len(own), groups - clean, CHANNELS
+        returned = (part.double().reshape(shape) for part in stats[f"norms.{norm}"])
+        for call, mean, var in zip(own, *returned, strict=True):
+            group = case.sample_of_rows(len(call.x), samples) % groups
+            for g in range(clean, groups):
+                x = call.x[group == g].movedim(1, -1).flatten(0, -2)
+                torch.testing.assert_close(mean[g - clean], x.mean(0), rtol=rounding, atol=rounding)
+                torch.testing.assert_close(var[g - clean], x.var(0, unbiased=False), rtol=rounding, atol=rounding)
+
+
 def assert_on_the_radius(case: Case, perturbation: Any, stat_grads: Any = None) -> None:
     """A rule of signs uses all of the radius, but where the gradient has no sign."""
     for layer, shift in perturbation.items():
@@ -253,6 +271,7 @@ def check_two_passes(case: Case, model: Network, out: Any) -> None:
     samples = int(case.ratio * SAMPLES)
     calls = calls_of(model, out.grads, SAMPLES + samples, len(model.rows_of(batch_of(case)[0][:samples])))
     assert_normalised_by(case, model, calls, samples, out.perturbation)
+    assert_statistics(case, calls, samples, out.adversarial_stats)
 
 
 def one_pass(
@@ -268,8 +287,9 @@ def one_pass(
 
 def check_one_pass(case: Case, model: Network, out: Any, perturbation: Any) -> None:
     """Half of the groups are clean."""
-    calls = calls_of(model, out.grads, SAMPLES)
-    assert_normalised_by(case, model, calls, SAMPLES, perturbation, clean=groups_of(case, SAMPLES) // 2)
+    calls, clean = calls_of(model, out.grads, SAMPLES), groups_of(case, SAMPLES) // 2
+    assert_normalised_by(case, model, calls, SAMPLES, perturbation, clean)
+    assert_statistics(case, calls, SAMPLES, out.adversarial_stats, clean)
 
 
 def drop_in(case: Case, compiled: bool = False) -> APART:

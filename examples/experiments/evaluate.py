@@ -53,6 +53,7 @@ class Options:
         draws: random shifts at each radius.
         samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; all other
             figures are from all of them.
+        test_samples: the test samples themselves, at most: for sets and processors where all of them take too long.
         again: measure folders anew that have been measured.
         data_dir: where the data lies, if not where it was in training.
         processes: that measure at the same time, with one thread each.
@@ -62,6 +63,7 @@ class Options:
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     draws: int = 4
     samples: int = 1500
+    test_samples: int | None = None
     again: tyro.conf.FlagCreatePairsOff[bool] = False
     data_dir: Path | None = None
     processes: int = 2
@@ -69,13 +71,16 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse, before any run is measured, what no run can be measured with."""
         check_radii(self.radii)
-        for name, count in {"draws": self.draws, "samples": self.samples, "processes": self.processes}.items():
+        counts = {"draws": self.draws, "samples": self.samples, "processes": self.processes}
+        for name, count in {**counts, "test-samples": 1 if self.test_samples is None else self.test_samples}.items():
             if count < 1:
                 raise SettingError(f"--{name} must be 1 or more, not {count}")
 
 
 def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
     """Measure a network."""
+    if options.test_samples is not None:
+        data = data._replace(test=data.test.subset(torch.arange(min(options.test_samples, len(data.test)))))
     test_scores, labels = scores(model, data, data.test)
     few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
     held_out = data.train if data.validation is None else data.validation

@@ -288,13 +288,15 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
     """Put groups together that differ in nothing but what is chosen; zero radius is a method of its own.
 
     All methods stand at the weight decay that most of them have, plain training that they are set against included.
-    What was trained at several is a rival once more, with its weight decay among what is chosen.
+    What was trained at several is a rival once more, with its weight decay among what is chosen. Where no decay is that
+    of most, as in a grid, weight decay is chosen for all, plain training included.
     """
     varied = varied_settings([group.settings for group in test])
     told = [name for name in CHOSEN if name in RADII or name in varied]
     told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
     usual_epochs = base_epochs([group.settings for group in test])
-    usual = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(1)[0][0]
+    decays = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(2)
+    usual = decays[0][0] if len({count for _, count in decays}) == len(decays) else None
     found: dict[str, Family] = {}
     tuned: dict[str, Family] = {}
 
@@ -310,7 +312,8 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
         if group.settings[DECAY] == usual:
             family = found.setdefault(key, Family(called, [], group.is_plain))
             family.candidates.append(Candidate(", ".join(values), group, validated))
-        family = tuned.setdefault(key, Family(f"{called}, tuned weight decay", [], is_plain=False))
+        name = called if usual is None else f"{called}, tuned weight decay"
+        family = tuned.setdefault(key, Family(name, [], is_plain=usual is None and group.is_plain))
         family.candidates.append(Candidate(", ".join([*values, decay]), group, validated))
     several = [family for family in tuned.values() if len({c.test.settings[DECAY] for c in family.candidates}) > 1]
     return [*found.values(), *several]

@@ -291,6 +291,20 @@ def test_a_method_of_several_weight_decays_stays_what_it_was_and_is_a_rival_with
     assert table["APART in one pass, tuned weight decay"]["gain on plain"].strip("*").startswith("+4.12")
 
 
+def test_in_a_grid_of_decays_that_of_every_method_is_chosen_plain_training_included(tmp_path):
+    runs = tmp_path / "runs"
+    for decay, plain, other in ((0.001, 7, 4), (0.002, 5, 6), (0.004, 6, 5)):
+        training = {"epochs": 2, "weight_decay": decay}
+        write_all(runs, {0: plain, 1: plain + 1}, training=training)
+        write_all(runs, {0: other, 1: other}, training=training, **method("one_pass"))
+    table = make(runs)["equal epochs"]
+    assert {label: row["chosen"] for label, row in table.items()} == {
+        "plain": "weight decay 0.002",
+        "APART in one pass": "ε 0.1, weight decay 0.001 (at the edge: weight decay)",
+    }
+    assert table["APART in one pass"]["gain on plain"].strip("*") == difference({0: 5, 1: 6}, {0: 4, 1: 4})
+
+
 def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each_and_marks_what_was_chosen(runs, tmp_path):
     for decay, epsilon, error in ((0.001, 0.1, 6), (0.001, 0.2, 5), (0.002, 0.1, 4), (0.002, 0.2, 7), (0.004, 0.1, 6)):
         training = {"epochs": 2, "weight_decay": decay}
@@ -301,7 +315,7 @@ def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each_and_mark
         evidence.Options((runs,), out=tmp_path),
     )
     curves = {family.label: curve for family in families if (curve := evidence.decay_curve(family))}
-    curve = curves["APART in one pass, tuned weight decay"]
+    curve = curves["APART in one pass"]
     assert curve.decays == [0.001, 0.002, 0.004]
     assert curve.errors == [5.5, 4.5, 6.5]
     assert curve.chosen == 1

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 CLASSES = 3
+ORDERS = ("consecutive", "interleaved", "function", "uneven")
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by number of position axes
 NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 SMOOTH = {
@@ -250,6 +251,6 @@ def architectures(draw: st.DrawFn) -> Architecture:
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
         points=points,
-        rows=draw(st.sampled_from(["consecutive", "interleaved", "function", "uneven"])) if points > 1 else "consecutive",
+        rows=draw(st.sampled_from(ORDERS)) if points > 1 else ORDERS[0],
         pooled_from=draw(st.integers(1, len(blocks))) if points > 1 else 0,
     )

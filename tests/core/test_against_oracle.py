@@ -322,14 +322,6 @@ def test_a_tied_parameter_appears_once_with_the_gradient_of_all_its_uses() -> No
     assert_agree(step)
 
 
-def test_a_parameter_that_the_loss_does_not_reach_has_a_zero_gradient() -> None:
-    model = mlp(nn.BatchNorm1d(4))
-    model[1].unused = nn.Parameter(torch.ones(2).double())
-    step = take_step(model, vectors())
-    assert torch.equal(step.library.grads["1.unused"], torch.zeros(2).double())
-    assert_agree(step)
-
-
 # Buffers.
 
 
@@ -397,12 +389,6 @@ def test_a_checkpointed_block_counts_its_batch_once() -> None:
 
 
 # Groups and batches.
-
-
-def test_a_layer_of_one_channel_can_be_split_into_groups() -> None:
-    # One γ for every group can be had without a copy, as a tensor of stride 0, and BN's kernels read past its end.
-    model = sequential(nn.Linear(5, 1), nn.BatchNorm1d(1), nn.Tanh(), nn.Linear(1, 3))
-    assert_agree(take_step(model, vectors(), groups=3))
 
 
 def test_each_group_can_have_a_perturbation_of_its_own() -> None:

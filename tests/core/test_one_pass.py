@@ -567,19 +567,6 @@ def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
     assert counter.frame_count == 1
 
 
-def test_both_forms_of_the_layer_give_the_same_pass() -> None:
-    """Kernels eagerly, arithmetic under a transform; here for channels_last images in groups as well."""
-    model = convolutional()
-    x, y = BATCH
-    shifts = random_perturbation(model)
-    step = partial(
-        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation), *split_state(model)
-    )
-    eager = step((x.contiguous(memory_format=torch.channels_last), y), shifts)
-    mapped = vmap(lambda e: step((x, y), shifts, epsilon=e))(torch.tensor([0.1], dtype=torch.float64))
-    assert_same(tree_map(lambda leaf: leaf[0], mapped), eager)
-
-
 def mixing() -> nn.Module:
     """A network with a layer that evaluates by the statistics of whatever batch it sees."""
     model = convolutional()

@@ -273,7 +273,9 @@ def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
             raise foreign_parameters([])
         return
     own = {id(unwrapped(leaf)) for leaf in leaves}
-    foreign = [leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    foreign = [
+        leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own
+    ]
     if foreign:
         raise ForeignParametersError(foreign)
 

@@ -136,7 +136,9 @@ def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int
         parts = perturbation[name]
         if not isinstance(parts, (tuple, list)) or len(parts) != 2:
             given = f"{len(parts)} parts" if isinstance(parts, (tuple, list)) else f"a {type(parts).__name__}"
-            raise SettingError(f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation.")
+            raise SettingError(
+                f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation."
+            )
         for shift in parts:
             shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
             if shape not in ((channels,), (groups, channels)):

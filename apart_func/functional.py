@@ -7,7 +7,6 @@ layer that runs again during the backward finds its tensors. The caller's model 
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
 
-import copy
 import inspect
 import threading
 import weakref

@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from apart_func._torch import is_concrete
-from apart_func.checks import is_count
 from apart_func.batch_norm import IndexedGroups, Normalized, Reduce, affine, formula
+from apart_func.checks import is_count
 from apart_func.errors import BatchError, SettingError
 from apart_func.kernels import perturbed_batch_norm
 from apart_func.trees import Perturbation
@@ -195,7 +195,9 @@ def check_rows(rows: Any) -> None:
     Raises:
         SettingError: it is neither a name of an order nor a function.
     """
-    if not (rows is None or callable(rows) or rows in ("consecutive", "interleaved", "in_turn")):  # "in_turn" is its name of old
+    if not (
+        rows is None or callable(rows) or rows in ("consecutive", "interleaved", "in_turn")
+    ):  # "in_turn" is its name of old
         raise SettingError(f"rows={rows!r}; expected 'consecutive', 'interleaved', or a function (layer, input).")
 
 

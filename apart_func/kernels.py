@@ -293,6 +293,15 @@ def native_backward(
     """Run training-mode BN's own backward; the gradients of the vectors come as `(G, C)`."""
     scale, center, inverse = (vector.contiguous().view(-1) for vector in (slope, mean, invstd))
     grad_x, by_slope, by_offset = torch.ops.aten.native_batch_norm_backward.default(
-        grad, x, scale, None, None, center, inverse, True, 0.0, (for_x, True, True)  # eps has gone into invstd
+        grad,
+        x,
+        scale,
+        None,
+        None,
+        center,
+        inverse,
+        True,
+        0.0,
+        (for_x, True, True),  # eps has gone into invstd
     )
     return grad_x, by_slope.view(mean.shape), by_offset.view(mean.shape)

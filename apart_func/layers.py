@@ -77,9 +77,7 @@ class PerturbedLayers:
             only runs again.
     """
 
-    def __init__(
-        self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int
-    ) -> None:
+    def __init__(self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int) -> None:
         self.perturbation, self.grouping, self.record, self._task = perturbation, grouping, record, task
         self._rows: dict[str, int] = {}
 

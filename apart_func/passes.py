@@ -10,7 +10,7 @@ All are one forward and backward of the functional model (`Pass`), with another 
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -315,7 +315,10 @@ class Pass:
     def mixed(self, perturbation: PerturbationTree, grouping: Grouping, clean: int, stat_grads: bool) -> MixedOutput:
         """See `mixed_pass`."""
         is_perturbed = (torch.arange(grouping.groups, device=self.device) >= clean).to(self.dtype).unsqueeze(1)
-        shifts = {name: Perturbation(is_perturbed * mean, is_perturbed * scale) for name, (mean, scale) in perturbation.items()}
+        shifts = {
+            name: Perturbation(is_perturbed * mean, is_perturbed * scale)
+            for name, (mean, scale) in perturbation.items()
+        }
         grads, shift_grads, results = self._run(self._params, shifts, stat_grads, grouping, clean)
         return MixedOutput(
             results.clean_loss,
@@ -347,9 +350,7 @@ class Pass:
             else:
                 leaves = LentLeaves(inputs, are_copies=not fmodel.training.is_proven)
                 with torch.enable_grad():
-                    grads, results = self._forward_and_backward(
-                        *leaves.trees, *fixed, grouping, clean, leaves.backward
-                    )
+                    grads, results = self._forward_and_backward(*leaves.trees, *fixed, grouping, clean, leaves.backward)
                 fmodel.training.is_proven = True
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
@@ -397,7 +398,9 @@ class Pass:
         if self._couples(output, groups, clean):
             return loss, loss
         clean_loss, adversarial_loss = (
-            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[0]
+            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[
+                0
+            ]
             for part in ((0, clean), (clean, groups))
         )
         return clean_loss, adversarial_loss
@@ -488,7 +491,11 @@ def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean:
             loss, _ = _loss_and_aux(loss_fn(with_tensors(output, leaves), target))
             slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
             # Sines as weights: those of a class and those of a sample may add up to nothing.
-            probes = [(g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum() for g in slopes if g is not None]
+            probes = [
+                (g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum()
+                for g in slopes
+                if g is not None
+            ]
             curvatures = torch.autograd.grad(sum(probes, loss * 0), wanted, allow_unused=True)
         except RuntimeError:  # it has no second derivative
             return False

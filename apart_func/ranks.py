@@ -277,7 +277,10 @@ class GroupRanks(Ranks):
         sums = self._sums(parts)
         count, ranks = len(zero), dist.get_world_size(self._group)
         of_grads, of_stats, calls = sums[: 2 * count], sums[2 * count : 4 * count], sums[4 * count :]
-        grads = {layer: StatGrads(*(part / ranks for part in pair)) for layer, pair in zip(zero, _pairs(of_grads), strict=True)}
+        grads = {
+            layer: StatGrads(*(part / ranks for part in pair))
+            for layer, pair in zip(zero, _pairs(of_grads), strict=True)
+        }
         means = {
             layer: BatchStats(*(part / times.clamp(min=1) for part in pair))
             for layer, pair, times in zip(zero, _pairs(of_stats), calls, strict=True)
@@ -329,7 +332,8 @@ class GroupRanks(Ranks):
         """Return the sums of tensors of one dtype over ranks, in one all-reduce."""
         flat = all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]), self._group)
         return [
-            part.view(like.shape) for part, like in zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+            part.view(like.shape)
+            for part, like in zip(flat.split([part.numel() for part in parts]), parts, strict=True)
         ]
 
 

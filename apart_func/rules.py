@@ -55,7 +55,9 @@ class RuleKind(NamedTuple):
 AnyRule = TypeVar("AnyRule", bound=Callable[..., PerturbationTree])
 
 
-def rule_kind(*, is_bounded: bool = False, draws: bool = True, needs_gradients: bool = True) -> Callable[[AnyRule], AnyRule]:
+def rule_kind(
+    *, is_bounded: bool = False, draws: bool = True, needs_gradients: bool = True
+) -> Callable[[AnyRule], AnyRule]:
     """Describe a rule of your own, as a decorator; see `RuleKind`."""
 
     def describe(rule: AnyRule) -> AnyRule:
@@ -190,7 +192,8 @@ def random_signs(
     bits = torch.randint(2, (sum(sizes),), generator=generator, device=parts[0].device)
     signs = iter((2 * bits - 1).to(parts[0].dtype).mul(epsilon).split(sizes))
     return {
-        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair)) for layer, pair in layers.items()
+        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair))
+        for layer, pair in layers.items()
     }
 
 

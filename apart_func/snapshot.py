@@ -233,7 +233,9 @@ def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
 
 
 def _content(container: Any) -> tuple[Any, ...]:
-    return tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
+    return (
+        tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
+    )
 
 
 def _are_same(values: Any, old: tuple[Any, ...]) -> bool:

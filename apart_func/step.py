@@ -199,7 +199,9 @@ class Step:
         is_valid = (radius >= 0) & (radius < (1 if is_bounded else torch.inf))
         return Begun(params, radius, is_valid, Precision(settings.autocast_dtype, scale), ranks)
 
-    def _described(self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree) -> dict[str, str]:
+    def _described(
+        self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
+    ) -> dict[str, str]:
         """Describe what ranks have to have in common."""
         return {
             "the settings": f"{type(self).__name__}: {self.settings.described()}",

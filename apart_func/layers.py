@@ -91,9 +91,7 @@ class PerturbedLayers:
         name, x, shifts = call.name, call.x, self.perturbation[call.name]
         check_input(name, x, shifts.mean.shape[-1])
         reduce = synchronisation(call.layer, x, self.grouping.groups)
-        (y, mean, var), sizes = grouped_batch_norm(
-            name, x, (call.weight, call.bias), shifts, call.eps, self.grouping, reduce
-        )
+        (y, mean, var), sizes = grouped_batch_norm(call, shifts, self.grouping, reduce)
         if backward_task() == self._task:
             self._rows[name] = self._rows.get(name, 0) + len(x)
             self.record.add(call, mean.detach(), var.detach(), sizes if reduce is None else reduce.sizes)

@@ -19,7 +19,7 @@ from apart_func.groups import Grouping, check_input, grouped_batch_norm, not_by_
 from apart_func.intercept import BatchNormCall
 from apart_func.ranks import synchronisation
 from apart_func.running import Store, advance, pooled
-from apart_func.trees import BatchStats, Perturbation, StatTree, stack_calls
+from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatTree, stack_calls
 
 
 class Record:
@@ -108,3 +108,10 @@ class PerturbedLayers:
             for name, seen in self._rows.items():
                 if seen % samples:
                     raise not_by_sample(name, seen, samples)
+
+
+def in_groups(perturbation: PerturbationTree, clean: int, groups: int) -> PerturbationTree:
+    """Return a perturbation of every ghost group, `(G, C)`, which is zero in the clean ones, the first."""
+    like = next(iter(perturbation.values())).mean
+    is_perturbed = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
+    return {name: Perturbation(*(is_perturbed * shift for shift in shifts)) for name, shifts in perturbation.items()}

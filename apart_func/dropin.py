@@ -132,7 +132,7 @@ class APART:
         Args:
             epsilon: a number or 0-d tensor ≥ 0; below 1 for a rule of signs. A SettingError says if it is not.
         """
-        check_epsilon(epsilon, kind_of(self.rule or sign_perturbation).is_bounded)
+        check_epsilon(epsilon, kind_of(self._rule(sign_perturbation)).is_bounded)
         self.epsilon = epsilon
         return self
 
@@ -190,7 +190,7 @@ class APART:
             clean_fraction: share of the groups that are clean, rounded to whole groups: at least one, less than all.
         """
         self._settings(clean_fraction)
-        rule = self.rule or random_sign_perturbation
+        rule = self._rule(random_sign_perturbation)
         if kind_of(rule).needs_gradients:
             raise SettingError(
                 "one_pass() draws its perturbation, and the rule wants gradients of the step before. Leave rule=None, "
@@ -207,11 +207,14 @@ class APART:
         point = drawn[0] | drawn[-1]
         check_perturbation(_channels(layers), point, 1)
         self.perturbation, self._proxy, self.stat_grads = drawn[0], None, {}
-        fraction, dtype = clean_fraction, radius.dtype
-        context = Context("one_pass()", self.model, layers, point, self.groups, self.rows, fraction, dtype)
+        context = Context("one_pass()", self.model, layers, point, self.groups, self.rows, clean_fraction, radius.dtype)
         with self._opened(context):
             yield self
         self.stats = context.record.clean_stats()
+
+    def _rule(self, default: Rule) -> Rule:
+        """Return the user's rule, or that of the context."""
+        return default if self.rule is None else self.rule
 
     def _settings(self, clean_fraction: float = 0.5) -> Settings:
         """Check the settings, which may have been set as attributes since."""
@@ -219,7 +222,7 @@ class APART:
             epsilon=self.epsilon,
             groups=self.groups,
             clean_fraction=clean_fraction,
-            rule=self.rule or sign_perturbation,
+            rule=self._rule(sign_perturbation),
             rows=self.rows,
             process_group=self.process_group,
         )

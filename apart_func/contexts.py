@@ -87,7 +87,7 @@ class Context:
         groups, point = max(self._groups, 1), self._point
         if samples is not None and (self._groups == -1 or any(layer.training for layer in self.layers.values())):
             groups = number_of_groups(self._groups, samples)
-        if self.mixes:
+        if self.mixes and not (samples is None and self._groups == -1):  # which a layer refuses
             self.record.clean = clean_groups(self._clean, groups)
             point = in_groups(point, self.record.clean, groups)
         self._forwards.append(PerturbedLayers(point, Grouping(groups, samples, self._rows), self.record, self._task))

@@ -141,8 +141,8 @@ class APART:
         """Make the passes inside proxy passes: plain training, which also yields the statistic gradients."""
         if self._proxy is not None and self._proxy.has_gradients():
             warnings.warn(
-                "to_proxy() was entered again with no to_adver() in between, and drops the statistic gradients of the "
-                "proxy pass before. Compute all losses of a step inside one to_proxy().",
+                "to_proxy() was entered again with no to_adver() in between: the statistic gradients of the proxy pass "
+                "before are dropped. Compute all losses of a step inside one to_proxy().",
                 stacklevel=3,
             )
         layers, _, radius, zero = self._enter("to_proxy()")
@@ -196,7 +196,12 @@ class APART:
                 "one_pass() draws its perturbation, and the rule wants gradients of the step before. Leave rule=None, "
                 "or take make_one_pass_step, where a perturbation is a value that goes in and comes out."
             )
-        if self.groups != -1:
+        if self.groups in (0, 1):
+            problem = (
+                f"one_pass() needs ghost groups of both kinds, and groups={self.groups} makes one of the whole batch"
+            )
+            raise SettingError(f"{problem}. Say APART(model, epsilon, groups=4), with groups of 16 to 64 samples.")
+        if self.groups > 0:
             clean_groups(clean_fraction, self.groups)
         layers, ranks, radius, zero = self._enter("one_pass()")
         check_groups(self.groups, layers.values())
@@ -299,13 +304,13 @@ class APART:
             )
         if proxy.has_graph and is_cleared and not proxy.has_gradients():
             raise UsageError(
-                "to_adver() was entered with no backward() since the proxy pass, which leaves no statistic gradients. "
+                "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. "
                 "Call backward() on the loss that was computed under to_proxy(), in the context or after it."
             )
         if proxy.has_graph and not proxy.has_gradients():
             warnings.warn(
                 "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
-                "autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
+                "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
                 stacklevel=4,
             )
         return proxy.stat_grads()

@@ -21,7 +21,7 @@ from apart_func.intercept import BatchNormCall
 from apart_func.kernels import perturbed_batch_norm
 from apart_func.ranks import synchronisation
 from apart_func.running import Store, advance, pooled
-from apart_func.trees import BatchStats, Perturbation, StatTree, stack_calls
+from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatTree, stack_calls
 
 
 class Record:
@@ -96,9 +96,7 @@ class PerturbedLayers:
         if sizes > 1 and (groups == 1 or (len(x) == samples and not callable(rows))):
             y, mean, var = perturbed_batch_norm(x, call.weight, call.bias, *shifts, call.eps, groups, reduce)
         else:  # seldom: an error, or a setting of rows
-            (y, mean, var), sizes = grouped_batch_norm(
-                name, x, (call.weight, call.bias), shifts, call.eps, self.grouping, reduce
-            )
+            (y, mean, var), sizes = grouped_batch_norm(call, shifts, self.grouping, reduce)
         if backward_task() == self._task:
             self._rows[name] = self._rows.get(name, 0) + len(x)
             self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
@@ -115,3 +113,10 @@ class PerturbedLayers:
             for name, seen in self._rows.items():
                 if seen % samples:
                     raise not_by_sample(name, seen, samples)
+
+
+def in_groups(perturbation: PerturbationTree, clean: int, groups: int) -> PerturbationTree:
+    """Return a perturbation of every ghost group, `(G, C)`, which is zero in the clean ones, the first."""
+    like = next(iter(perturbation.values())).mean
+    is_perturbed = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
+    return {name: Perturbation(*(is_perturbed * shift for shift in shifts)) for name, shifts in perturbation.items()}

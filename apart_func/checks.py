@@ -114,8 +114,8 @@ def clean_groups(clean_fraction: float, groups: int) -> int:
     if not 0 < clean < groups:
         which = "none" if clean <= 0 else "all"
         raise SettingError(
-            f"groups={groups} and clean_fraction={clean_fraction} make {which} of the groups clean; expected at least one "
-            "that is, and one that is not. Use groups=2 or more, and a fraction such as 0.5."
+            f"groups={groups} and clean_fraction={clean_fraction} make {which} of the groups clean; expected at least "
+            "one that is, and one that is not. Use groups=2 or more, and a fraction such as 0.5."
         )
     return clean
 

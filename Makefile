@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
 EXPERIMENTS := train sweep report evaluate evidence robustness
-.PHONY: demo test lint format docs tutorial wheel matrix bench zoo gpu clean $(EXPERIMENTS)
+.PHONY: demo test test-slow lint format docs tutorial wheel matrix bench zoo gpu lines clean $(EXPERIMENTS)
 
 demo: .venv/ready
 	$(RUN) examples/compare.py
@@ -15,7 +15,11 @@ $(EXPERIMENTS): .venv/ready
 	cd examples && ../$(RUN) -m experiments $@ $(ARGS)
 
 test: .venv/ready
-	$(RUN) -m pytest -n 2 --cov=apart_func --cov-report=term --cov-fail-under=95
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'not slow' --cov=apart_func --cov-report=term --cov-fail-under=95
+
+# What needs minutes: Inductor, training on several processes, the zoo, more of the random networks.
+test-slow: .venv/ready
+	$(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
@@ -52,28 +56,22 @@ MATRIX ?= python3.10:2.0.1 python3.11:2.4.1 python3.12:2.8.0 python3.11:2.13.0 p
 matrix:
 	tests/torch_matrix.sh $(MATRIX)
 
-# A quarter of an hour on two cores; without --quick the scripts measure all models, ratios and groups. Where a script
-# does not choose what becomes of freed memory, it is kept: mapping it anew takes a virtual machine as long as the
-# arithmetic, now and then. How long a step takes to compile is left out, since it takes as long again:
-# python benchmarks/compile.py --quick
-KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
-bench: export OMP_PROC_BIND := true
+# The tables of benchmarks/README.md: half an hour on one core. benchmarks/README.md says how to compare two checkouts.
 bench: .venv/ready
-	$(RUN) benchmarks/step_cost.py --quick
-	$(RUN) benchmarks/step_cost.py --models cifar_resnet timm/resnet18 --methods plain APART 'APART drop-in' 'one pass' \
-		--ratios 1 --groups 16 --allocators kept glibc --threads 2 --seconds 0.1 --name two-threads
-	for script in layer_cost scaling breakdown; do $(KEEP_MEMORY) $(RUN) benchmarks/$$script.py --quick || exit 1; done
-	for script in memory functionalize_cost distributed; do $(RUN) benchmarks/$$script.py --quick || exit 1; done
+	$(RUN) benchmarks/step.py
+	$(RUN) benchmarks/step.py --networks resnet --methods plain --compiled --name compiled
+	$(RUN) benchmarks/step.py --scaling --compiled --name scaling
+	for script in layer memory compile ranks; do $(RUN) benchmarks/$$script.py || exit 1; done
 	$(RUN) benchmarks/render.py
 
-# All forms of a step against a definition, on the networks of timm, torchvision and transformers: half an hour on one
-# core. It writes the tables of docs/zoo.md.
+# All forms of a step against the definition, on the networks of timm, torchvision and transformers, and the tables of
+# docs/zoo.md: an hour on one core.
+zoo: export PYTHONPATH := tests:benchmarks
 zoo: .venv/ready
 	$(RUN) -m pip install --quiet --editable '.[zoo]'
 	for package in timm torchvision transformers; do \
-		nice $(RUN) benchmarks/zoo.py --packages $$package --name $$package || exit 1; done
-	nice $(RUN) benchmarks/cancelled.py
-	$(RUN) benchmarks/zoo_page.py
+		nice $(RUN) tests/zoo/zoo.py --packages $$package --name $$package || exit 1; done
+	$(RUN) tests/zoo/zoo.py --page
 
 # On a machine with a GPU: two minutes for the tests of CUDA, seven for the measurements. It needs no network, and of
 # packages only PyTorch from 2.8 on, einops and pytest: without .venv, those of $(PYTHON) are taken.
@@ -82,6 +80,10 @@ gpu: GPU_RUN := $(if $(wildcard .venv/ready),$(RUN),$(PYTHON))
 gpu:
 	timeout 120 $(GPU_RUN) -m pytest -q tests/core/test_cuda.py; tests=$$?; \
 		$(GPU_RUN) benchmarks/gpu.py --minutes 7 && exit $$tests
+
+# How long files and folders are; fails if one is longer than it may be.
+lines:
+	@$(PYTHON) benchmarks/lines.py
 
 clean:
 	rm -rf .venv

@@ -5,12 +5,13 @@
     perturbation  δ = ε · sign(g)
     adversarial   L_a at δ on the first N samples, every group x[g::G] with its own μ and σ²   →  ∇L_a
     gradient      r ∇L_p + (1 − r) ∇L_a,  with r = M / (M + N)
-    one pass      both at once: groups g < K at δ = 0 and the others at the δ of the step before, with r = K / G
+    one pass      both at once: groups g < K at δ = 0 and the others at a given δ, with r = K / G
 
-sg is stop-gradient. The library is compared with this file, so the two share no code: δ is an explicit leaf tensor
-here, groups are a Python loop, and no batch-norm kernel of PyTorch is called. Any model can be given. A float64 copy
-of it is run, in which every batch-norm layer in training mode computes the line above; the caller's model is never
-changed. Layers in evaluation mode compute what they always do.
+sg is stop-gradient. The library is compared with this file, so the two share no code: groups are a Python loop, and no
+batch-norm kernel of PyTorch is called. Any model can be given: a copy of it is run, in which `F.batch_norm` computes
+the line above while the forward of a batch-norm layer in training mode runs, whatever else that forward does. Layers in
+evaluation mode compute what they always do. δ has a leaf for every value that a layer sees, so that a statistic
+gradient is a sum over these, and it can be told how far it is above their rounding.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,10 +47,13 @@ class Shift(NamedTuple):
 StatTree = dict[str, Stats]  # keyed by layer name
 ShiftTree = dict[str, Shift]
 
-# Which sample a row of a layer's input belongs to. A function is always asked; else a row is a sample where there are
-# no more rows than samples.
-Rows = Literal["consecutive", "interleaved"] | Callable[[str, Tensor], Tensor] | None
-Grouped = Callable[[Tensor], list[list[int]]]  # from a layer's input to the rows of every group
+# Which sample a row of a layer's input belongs to: "consecutive", "interleaved", or a function of the layer's name and
+# its input. A function is always asked; else a row is a sample where there are as many rows as samples.
+Rows = str | Callable[[str, Tensor], Tensor] | None
+
+
+class RowsError(Exception):
+    """A layer sees other than one row a sample, and nothing says how rows belong to samples."""
 
 
 class Proxy(NamedTuple):
@@ -59,6 +65,7 @@ class Proxy(NamedTuple):
     stats: StatTree  # (C,), or (K, C) for a layer called K times; no entry for a layer never called
     stat_grads: ShiftTree  # (C,) always: a layer called K times adds them up
     buffers: dict[str, Tensor]  # the new ones, and the frozen parameters
+    terms: ShiftTree  # the sum of the magnitudes of what each statistic gradient is the sum of
 
 
 class Adversarial(NamedTuple):
@@ -79,129 +86,178 @@ class Step(NamedTuple):
     stats: StatTree
     stat_grads: ShiftTree
     perturbation: ShiftTree
+    proxy: Proxy | None  # of a step of two passes
 
 
 # One batch-norm layer.
 
 
-def normalize(layer: _BatchNorm, x: Tensor, delta: Shift) -> tuple[Tensor, Stats]:
-    """BN with perturbed statistics, on one group of samples; also the statistics of that group."""
+class Call(NamedTuple):
+    """A call of `F.batch_norm` by a layer in training mode."""
 
-    def per_channel(vector: Tensor) -> Tensor:
-        return vector.reshape(1, -1, *[1] * (x.dim() - 2))
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    momentum: float
+    eps: float
 
-    not_channel = [dim for dim in range(x.dim()) if dim != 1]
-    mean = x.mean(not_channel)
-    var = ((x - per_channel(mean)) ** 2).mean(not_channel)  # biased
+
+def normalize(layer: _BatchNorm | Call, x: Tensor, delta: Shift) -> tuple[Tensor, Stats]:
+    """BN with perturbed statistics, on one group of samples; also the statistics of that group.
+
+    A shift is a vector by channel, or has a value for each of x.
+    """
+    mean, var = moments(x)
     s = (var + layer.eps).sqrt()
-
-    x_hat = (x - per_channel(mean)) / per_channel(s)  # keeps BN's whole training-mode gradient
-    shift = delta.mean * (mean / s).detach()  # a constant but for δμ
-    y = per_channel(1 + delta.scale) * (x_hat - per_channel(shift))
+    x_hat = (x.double() - per_channel(mean, x)) / per_channel(s, x)  # keeps BN's whole training-mode gradient
+    # a constant but for δμ
+    shift = per_channel(delta.mean, x) * per_channel((mean / s).detach(), x)
+    y = (1 + per_channel(delta.scale, x)) * (x_hat - shift)
     if layer.weight is not None:
-        y = per_channel(layer.weight) * y
+        y = per_channel(layer.weight, x) * y
     if layer.bias is not None:
-        y = y + per_channel(layer.bias)
-    return y, Stats(mean.detach(), var.detach())
+        y = y + per_channel(layer.bias, x)
+    return y.to(x.dtype), Stats(mean.detach(), var.detach())
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance by channel, in float64."""
+    not_channel = [dim for dim in range(x.dim()) if dim != 1]
+    mean = x.double().mean(not_channel)
+    return mean, ((x.double() - per_channel(mean, x)) ** 2).mean(not_channel)
+
+
+def per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector by channel in a shape that fits x; what has that shape already stays."""
+    return vector.reshape(1, -1, *[1] * (x.dim() - 2)) if vector.dim() == 1 and x.dim() > 1 else vector
 
 
 @torch.no_grad()
-def advance_running_statistics(layer: _BatchNorm, x: Tensor, stats: Stats) -> None:
-    """Move the layer's own buffers towards the statistics of one more batch, as PyTorch defines it."""
-    if not layer.track_running_stats:
+def advance_running_statistics(call: Call, x: Tensor, stats: Stats) -> None:
+    """Move running statistics towards those of one more batch, as PyTorch defines it."""
+    if call.running_mean is None or call.running_var is None:
         return
-    layer.num_batches_tracked += 1
-    # momentum=None asks for the average over all batches so far
-    momentum = 1 / layer.num_batches_tracked.item() if layer.momentum is None else layer.momentum
     count = x.numel() / x.shape[1]
-    unbiased_var = stats.var * count / (count - 1)
-    layer.running_mean += momentum * (stats.mean - layer.running_mean)
-    layer.running_var += momentum * (unbiased_var - layer.running_var)
+    for running, new in ((call.running_mean, stats.mean), (call.running_var, stats.var * count / (count - 1))):
+        running.copy_((1 - call.momentum) * running.double() + call.momentum * new)
 
 
-def after_norm(layer: _BatchNorm, y: Tensor) -> Tensor:
-    """What a norm-act layer (timm's BatchNormAct2d) does in its own forward once the affine has been applied."""
-    return layer.act(layer.drop(y)) if hasattr(layer, "act") else y
+class Layer:
+    """A batch-norm layer of a copy, for one pass: its forward runs, with `F.batch_norm` as defined here.
 
+    Args:
+        name: of the layer.
+        layer: the layer, whose forward is replaced.
+        deltas: δ of every ghost group.
+        samples: in the batch.
+        clean: how many groups are clean, the first ones: what they see is remembered, and δ has leaves there.
+        rows: how rows belong to samples.
+    """
 
-def proxy_forward(layer: _BatchNorm, delta: Shift, calls: list[Stats], x: Tensor) -> Tensor:
-    """The layer's forward in the proxy pass: the batch is one group, and running statistics advance."""
-    y, stats = normalize(layer, x, delta)
-    advance_running_statistics(layer, x, stats)
-    calls.append(stats)
-    return after_norm(layer, y)
+    def __init__(
+        self, name: str, layer: _BatchNorm, deltas: list[Shift], samples: int, clean: int = 0, rows: Rows = None
+    ) -> None:
+        self.name, self.deltas, self.samples, self.clean, self.rows = name, deltas, samples, clean, rows
+        self.layer, self.forward = layer, layer.forward
+        self.stats: list[Stats] = []  # of every call
+        self.leaves: list[Shift] = []  # likewise, with a value for each that the layer saw
+        layer.forward = self  # type: ignore[method-assign]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, whatever it does."""
+        self.has_run, counter = False, self.layer.num_batches_tracked
+        before = None if counter is None else counter.clone()
+        with patch.object(F, "batch_norm", partial(self.batch_norm, F.batch_norm)):
+            out = self.forward(*args, **kwargs)
+        assert self.has_run, f"layer {self.name!r} does without F.batch_norm, so that nothing is defined here"
+        if counter is not None and not self.clean:
+            counter.copy_(before)  # perturbed samples move no statistics
+        return out
 
-def groups_of_rows(name: str, x: Tensor, groups: int, samples: int, rows: Rows) -> list[list[int]]:
-    """The rows of a layer's input in each group; sample i is in group i mod G."""
-    per_sample = len(x) // samples
-    if callable(rows):
-        sample_of = rows(name, x).tolist()
-    elif len(x) == samples:
-        sample_of = list(range(samples))
-    elif rows == "consecutive":
-        sample_of = [row // per_sample for row in range(len(x))]
-    else:
-        assert rows == "interleaved" or groups == 1
-        sample_of = [row % samples for row in range(len(x))]
-    return [[row for row, sample in enumerate(sample_of) if sample % groups == g] for g in range(groups)]
+    def batch_norm(
+        self,
+        native: Callable[..., Tensor],
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Normalise every group by itself, and remember the clean samples, all of their groups together."""
+        self.has_run = True
+        if not training:
+            return native(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        call = Call(running_mean, running_var, weight, bias, momentum, eps)
+        members = self.groups_of_rows(x)
+        leaf = Shift(*(torch.zeros_like(x, dtype=torch.float64).requires_grad_() for _ in "μσ"))
+        y = torch.empty_like(x)
+        for number, (of_group, delta) in enumerate(zip(members, self.deltas, strict=True)):
+            if number < self.clean:
+                delta = Shift(*(per_channel(d, x) + value[of_group] for d, value in zip(delta, leaf, strict=True)))
+            y[of_group], _ = normalize(call, x[of_group], delta)
+        if self.clean:
+            seen = x.detach()[[row for of_group in members[: self.clean] for row in of_group]]
+            stats = Stats(*moments(seen))
+            advance_running_statistics(call, seen, stats)
+            self.stats.append(stats)
+            self.leaves.append(leaf)
+        return y
 
+    def groups_of_rows(self, x: Tensor) -> list[list[int]]:
+        """The rows of a layer's input in each group; sample i is in group i mod G."""
+        groups, rows = len(self.deltas), range(len(x))
+        if groups == 1:
+            return [list(rows)]
+        if callable(self.rows):
+            sample_of = self.rows(self.name, x).tolist()
+        elif len(x) == self.samples:
+            sample_of = list(rows)
+        elif self.rows is None or len(x) % self.samples:
+            raise RowsError(f"layer {self.name!r} sees {len(x)} rows of {self.samples} samples")
+        elif self.rows == "consecutive":
+            sample_of = [row // (len(x) // self.samples) for row in rows]
+        else:
+            sample_of = [row % self.samples for row in rows]
+        return [[row for row, sample in enumerate(sample_of) if sample % groups == g] for g in range(groups)]
 
-def adversarial_forward(layer: _BatchNorm, delta: Shift, grouped: Grouped, x: Tensor) -> Tensor:
-    """The layer's forward in the adversarial pass: in groups of samples, and nothing is remembered."""
-    y = torch.empty_like(x)
-    for g, members in enumerate(grouped(x)):
-        # (C,): one perturbation for all groups; (G, C): one for each
-        of_group = Shift(*(part[g] if part.dim() == 2 else part for part in delta))
-        y[members], _ = normalize(layer, x[members], of_group)
-    return after_norm(layer, y)
-
-
-def mixed_forward(
-    layer: _BatchNorm,
-    deltas: list[Shift],
-    clean: int,
-    calls: list[Stats],
-    grouped: Grouped,
-    x: Tensor,
-) -> Tensor:
-    """The layer's forward in one pass: each group has a δ, and the clean samples are remembered together."""
-    y = torch.empty_like(x)
-    members = grouped(x)
-    for of_group, delta in zip(members, deltas, strict=True):
-        y[of_group], _ = normalize(layer, x[of_group], delta)
-    seen = torch.cat([x[of_group] for of_group in members[:clean]])
-    _, stats = normalize(layer, seen, Shift(torch.zeros(()), torch.zeros(())))
-    advance_running_statistics(layer, seen, stats)
-    calls.append(stats)
-    return after_norm(layer, y)
+    def summed(self, values: list[Tensor]) -> Shift:
+        """What δμ and δσ have for every value, (μ, σ) call after call, summed by channel."""
+        zero = torch.zeros(self.layer.num_features).double()
+        parts = (values[::2], values[1::2])
+        return Shift(*(sum((v.transpose(0, 1).flatten(1).sum(1) for v in of_calls), zero) for of_calls in parts))
 
 
 # The passes.
 
 
-def oracle_proxy(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta: ShiftTree | None = None) -> Proxy:
-    """Ordinary training, with δ (zero, unless given) as leaves whose gradients are the statistic gradients."""
-    model = float64_copy(model)
-    layers, params = training_layers(model), trained_parameters(model)
-    delta = delta or zero_perturbation(model)
-    delta = {name: Shift(*(part.clone().requires_grad_() for part in pair)) for name, pair in delta.items()}
-    calls: dict[str, list[Stats]] = {name: [] for name in layers}
-    for name, layer in layers.items():
-        layer.forward = partial(proxy_forward, layer, delta[name], calls[name])
+def oracle_proxy(
+    model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, delta: ShiftTree | None = None, exact: bool = True
+) -> Proxy:
+    """Ordinary training, at δ (zero, unless given), by which it is differentiated.
 
-    output = call(model, as_float64(x))
-    loss = loss_fn(output, as_float64(y))
+    `exact=False` leaves model and batch in their precision; layers of batch norm still compute in float64.
+    """
+    model, x, y = (float64_copy(model), as_float64(x), as_float64(y)) if exact else (copy.deepcopy(model), x, y)
+    params, delta = trained_parameters(model), delta or zero_perturbation(model)
+    samples = sample_count(x)
+    layers = {name: Layer(name, m, [delta[name]], samples, clean=1) for name, m in training_layers(model).items()}
+
+    output = call(model, fresh(x))
+    loss = loss_fn(output, fresh(y))
     # Taken before the backward: there, checkpointed layers run once more and would count twice.
-    stats = {name: stack_calls(pairs) for name, pairs in calls.items() if pairs}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    buffers |= {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    stats, buffers = stats_of(layers), buffers_of(model)
+    values = {name: [part for leaf in layer.leaves for part in leaf] for name, layer in layers.items()}
 
-    leaves = [*params.values(), *(part for name in layers for part in delta[name])]
-    gradients = iter(gradients_of(loss, leaves))
-    grads = {name: next(gradients) for name in params}
-    stat_grads = {name: Shift(next(gradients), next(gradients)) for name in layers}
-    return Proxy(loss.detach(), map_tensors(Tensor.detach, output), grads, stats, stat_grads, buffers)
+    found = iter(gradients_of(loss, [*params.values(), *(part for name in layers for part in values[name])]))
+    grads = {name: next(found) for name in params}
+    by_value = {name: [next(found) for _ in values[name]] for name in layers}
+    stat_grads = {name: layer.summed(by_value[name]) for name, layer in layers.items()}
+    terms = {name: layer.summed([value.abs() for value in by_value[name]]) for name, layer in layers.items()}
+    return Proxy(loss.detach(), map_tensors(Tensor.detach, output), grads, stats, stat_grads, buffers, terms)
 
 
 def oracle_adversarial(
@@ -212,18 +268,19 @@ def oracle_adversarial(
     perturbation: ShiftTree,
     groups: int,
     rows: Rows = None,
+    exact: bool = True,
 ) -> Adversarial:
     """Training with every layer's statistics pushed by a constant δ; `x` and `y` hold the N samples already."""
-    model = float64_copy(model)
-    params = trained_parameters(model)
-    samples = sample_count(x)
+    model, x, y = (float64_copy(model), as_float64(x), as_float64(y)) if exact else (copy.deepcopy(model), x, y)
+    params, samples = trained_parameters(model), sample_count(x)
     groups = {0: 1, -1: samples}.get(groups, groups)
     for name, layer in training_layers(model).items():
-        delta = Shift(*(as_float64(part) for part in perturbation[name]))
-        grouped = partial(groups_of_rows, name, groups=groups, samples=samples, rows=rows)
-        layer.forward = partial(adversarial_forward, layer, delta, grouped)
+        delta = Shift(*(as_float64(part.double()) for part in perturbation[name]))
+        # (C,): one perturbation for all groups; (G, C): one for each
+        deltas = [Shift(*(part[g] if part.dim() == 2 else part for part in delta)) for g in range(groups)]
+        Layer(name, layer, deltas, samples, rows=rows)
 
-    loss = loss_fn(call(model, as_float64(x)), as_float64(y))
+    loss = loss_fn(call(model, fresh(x)), fresh(y))
     return Adversarial(loss.detach(), dict(zip(params, gradients_of(loss, list(params.values())), strict=True)))
 
 
@@ -256,6 +313,7 @@ def oracle_step(
     ratio: float,
     perturbation: ShiftTree | None = None,
     rows: Rows = None,
+    exact: bool = True,
 ) -> Step:
     """One step of APART. A given `perturbation` takes the place of ε · sign(g).
 
@@ -272,6 +330,7 @@ def oracle_step(
         rho=None,
         perturbation=perturbation,
         rows=rows,
+        exact=exact,
     )
 
 
@@ -312,6 +371,7 @@ def both_passes(
     perturbation: ShiftTree | None,
     rho: float | None,
     rows: Rows,
+    exact: bool = True,
 ) -> Step:
     """The proxy pass, the perturbation, the adversarial pass (somewhere else if `rho` is given), and their sum."""
     x, y = batch
@@ -319,19 +379,19 @@ def both_passes(
     adversarial_samples = int(ratio * samples)
     r = samples / (samples + adversarial_samples)
 
-    proxy = oracle_proxy(model, loss_fn, x, y)
+    proxy = oracle_proxy(model, loss_fn, x, y, exact=exact)
     if perturbation is None:
         perturbation = {name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in proxy.stat_grads.items()}
     else:
-        perturbation = {name: Shift(*(as_float64(part) for part in pair)) for name, pair in perturbation.items()}
-    model = float64_copy(model)
+        perturbation = {name: Shift(*(part.double() for part in pair)) for name, pair in perturbation.items()}
+    model = float64_copy(model) if exact else copy.deepcopy(model)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # a model's own buffers go on from where the proxy pass left them
             buffer.copy_(proxy.buffers[name])
     if rho is not None:
         climb_(model, proxy.grads, rho)  # r cancels in r∇L_p/‖r∇L_p‖
     x, y = cut(x, adversarial_samples), cut(y, adversarial_samples)
-    adversarial = oracle_adversarial(model, loss_fn, x, y, perturbation, groups, rows)
+    adversarial = oracle_adversarial(model, loss_fn, x, y, perturbation, groups, rows, exact)
 
     return Step(
         loss=proxy.loss,
@@ -342,6 +402,7 @@ def both_passes(
         stats=proxy.stats,
         stat_grads=proxy.stat_grads,
         perturbation=perturbation,
+        proxy=proxy,
     )
 
 
@@ -363,46 +424,47 @@ def oracle_one_pass_step(
     groups: int,
     clean: int,
     rows: Rows = None,
+    apart: bool = True,
+    exact: bool = True,
 ) -> Step:
-    """One step in one pass. `perturbation` is the δ of this step, and what comes back the δ of the next one."""
-    model = float64_copy(model)
-    layers, params = training_layers(model), trained_parameters(model)
-    x, y = as_float64(batch[0]), as_float64(batch[1])
-    samples = sample_count(x)
+    """One step in one pass. `perturbation` is the δ of this step, and what comes back the δ of the next one.
+
+    `apart=False` takes one loss of all samples, as a loop with `backward()` does, in place of one for either kind.
+    """
+    x, y = (as_float64(part) if exact else part for part in batch)
+    model = float64_copy(model) if exact else copy.deepcopy(model)
+    params, samples = trained_parameters(model), sample_count(x)
     groups = samples if groups == -1 else groups
-    shifts: dict[str, list[Shift]] = {}
-    calls: dict[str, list[Stats]] = {name: [] for name in layers}
-    for name, layer in layers.items():
-        at_zero = [Shift(*torch.zeros(2, layer.num_features).double()) for _ in range(clean)]
-        shifts[name] = at_zero + [Shift(*map(as_float64, perturbation[name])) for _ in range(clean, groups)]
-        for part in (part for delta in at_zero for part in delta):
-            part.requires_grad_()
-        grouped = partial(groups_of_rows, name, groups=groups, samples=samples, rows=rows)
-        layer.forward = partial(mixed_forward, layer, shifts[name], clean, calls[name], grouped)
+    none = zero_perturbation(model)
+    layers = {
+        name: Layer(name, layer, deltas, samples, clean, rows)
+        for name, layer in training_layers(model).items()
+        for deltas in [[none[name]] * clean + [Shift(*(p.double() for p in perturbation[name]))] * (groups - clean)]
+    }
 
-    output = call(model, x)
-    chosen = [i for i in range(samples) if i % groups < clean]
-    others = [i for i in range(samples) if i % groups >= clean]
-    clean_loss, perturbed_loss = (loss_fn(pick(output, of_kind), pick(y, of_kind)) for of_kind in (chosen, others))
-    r = clean / groups
-    stats = {name: stack_calls(pairs) for name, pairs in calls.items() if pairs}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    buffers |= {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-
-    grads = gradients_of(r * clean_loss + (1 - r) * perturbed_loss, list(params.values()), retain_graph=True)
-    stat_grads = {}
-    for name in layers:
-        by_group = [Shift(*gradients_of(clean_loss, list(delta), retain_graph=True)) for delta in shifts[name][:clean]]
-        stat_grads[name] = Shift(*(torch.stack(parts).sum(0) for parts in zip(*by_group, strict=True)))
+    output, r = call(model, fresh(x)), clean / groups
+    if apart:
+        kinds = ([i for i in range(samples) if (i % groups < clean) == kind] for kind in (True, False))
+        clean_loss, perturbed_loss = (loss_fn(pick(output, of_kind), pick(fresh(y), of_kind)) for of_kind in kinds)
+        total = r * clean_loss + (1 - r) * perturbed_loss
+    else:
+        clean_loss = perturbed_loss = total = loss_fn(output, fresh(y))
+    stats, buffers = stats_of(layers), buffers_of(model)
+    values = {name: [part for leaf in layer.leaves for part in leaf] for name, layer in layers.items()}
+    found = iter(gradients_of(total, [*params.values(), *(part for name in layers for part in values[name])]))
+    grads = {name: next(found) for name in params}
+    # Clean samples alone have leaves, and their share of the loss is r.
+    stat_grads = {name: layer.summed([next(found) / r for _ in values[name]]) for name, layer in layers.items()}
     return Step(
         loss=clean_loss.detach(),
         adversarial_loss=perturbed_loss.detach(),
         output=map_tensors(Tensor.detach, output),
-        grads=dict(zip(params, grads, strict=True)),
+        grads=grads,
         buffers=buffers,
         stats=stats,
         stat_grads=stat_grads,
         perturbation={name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()},
+        proxy=None,
     )
 
 
@@ -429,15 +491,25 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradients_of(loss: Tensor, leaves: list[Tensor], retain_graph: bool = False) -> list[Tensor]:
+def gradients_of(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """d loss / d leaf, which is zero where the loss does not depend on the leaf."""
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain_graph)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else []
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
-def stack_calls(calls: list[Stats]) -> Stats:
-    """`(C,)` for one call, `(K, C)` for K."""
-    return calls[0] if len(calls) == 1 else Stats(*(torch.stack(parts) for parts in zip(*calls, strict=True)))
+def stats_of(layers: dict[str, Layer]) -> StatTree:
+    """What layers remember: `(C,)` for one call, `(K, C)` for K."""
+    called = {name: layer.stats for name, layer in layers.items() if layer.stats}
+    return {
+        name: calls[0] if len(calls) == 1 else Stats(*(torch.stack(parts) for parts in zip(*calls, strict=True)))
+        for name, calls in called.items()
+    }
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers, and the frozen parameters."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return buffers | {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -454,13 +526,19 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        children = [map_tensors(function, value) for value in tree]
+        return tree._make(children) if hasattr(tree, "_make") else type(tree)(children)
     return tree
 
 
+def fresh(tree: Any) -> Any:
+    """Copies of tensors, for a model or a loss that works in place."""
+    return map_tensors(Tensor.clone, tree)
+
+
 def as_float64(tree: Any) -> Any:
-    """Fresh tensors, so that a model that works in place on its input cannot change the caller's."""
-    return map_tensors(lambda t: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True), tree)
+    """Floating-point tensors in float64, and all others as they are."""
+    return map_tensors(lambda t: t.detach().to(torch.float64 if t.is_floating_point() else t.dtype), tree)
 
 
 def cut(tree: Any, samples: int) -> Any:

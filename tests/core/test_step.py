@@ -1,13 +1,32 @@
 """What the step decides by itself: how many samples, which dtype, what is kept."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import oracle_step
 from small import convolutional, images
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from apart_func import make_apart_step, split_state
+from apart_func import (
+    APART,
+    Perturbation,
+    SettingError,
+    adversarial_pass,
+    functionalize,
+    gradients_at,
+    init_perturbation,
+    make_apart_step,
+    make_one_pass_step,
+    mixed_pass,
+    multi_step,
+    perturbed_stats,
+    random_sign_perturbation,
+    sign_perturbation,
+    split_state,
+)
 
 
 @pytest.mark.parametrize(("samples", "ratio", "groups", "kept"), [(10, 1.0, 4, 8), (10, 0.5, 2, 4), (9, 0.5, 0, 4)])
@@ -77,3 +96,125 @@ def test_the_modes_are_those_that_the_layers_had_when_the_step_was_made() -> Non
     before = step(*split_state(model), images())
     model.eval()
     torch.testing.assert_close(step(*split_state(model), images())._asdict(), before._asdict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", [sign_perturbation, random_sign_perturbation, multi_step(2)])
+def test_a_radius_of_exactly_one_is_refused_under_a_rule_of_signs(rule: Any) -> None:
+    """There δσ = −1, and s' = s/(1 + δσ) is infinite."""
+    model, batch = convolutional(), images()
+    with pytest.raises(SettingError, match=r"epsilon=1"):
+        make_apart_step(model, F.cross_entropy, epsilon=1.0, rule=rule)
+    step = make_apart_step(model, F.cross_entropy, epsilon=0.999, rule=rule)
+    for radius in (1.0, torch.tensor(1.0)):
+        with pytest.raises(SettingError, match=r"epsilon=1"):
+            step(*split_state(model), batch, epsilon=radius)
+    assert step(*split_state(model), batch).all_finite
+
+
+def test_a_radius_of_exactly_one_is_refused_by_all_that_take_one() -> None:
+    model = convolutional()
+    with pytest.raises(SettingError, match=r"epsilon=1"):
+        make_one_pass_step(model, F.cross_entropy, epsilon=1.0, groups=2)
+    with pytest.raises(SettingError, match=r"epsilon=1"):
+        APART(model, epsilon=1.0)
+    with pytest.raises(SettingError, match=r"epsilon=1"):
+        APART(model).set_epsilon(1.0)
+    stats = make_apart_step(model, F.cross_entropy)(*split_state(model), images()).stats
+    shifts = {name: Perturbation(0 * mean, 0 * mean - 1) for name, (mean, _) in stats.items()}
+    with pytest.raises(SettingError, match=r"\|δσ\| up to 1,"):
+        perturbed_stats(stats, shifts)
+
+
+class Counting(nn.Module):
+    """A network that counts its forwards in a buffer, and returns the count with the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutional()
+        self.register_buffer("forwards", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.forwards += 1
+        return self.body(x), self.forwards.expand(len(x)).double()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_the_adversarial_pass_goes_on_from_the_buffers_of_the_proxy_pass(rho: float) -> None:
+    """And what it does to them is nobody's: the counter has moved by one."""
+    model = Counting()
+    step = make_apart_step(model, lambda output, _: output[0].square().mean() + output[1].mean(), epsilon=0.0, rho=rho)
+    out = step(*split_state(model), images())
+    clean = out.output[0].square().mean()
+    assert out.loss.item() == pytest.approx(clean.item() + 1)
+    if not rho:
+        assert out.adversarial_loss.item() == pytest.approx(clean.item() + 2)
+    assert 1.9 < out.adversarial_loss < 3.5
+    assert out.buffers["forwards"] == 1
+
+
+@pytest.mark.parametrize("infinite", ["proxy", "adversarial"])
+def test_a_loss_that_is_infinite_alone_is_seen(infinite: str) -> None:
+    """All gradients are finite, and so is the other loss."""
+    model = Counting()
+    state, batch = split_state(model), images()
+    bad = {"proxy": 1, "adversarial": 2}[infinite]
+
+    def loss_fn(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return F.cross_entropy(output[0], target) + torch.where(output[1] == bad, float("inf"), 0.0).sum()
+
+    out = make_apart_step(model, loss_fn)(*state, batch)
+    assert all(tensor.isfinite().all() for tensor in out.grads.values())
+    assert out.loss.isfinite() == (infinite != "proxy")
+    assert out.adversarial_loss.isfinite() == (infinite != "adversarial")
+    assert not out.all_finite
+    torch.testing.assert_close(out.buffers, state[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("infinite", ["clean", "perturbed"])
+def test_in_one_pass_as_well(infinite: str) -> None:
+    model, (x, y) = convolutional(), images()
+    state, penalties = split_state(model), torch.zeros(len(x)).double()
+    penalties[0 if infinite == "clean" else 1] = float("inf")  # groups are of every second sample, the first is clean
+
+    def loss_fn(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(output, target[0]) + target[1].sum()
+
+    step = make_one_pass_step(model, loss_fn, epsilon=0.1, groups=2)
+    out = step(*state, (x, (y, penalties)))
+    assert all(tensor.isfinite().all() for tensor in out.grads.values())
+    assert not out.all_finite
+    torch.testing.assert_close(out.buffers, state[1], rtol=0, atol=0)
+    assert step(*state, (x, (y, 0 * y))).all_finite
+
+
+def with_a_graph(model: nn.Module, leaf: Tensor) -> dict[str, Perturbation]:
+    """A perturbation that depends on a leaf which wants a gradient."""
+    return {
+        name: Perturbation(leaf + 0 * mean, -leaf + 0 * scale)
+        for name, (mean, scale) in init_perturbation(model).items()
+    }
+
+
+def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> None:
+    """Neither one that is given nor one that a rule makes is differentiated by, or keeps its graph alive."""
+    model, batch = convolutional(), images()
+    leaf = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    given = with_a_graph(model, leaf)
+    two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *_: given)
+    one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=lambda *_: given)
+    for out in (two_passes(*split_state(model), batch), one_pass(*split_state(model), batch, given)):
+        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
+        assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
+    assert leaf.grad is None
+
+
+def test_the_passes_cut_a_perturbation_from_its_graph_too() -> None:
+    model, batch = convolutional(), images()
+    leaf = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    fmodel, state, given = functionalize(model), split_state(model), with_a_graph(model, leaf)
+    adversarial = adversarial_pass(fmodel, F.cross_entropy, *state, batch, given)
+    mixed = mixed_pass(fmodel, F.cross_entropy, *state, batch, given, groups=2, clean=1)
+    at = gradients_at(fmodel, F.cross_entropy, *state, batch, given)
+    for out in (adversarial._asdict(), mixed._asdict(), at):
+        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out))
+    assert leaf.grad is None

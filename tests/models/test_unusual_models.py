@@ -18,6 +18,7 @@ from small import convolutional, images
 from test_against_oracle import Comparison, assert_agree, relative_error, take_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from apart_func import (
@@ -448,6 +449,23 @@ def test_a_checkpointed_segment_that_ends_in_batch_norm_trains_in_one_pass() -> 
                 F.cross_entropy(model(images(seed=seed)[0]), images(seed=seed)[1]).backward()
     torch.testing.assert_close(list_of(gradients(models[0])), list_of(gradients(models[1])), **ROUNDING)
     torch.testing.assert_close(list(models[0].buffers()), list(models[1].buffers()), **ROUNDING)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("form", ["two passes", "APART-SAM", "one pass"])
+def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_returns(form: str, ends: bool) -> None:
+    """Statistics are (C,), as of one call, and their gradients are not added up twice."""
+    outs = []
+    for model in (Segment(ends), convolutional()):
+        if form == "one pass":
+            step: Any = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
+        else:
+            step = make_apart_step(model, F.cross_entropy, epsilon=0.3, groups=2, rho=0.1 * (form == "APART-SAM"))
+        torch.manual_seed(0)
+        outs.append(step(*split_state(model), images(16)))
+    found, expected = (tree_leaves(out._asdict()) for out in outs)
+    assert [part.shape for part in found] == [part.shape for part in expected]
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 # Models without a layer to perturb.

@@ -184,6 +184,14 @@ def test_random_signs_reach_the_radius_everywhere_and_depend_on_the_seed_alone(s
     assert not torch.equal(shifts["a"].mean, shifts["a"].scale)
 
 
+def test_random_signs_are_as_often_plus_as_minus_in_both_parts() -> None:
+    """The share of 10,000 fair signs is within five of its standard deviations, 0.025, of a half."""
+    gradients = random_tree(0, torch.float32, 10_000)
+    torch.manual_seed(0)
+    for delta in tree_leaves(random_sign_perturbation({}, gradients, torch.tensor(0.1))):
+        assert (delta > 0).double().mean().item() == pytest.approx(0.5, abs=0.025)
+
+
 def test_random_signs_of_mapped_models_are_different_or_the_same_as_one_says() -> None:
     gradients = random_tree(0, torch.float32, 64)
     for randomness, alike in (("different", False), ("same", True)):

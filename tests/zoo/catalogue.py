@@ -10,9 +10,11 @@ random, so that no gradient vanishes for that reason.
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +69,15 @@ def entries(package: str) -> Iterator[Entry]:
 
 
 def entry(package: str, name: str) -> Entry:
-    """A model of timm or transformers by its name, without a look through its package."""
+    """A model by its name, without a look through its package."""
     if package == "timm":
         return Entry(package, "", name, partial(timm_case, name))
-    return Entry(package, "", name, partial(transformers_case, name, *TRANSFORMERS[name]))
+    if package == "transformers":
+        return Entry(package, "", name, partial(transformers_case, name))
+    from torchvision import models
+
+    module = models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
+    return Entry(package, module, name, partial(torchvision_case, name, module))
 
 
 def drawn(model: nn.Module) -> nn.Module:
@@ -132,85 +139,23 @@ def labels(samples: int = SAMPLES) -> Tensor:
 
 # The smallest network with batch norm of every module of timm 1.0.31 that has one, as found by
 # `smallest(timm.list_models(module=module), timm.create_model)`, which takes minutes for all of them.
-TIMM = (
-    "halonet_h1",
-    "test_byobnet",
-    "convmixer_768_32",
-    "cpubone_nano",
-    "cs3darknet_focus_s",
-    "cspnext_tiny",
-    "densenet121",
-    "dla46x_c",
-    "dpn48b",
-    "efficientformer_l1",
-    "efficientformerv2_s0",
-    "test_efficientnet",
-    "efficientvim_m1",
-    "efficientvit_b0",
-    "efficientvit_m0",
-    "fasternet_t0",
-    "fastvit_t8",
-    "ghostnet_050",
-    "hardcorenas_b",
-    "hgnetv2_b0",
-    "hrnet_w18_small",
-    "iformer_t",
-    "inception_next_atto",
-    "inception_resnet_v2",
-    "inception_v3",
-    "inception_v4",
-    "lcnetv2_small",
-    "levit_128s",
-    "lowformer_b0",
-    "test_coatnet",
-    "mobilenetv3_small_050",
-    "mobilevit_xxs",
-    "nasnetalarge",
-    "nextvit_small",
-    "pnasnet5large",
-    "regnetx_002",
-    "repghostnet_050",
-    "repvit_m1",
-    "res2next50",
-    "resnest14d",
-    "test_resnet",
-    "resnetv2_18",
-    "rexnet_100",
-    "selecsls42",
-    "legacy_seresnet18",
-    "shvit_s1",
-    "skresnet18",
-    "starnet_s050",
-    "swiftformer_xs",
-    "tiny_vit_5m_224",
-    "tresnet_m",
-    "vgg11_bn",
-    "visformer_tiny",
-    "vit_small_resnet50d_s16_224",
-    "volo_d1_224",
-    "ese_vovnet19b_slim_dw",
-    "legacy_xception",
-    "xception41p",
-    "xcit_nano_12_p8_224",
-    # Networks that are built otherwise than the smallest of their module.
-    "fbnetc_100",
-    "gernet_s",
-    "lambda_resnet26t",
-    "lcnet_035",
-    "mixnet_s",
-    "mnasnet_small",
-    "mobilenetv1_100",
-    "mobilenetv2_035",
-    "mobilenetv4_conv_small",
-    "mobileone_s0",
-    "regnety_002",
-    "repvgg_a0",
-    "resnet10t",
-    "seresnext26d_32x4d",
-    "semnasnet_075",
-    "tf_mobilenetv3_small_minimal_100",
-    "tinynet_e",
-)
+SMALLEST = """
+halonet_h1 test_byobnet convmixer_768_32 cpubone_nano cs3darknet_focus_s cspnext_tiny densenet121 dla46x_c dpn48b
+efficientformer_l1 efficientformerv2_s0 test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0
+fasternet_t0 fastvit_t8 ghostnet_050 hardcorenas_b hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto
+inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s lowformer_b0 test_coatnet
+mobilenetv3_small_050 mobilevit_xxs nasnetalarge nextvit_small pnasnet5large regnetx_002 repghostnet_050 repvit_m1
+res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 shvit_s1 skresnet18
+starnet_s050 swiftformer_xs tiny_vit_5m_224 tresnet_m vgg11_bn visformer_tiny vit_small_resnet50d_s16_224
+volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
+"""
+# Networks that are built otherwise than the smallest of their module.
+OTHERS = """
+fbnetc_100 gernet_s lambda_resnet26t lcnet_035 mixnet_s mnasnet_small mobilenetv1_100 mobilenetv2_035
+mobilenetv4_conv_small mobileone_s0 regnety_002 repvgg_a0 resnet10t seresnext26d_32x4d semnasnet_075
+tf_mobilenetv3_small_minimal_100 tinynet_e
+"""
+TIMM = [*SMALLEST.split(), *OTHERS.split()]
 # Where it is not the smallest that a network takes, or more than is needed.
 SIZES = {"convmixer_768_32": 28}
 # Where layers see one position of an image: a group of two images would leave them next to no variance.
@@ -249,20 +194,11 @@ def timm_case(name: str) -> Case:
     """A classifier of timm, on images as small as it takes."""
     import timm
 
-    kwargs: dict[str, Any] = {"num_classes": CLASSES}
-    attempts: list[tuple[dict[str, Any], int | None]] = [
-        ({}, 64),
-        ({}, 96),
-        ({"img_size": 64}, 64),
-        ({"img_size": 128}, 128),
-        ({}, 128),
-        ({}, None),
-    ]
-    if name in SIZES:
-        attempts = [({}, SIZES[name])]
-    for more, size in attempts:
+    small, sized = ((False, 64), (False, 96), (True, 64)), ((True, 128), (False, 128), (False, None))
+    for is_said, size in [(False, SIZES[name])] if name in SIZES else [*small, *sized]:
         try:
-            model = _quiet(timm.create_model, name, **kwargs, **more)
+            said = {"img_size": size} if is_said else {}
+            model = _quiet(timm.create_model, name, num_classes=CLASSES, **said)
             size = size or model.default_cfg["input_size"][-1]
             if accepts(model, images(size, samples=2)):
                 samples = SAMPLES if name in OF_ONE_POSITION else samples_for(model, size)
@@ -403,304 +339,37 @@ def quantisation_aware_case(name: str) -> Case:
     return Case(model, (x, labels()), cross_entropy)
 
 
-# transformers.
+# transformers: by class its configuration, the settings of that, and the length of an image's sides.
+TRANSFORMERS = json.loads(Path(__file__).with_name("transformers.json").read_text(encoding="utf-8"))
 
 
 def of_transformers() -> Iterator[Entry]:
     """Vision models of random weights, from small configurations."""
-    for name, (config, settings, size) in TRANSFORMERS.items():
-        yield Entry("transformers", config.lower(), name, partial(transformers_case, name, config, settings, size))
+    for name, how in TRANSFORMERS.items():
+        yield Entry("transformers", how["config"].lower(), name, partial(transformers_case, name))
 
 
-def transformers_case(name: str, config: str, settings: Mapping[str, Any], size: int) -> Case:
+def transformers_case(name: str) -> Case:
     """A model of transformers, with a dict as input."""
-    transformers = importlib.import_module("transformers")
-    made = getattr(transformers, f"{config}Config")(**{"num_labels": CLASSES, **resolved(settings)})
+    transformers, how = importlib.import_module("transformers"), TRANSFORMERS[name]
+    made = getattr(transformers, f"{how['config']}Config")(**{"num_labels": CLASSES, **resolved(how["settings"])})
     model = drawn(getattr(transformers, name)(made))
     channels = 4 if name.startswith("VitMatte") else 3
     classifies = name.endswith("ForImageClassification")
-    inputs = {"pixel_values": images(size, channels=channels)}
+    inputs = {"pixel_values": images(how["size"], channels=channels)}
     if name == "GroupViTModel":
         inputs["input_ids"] = torch.randint(3, 50, (SAMPLES, 8))
     return Case(model, (inputs, labels()), cross_entropy if classifies else smooth)
 
 
 def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with configurations of parts, which are written as (class, settings)."""
+    """Settings, in which a dict that names a configuration becomes one."""
     transformers = importlib.import_module("transformers")
-    return {
-        key: getattr(transformers, f"{value[0]}Config")(**resolved(value[1]))
-        if isinstance(value, tuple) and isinstance(value[0], str)
-        else value
-        for key, value in settings.items()
-    }
-
-
-# A configuration and its settings, for a backbone of others: small, and with several feature maps.
-RESNET: dict[str, Any] = {
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-}
-BACKBONE = ("ResNet", {**RESNET, "out_features": ["stage2", "stage3", "stage4"]})
-DETECTOR_RESNET = ("RTDetrResNet", BACKBONE[1])
-DETECTOR: dict[str, Any] = {
-    "backbone_config": DETECTOR_RESNET,
-    "freeze_backbone_batch_norms": False,
-    "encoder_in_channels": [16, 24, 32],
-    "encoder_hidden_dim": 32,
-    "d_model": 32,
-    "decoder_in_channels": [32, 32, 32],
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "decoder_layers": 2,
-    "num_queries": 10,
-    "num_denoising": 0,
-}
-PLAIN_TRANSFORMER: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 64,
-}
-LEVIT: dict[str, Any] = {
-    "hidden_sizes": [32, 48, 64],
-    "num_attention_heads": [2, 3, 4],
-    "depths": [1, 1, 1],
-    "key_dim": [8, 8, 8],
-    "image_size": 64,
-}
-SEGFORMER: dict[str, Any] = {
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [8, 16, 24, 32],
-    "num_attention_heads": [1, 2, 2, 2],
-    "decoder_hidden_size": 16,
-    "drop_path_rate": 0.0,
-}
-MOBILEVIT: dict[str, Any] = {
-    "hidden_sizes": [32, 32, 32],
-    "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 48],
-    "num_attention_heads": 2,
-    "image_size": 64,
-}
-LCNET: dict[str, Any] = {"scale": 0.25}
-
-# By class: configuration, its settings, and the length of an image's sides.
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "BeitForSemanticSegmentation": ("Beit", {**PLAIN_TRANSFORMER, "out_indices": [1, 2, 3, 4], "image_size": 128}, 128),
-    "CvtForImageClassification": ("Cvt", {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
-    "DFineForObjectDetection": (
-        "DFine",
-        {
-            **DETECTOR,
-            "backbone_config": (
-                "HGNetV2",
-                {
-                    "stem_channels": [3, 8, 8],
-                    "stage_in_channels": [8, 16, 16, 24],
-                    "stage_mid_channels": [8, 8, 8, 8],
-                    "stage_out_channels": [16, 16, 24, 32],
-                    "stage_num_blocks": [1, 1, 1, 1],
-                    "stage_numb_of_layers": [2, 2, 2, 2],
-                    "hidden_sizes": [16, 16, 24, 32],
-                    "out_features": ["stage2", "stage3", "stage4"],
-                },
-            ),
-        },
-        128,
-    ),
-    "DPTForSemanticSegmentation": (
-        "DPT",
-        {
-            **PLAIN_TRANSFORMER,
-            "backbone_out_indices": [0, 1, 2, 3],
-            "neck_hidden_sizes": [8, 16, 24, 32],
-            "fusion_hidden_size": 16,
-            "use_batch_norm_in_fusion_residual": True,
-        },
-        64,
-    ),
-    "DetrForObjectDetection": (
-        "Detr",
-        {
-            "use_timm_backbone": False,
-            "use_pretrained_backbone": False,
-            "backbone": None,
-            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage4"]}),
-            "d_model": 32,
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "encoder_ffn_dim": 32,
-            "decoder_ffn_dim": 32,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "num_queries": 10,
-        },
-        64,
-    ),
-    "EfficientNetForImageClassification": (
-        "EfficientNet",
-        {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
-        64,
-    ),
-    "GLPNForDepthEstimation": ("GLPN", {**SEGFORMER, "decoder_hidden_size": 16}, 64),
-    "GroupViTVisionModel": (
-        "GroupViTVision",
-        {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "depths": [1, 1, 1],
-            "num_hidden_layers": 3,
-            "num_group_tokens": [8, 4, 0],
-            "num_output_groups": [8, 4, 4],
-            "num_attention_heads": 2,
-            "image_size": 64,
-        },
-        64,
-    ),
-    "GroupViTModel": (
-        "GroupViT",
-        {
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "depths": [1, 1, 1],
-                "num_hidden_layers": 3,
-                "num_group_tokens": [8, 4, 0],
-                "num_output_groups": [8, 4, 4],
-                "num_attention_heads": 2,
-                "image_size": 64,
-            },
-            "text_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "vocab_size": 50,
-                "pad_token_id": 0,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 8,
-            },
-            "projection_dim": 16,
-            "projection_intermediate_dim": 32,
-        },
-        64,
-    ),
-    "HGNetV2ForImageClassification": (
-        "HGNetV2",
-        {
-            "stem_channels": [3, 8, 8],
-            "stage_in_channels": [8, 16, 16, 24],
-            "stage_mid_channels": [8, 8, 8, 8],
-            "stage_out_channels": [16, 16, 24, 32],
-            "stage_num_blocks": [1, 1, 1, 1],
-            "stage_numb_of_layers": [2, 2, 2, 2],
-            "hidden_sizes": [16, 16, 24, 32],
-            "use_learnable_affine_block": True,
-        },
-        64,
-    ),
-    "LevitForImageClassification": ("Levit", LEVIT, 64),
-    "LevitForImageClassificationWithTeacher": ("Levit", LEVIT, 64),
-    "MobileNetV1ForImageClassification": (
-        "MobileNetV1",
-        {"depth_multiplier": 0.25, "classifier_dropout_prob": 0.1},
-        64,
-    ),
-    "MobileNetV2ForImageClassification": (
-        "MobileNetV2",
-        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
-        64,
-    ),
-    "MobileNetV2ForSemanticSegmentation": (
-        "MobileNetV2",
-        {"depth_multiplier": 0.35, "classifier_dropout_prob": 0.1},
-        64,
-    ),
-    "MobileViTForImageClassification": ("MobileViT", MOBILEVIT, 64),
-    "MobileViTForSemanticSegmentation": ("MobileViT", {**MOBILEVIT, "aspp_out_channels": 16}, 64),
-    "MobileViTV2ForImageClassification": ("MobileViTV2", {"width_multiplier": 0.25, "image_size": 64}, 64),
-    "PPLCNetForImageClassification": ("PPLCNet", LCNET, 64),
-    "PPLCNetV3Backbone": ("PPLCNetV3", LCNET, 64),
-    "RTDetrForObjectDetection": ("RTDetr", DETECTOR, 128),
-    "RTDetrV2ForObjectDetection": ("RTDetrV2", DETECTOR, 128),
-    "RegNetForImageClassification": (
-        "RegNet",
-        {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
-        64,
-    ),
-    "ResNetBackbone": (*BACKBONE, 64),
-    "ResNetForImageClassification": ("ResNet", RESNET, 64),
-    "SegformerForSemanticSegmentation": ("Segformer", SEGFORMER, 64),
-    "SwiftFormerForImageClassification": (
-        "SwiftFormer",
-        {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64},
-        64,
-    ),
-    "TextNetForImageClassification": (
-        "TextNet",
-        {
-            "stem_out_channels": 8,
-            "hidden_sizes": [8, 8, 16, 24, 32],
-            "conv_layer_kernel_sizes": [[[3, 3]], [[3, 3], [1, 3]], [[3, 3], [3, 1]], [[3, 3]]],
-            "conv_layer_strides": [[2], [2, 1], [2, 1], [2]],
-        },
-        64,
-    ),
-    "TimmWrapperForImageClassification": ("TimmWrapper", {"architecture": "test_efficientnet"}, 64),
-    "UperNetForSemanticSegmentation": (
-        "UperNet",
-        {
-            "backbone_config": ("ResNet", {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}),
-            "hidden_size": 16,
-            "auxiliary_in_channels": 24,
-            "auxiliary_channels": 8,
-        },
-        64,
-    ),
-    "VitMatteForImageMatting": (
-        "VitMatte",
-        {
-            "backbone_config": (
-                "VitDet",
-                {
-                    "hidden_size": 32,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "num_channels": 4,
-                    "image_size": 64,
-                    "pretrain_image_size": 64,
-                    "out_features": ["stage2"],
-                },
-            ),
-            "hidden_size": 32,
-            "convstream_hidden_sizes": [8, 8, 16],
-            "fusion_hidden_sizes": [16, 8, 8, 8],
-        },
-        64,
-    ),
-    "VitPoseForPoseEstimation": (
-        "VitPose",
-        {
-            "backbone_config": (
-                "VitPoseBackbone",
-                {
-                    "hidden_size": 32,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "image_size": [64, 64],
-                    "patch_size": [16, 16],
-                    "out_indices": [2],
-                },
-            ),
-            "use_simple_decoder": False,
-        },
-        64,
-    ),
-    "ViTForImageClassification": ("ViT", PLAIN_TRANSFORMER, 64),
-}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_config = isinstance(value, Mapping) and "config" in value
+        found[key] = value
+        if is_config:
+            parts = resolved({name: part for name, part in value.items() if name != "config"})
+            found[key] = getattr(transformers, f"{value['config']}Config")(**parts)
+    return found

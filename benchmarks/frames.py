@@ -1,0 +1,120 @@
+"""How deep an eager step is: our frames on the stack when the first arithmetic begins.
+
+    python benchmarks/frames.py
+    python benchmarks/frames.py --against ../older
+
+The first arithmetic of a pass is the first operator that reads the activations of a batch-norm layer and does not only
+look at them (a view, a detach). Frames of `apart_func` between the caller of the step and that operator are counted.
+A climb is a frame of a file which the stack has left for another file of ours before: the code goes back up, as through
+a closure that was handed down. A chain of calls that goes down through the files has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import ROOT, Row, Table, Worker, arguments, run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import apart_func
+
+LOOKS = ("view", "reshape", "detach", "alias", "expand", "empty", "as_strided", "permute", "transpose", "unsqueeze")
+STEPS: dict[str, Callable[..., Callable[..., object]]] = {
+    "two passes": apart_func.make_apart_step,
+    "one pass": apart_func.make_one_pass_step,
+}
+
+
+class Stacks(TorchDispatchMode):
+    """Keeps the stack of our frames at the first operator of each pass that computes with as many values as a layer's.
+
+    Attributes:
+        found: stacks from the outermost frame to the innermost, as (file, function); one for every forward.
+    """
+
+    def __init__(self, values: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it so
+        self.values, self.waits = values, False
+        self.found: list[list[tuple[str, str]]] = []
+
+    def begin(self) -> None:
+        """A layer's forward begins."""
+        self.waits = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at an operator."""
+        computes = not any(look in func.overloadpacket.__name__ for look in LOOKS)
+        reads = any(isinstance(arg, Tensor) and arg.numel() == self.values for arg in args)
+        if self.waits and computes and reads:
+            self.waits = False
+            self.found.append(our_frames(sys._getframe()))
+        return func(*args, **(kwargs or {}))
+
+
+def our_frames(frame: FrameType | None) -> list[tuple[str, str]]:
+    """The frames of the library that lead to a frame, from the outermost on."""
+    package, frames = Path(apart_func.__file__).parent, []
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(package):
+            frames.append((path.relative_to(package).as_posix(), frame.f_code.co_name))
+        frame = frame.f_back
+    return frames[::-1]
+
+
+def climbs(files: Sequence[str]) -> int:
+    """How often a stack comes back to a file that it has left."""
+    return sum(file != before and file in files[:number] for number, (before, file) in enumerate(pairwise(files)))
+
+
+def stacks_of(name: str) -> list[list[tuple[str, str]]]:
+    """The stacks of a step on a model of one layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    batch = torch.randn(8, 3, 2, 2), torch.randint(2, (8,))
+    stacks = Stacks(batch[0].numel())
+    model[0].register_forward_pre_hook(lambda *_: stacks.begin())  # a function, which no copy of the model copies
+    step = STEPS[name](model, F.cross_entropy, epsilon=0.1, groups=2)
+    state = apart_func.split_state(model)
+    step(*state, batch)  # what is made once is made here
+    stacks.found.clear()
+    with stacks:
+        step(*state, batch)
+    return stacks.found
+
+
+def measure(settings: argparse.Namespace) -> Iterator[Row]:
+    """Count the frames of both steps.
+
+    Yields:
+        A row for every pass and checkout.
+    """
+    for checkout, path in ({"here": ROOT} | ({"there": settings.against} if settings.against else {})).items():
+        with Worker(path) as worker:
+            for name in STEPS:
+                for number, stack in enumerate(worker(stacks_of, name), 1):
+                    counts = {"frames": len(stack), "climbs": climbs([file for file, _ in stack])}
+                    files = {"files": len({file for file, _ in stack}), "stack": [" ".join(frame) for frame in stack]}
+                    yield {"checkout": checkout, "step": name, "pass": number} | counts | files
+                    print(f"\n{name}, pass {number}, {checkout}:\n    " + "\n    ".join(files["stack"]))  # type: ignore[arg-type]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A line for every pass."""
+    heads = ["step", "pass", "", "frames", "files", "climbs"]
+    return Table(heads, [[str(row[key]) for key in ("step", "pass", "checkout", *heads[3:])] for row in rows])
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__)
+    parser.add_argument("--against", type=Path, help="root of another checkout to compare this one with")
+    run(__file__, parser.parse_args(), measure, table)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from small import convolutional, images
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm, weight_norm
 
 from apart_func import (
     APART,
@@ -238,24 +237,6 @@ def test_a_model_without_batch_norm() -> None:
 def test_a_model_with_no_batch_norm_in_training_mode() -> None:
     with pytest.raises(ApartError, match=r"none of the 2 batch-norm layers.*model.train\(\)"):
         step(convolutional().eval())
-
-
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_a_model_with_old_style_weight_norm_cannot_be_copied() -> None:
-    model = convolutional()
-    model[0] = weight_norm(model[0])
-    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
-        make_apart_step(model, F.cross_entropy)
-
-
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
-def test_a_model_with_old_style_spectral_norm_cannot_be_copied_after_a_forward() -> None:
-    model = convolutional()
-    model[0] = spectral_norm(model[0])
-    model(images()[0])
-    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
-        make_apart_step(model, F.cross_entropy)
 
 
 def test_a_lazy_model_before_its_first_forward() -> None:

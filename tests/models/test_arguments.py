@@ -114,14 +114,6 @@ CALLS = {
     ),
     "APART.set_epsilon": Call(lambda epsilon: APART(MODEL).set_epsilon(epsilon), {"epsilon": 0.1}, {}),
     "APART.one_pass": Call(one_pass_context, {"clean_fraction": 0.5}, {}),
-    "APART.load_state_dict": Call(
-        lambda state: APART(MODEL).load_state_dict(state), {"state": APART(MODEL).state_dict()}, {}
-    ),
-    "APART.save_with": Call(
-        lambda optimizer: APART(MODEL).save_with(optimizer),
-        {"optimizer": torch.optim.SGD(convolutional().parameters(), 0.1)},
-        {},
-    ),
     "functionalize": Call(functionalize, {"model": MODEL}, {}),
     "FunctionalModel": Call(lambda params, buffers: FMODEL(params, buffers, images()[0]), STATE, {}),
     "split_state": Call(split_state, {"model": MODEL}, {"model": {"a module"}}),

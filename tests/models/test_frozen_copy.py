@@ -116,7 +116,11 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "a part is compiled": compiled_in_place(slice(3, 4), 1),
     "a module under two names": twice_registered,
 }
-quiet = pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm).*deprecated:FutureWarning")
+# The second is one of Dynamo itself, whatever it compiles a part of.
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*(weight_norm|spectral_norm).*deprecated:FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
 
 
 @quiet

@@ -2,7 +2,7 @@
 
 `torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time. So if neither a
 `torch.func` transform nor a compiler is active, gradients are those that `backward()` leaves in fresh leaves, and otherwise
-they come from `torch.func.grad_and_value`. `gradients` is the one place that decides.
+they come from `torch.func.grad`.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_compiling, is_differentiated, is_traced, register_tree, unwrapped
 from apart_func.errors import StateError, UsageError
-from apart_func.trees import Tensors, check_named_tensors, detached, tensors_of, with_tensors
+from apart_func.trees import Tensors, check_named_tensors, tensors_of, with_tensors
 
 
 class Gradient(NamedTuple):
@@ -35,23 +35,6 @@ class Gradient(NamedTuple):
 Computation = Callable[..., Any]
 
 
-def gradients(compute: Computation, *inputs: Mapping[str, Any], lend_copies: bool = False) -> Gradient:
-    """Differentiate a computation with respect to every tensor in some dicts of tensors, or of tuples of them.
-
-    Args:
-        compute: `(*inputs, backward) -> backward(loss, aux)`.
-        *inputs: what is differentiated by.
-        lend_copies: whether an eager computation gets copies of the tensors, not their memory: one that rewrites them is
-            refused all the same, and then has changed nothing.
-
-    Raises:
-        StateError: the computation rewrites an argument.
-        UsageError: the loss has no graph, depends on parameters that are not among the arguments, or saves tensors in
-            a way that transforms do not allow.
-    """
-    return _under_transforms(compute, inputs) if is_traced() else _eagerly(compute, inputs, lend_copies)
-
-
 def grad_and_value(
     function: Callable[[Tensors], tuple[Tensor, Any]], params: Mapping[str, Tensor]
 ) -> tuple[Tensors, Tensor, Any]:
@@ -65,7 +48,8 @@ def grad_and_value(
         The gradient, keyed as `params`; the loss, detached if the call is eager; and `aux`, as it is.
 
     Raises:
-        UsageError: as `gradients`.
+        UsageError: the loss has no graph, depends on parameters that are not among the arguments, or saves tensors in
+            a way that transforms do not allow.
     """
     if not callable(function):
         raise UsageError(f"function is a {type(function).__name__}; expected params -> (loss, aux).")
@@ -78,35 +62,52 @@ def grad_and_value(
         return backward(pair[0], (pair[0] if is_traced() else pair[0].detach(), pair[1]))
 
     try:
-        (grads,), (loss, aux) = gradients(compute, params)
+        if is_traced():
+            (grads,), (loss, aux) = under_transforms(compute, (params,))
+        else:
+            leaves = LentLeaves((params,))
+            with torch.enable_grad():
+                (grads,), (loss, aux) = compute(*leaves.trees, leaves.backward)
     except ForeignParametersError as error:
         raise foreign_parameters([f"one of shape {tuple(p.shape)}" for p in error.args[0]]) from None
     return grads, loss, aux
 
 
-def detach_if_eager(tree: Any) -> Any:
-    """Cut the results of an eager pass from its graph; a transform still needs theirs."""
-    return tree if is_traced() else detached(tree)
+class LentLeaves:
+    """Fresh leaves on the memory of some tensors, which an eager computation is differentiated by.
 
+    Args:
+        inputs: dicts of tensors, or of tuples of them.
+        are_copies: whether the leaves have memory of their own: a computation that rewrites them is refused all the same,
+            and then has changed nothing.
 
-def _eagerly(compute: Computation, inputs: Sequence[Mapping[str, Any]], lend_copies: bool) -> Gradient:
-    tensors = [(name, tensor) for tree in inputs for name, tensor in _leaves(tree)]
-    leaves = [_lent(tensor.detach().clone() if lend_copies else tensor.detach()) for _, tensor in tensors]
-    versions = [leaf._version for leaf in leaves]
+    Attributes:
+        trees: the same dicts, of leaves.
+    """
 
-    def backward(loss: Tensor, aux: Any) -> Gradient:
-        for (name, _), leaf, version in zip(tensors, leaves, versions, strict=True):
+    def __init__(self, inputs: Sequence[Mapping[str, Any]], are_copies: bool = False) -> None:
+        self._names = [name for tree in inputs for name, _ in _leaves(tree)]
+        tensors = [tensor.detach() for tree in inputs for _, tensor in _leaves(tree)]
+        self._leaves = [_lent(tensor.clone() if are_copies else tensor) for tensor in tensors]
+        self._versions = [leaf._version for leaf in self._leaves]
+        self.trees = _filled(inputs, self._leaves)
+
+    def backward(self, loss: Tensor, aux: Any) -> Gradient:
+        """Differentiate a loss by the leaves.
+
+        Raises:
+            StateError: the computation has rewritten one.
+            UsageError: the loss has no graph.
+            ForeignParametersError: it depends on other parameters.
+        """
+        for name, leaf, version in zip(self._names, self._leaves, self._versions, strict=True):
             if _is_rewritten(leaf, version):
                 raise rewritten(name)
-        _check_graph(loss, leaves)
+        _check_graph(loss, self._leaves)
         # As in plain training: a gradient owns its memory, is dense or sparse, and a backward inside of this one, as
         # of a reversible block, adds to it.
-        torch.autograd.backward(loss, inputs=leaves)
-        return Gradient(_filled(inputs, map(_gradient_of, leaves)), aux)
-
-    with torch.enable_grad():
-        gradient: Gradient = compute(*_filled(inputs, leaves), backward)
-    return gradient
+        torch.autograd.backward(loss, inputs=self._leaves)
+        return Gradient(_filled(self.trees, map(_gradient_of, self._leaves)), aux)
 
 
 class LentLeaf(nn.Parameter):
@@ -183,7 +184,14 @@ register_tree(
 )
 
 
-def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
+def under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
+    """Differentiate a computation by `torch.func`.
+
+    Raises:
+        UsageError: the loss depends on other parameters, or saves tensors in a way that transforms do not allow.
+        ForeignParametersError: likewise, where they are known.
+    """
+
     def value(*trees: Any) -> tuple[Tensor, _Carried]:
         return compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))  # type: ignore[no-any-return]
 

@@ -25,7 +25,7 @@ class Normalized(NamedTuple):
 
     Attributes:
         y: of the activations' shape and dtype.
-        mean: batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32.
+        mean: batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32; a constant.
         var: biased variance σ², likewise.
     """
 
@@ -144,15 +144,17 @@ def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Redu
     weight, bias, shift, scale = vectors
     values = groups.split(x).to(weight.dtype)
     mean = groups.mean(values)
-    # As a constant, `start` spares the backward a sum over the activations.
+    # As a constant, `start` spares the backward a sum over the activations; `drift` is zero and has the mean's gradient.
     start = mean.detach()
+    drift = mean - start
     centred = values - groups.spread(start, values)
-    var = groups.mean(centred.square()) - (mean - start).square()
+    var = groups.mean(centred.square()) - drift.square()
     if reduce is not None:
         mean, var = reduce(mean, var)
+        drift = mean - start
     invstd = torch.rsqrt(var + eps)
     gamma = weight * (1 + scale)
     slope = gamma * invstd
-    intercept = bias - gamma * shift * (mean * invstd).detach() - (mean - start) * slope
+    intercept = bias - gamma * shift * (mean * invstd).detach() - drift * slope
     y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean, var)
+    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean.detach(), var.detach())

@@ -155,20 +155,26 @@ def unwrapped_names(named: Mapping[str, Any]) -> dict[str, Any]:
     return plain if len(plain) == len(named) else dict(named)
 
 
+def module_arguments(inputs: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Return the arguments that the input of a batch makes: a tuple or list is splatted, a mapping passed as keywords."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
 def call_module(module: Callable[..., Any], inputs: Any) -> Any:
-    """Run a model on the input of a batch: a tuple or list is splatted, a mapping passed as keywords.
+    """Run a model on the input of a batch; see `module_arguments`."""
+    args, kwargs = module_arguments(inputs)
+    return module(*args, **kwargs)
+
+
+def check_arguments(module: Any, args: Any, kwargs: Any, error: TypeError) -> None:
+    """Make sure, after an error, that a model's forward takes the arguments that the input of a batch makes.
 
     Raises:
-        BatchError: the model's forward does not take the input in that way.
+        BatchError: it does not.
     """
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    if not isinstance(args, (tuple, list)):
-        args = (args,)
-    try:
-        return module(*args, **kwargs)
-    except TypeError as error:
-        if is_compiling() or _takes(module, args, kwargs):
-            raise
+    if not is_compiling() and not _takes(module, args, kwargs):
         raise BatchError(
             f"the model's forward does not take the input: {error}. A tuple or list is splatted into the model, and a "
             "mapping is passed as keywords. For a forward of one argument that is itself a list, tuple or dict, wrap it: "
@@ -254,7 +260,7 @@ class FunctionalModel:
         self._signature = signature(model)
         self._training = StatelessModule(model)
         self._evaluation: StatelessModule | None = None
-        self.coupled: dict[Any, bool] = {}  # what one pass has seen of losses
+        self.coupled: dict[Any, tuple[Any, bool]] = {}  # what one pass has seen of losses
         self._of_caller = {id(p): (weakref.ref(p), name) for name, p in model.named_parameters()}
 
     @property
@@ -333,10 +339,22 @@ class FunctionalModel:
         Returns:
             What the function returns.
         """
+        stateless = self._stateless(handler)
+        kept = stateless.never_written if is_compiling() else ()
+        held = {**params, **{name: tensor if name in kept else tensor.clone() for name, tensor in buffers.items()}}
+        lent = {f"module.{place}": held[name] for place, name in stateless.first.items()}
         if is_compiling():
-            return self._stateless(handler).run(params, buffers, handler, function)
+            stateless.interception.handler = handler
+            return functional_call(stateless.runner, lent, (function,), tie_weights=False)
         with self._lock:
-            return self._stateless(handler).run(params, buffers, handler, function)
+            outer, stateless.interception.handler = stateless.interception.handler, handler
+            stateless.hidden.follow()
+            try:
+                return functional_call(stateless.runner, lent, (function,), tie_weights=False)
+            finally:
+                stateless.interception.handler = outer
+                if outer is None:
+                    stateless.snapshot.restore()
 
     def _stateless(self, handler: Handler | None) -> StatelessModule:
         if handler is not None:
@@ -394,7 +412,7 @@ class StatelessModule:
     def __init__(self, model: nn.Module) -> None:
         layers = {name: layer for name, layer in batch_norm_layers(model).items() if layer.training}
         memo = {id(tensor): _MissingTensor(name) for name, tensor in named_tensors(model)}
-        self._first = _first_names(model)
+        self.first = _first_names(model)
         self._momenta = {name: layer.momentum for name, layer in layers.items()}
         self.constants = Constants(
             layers={name: layer.num_features for name, layer in layers.items()},
@@ -402,64 +420,48 @@ class StatelessModule:
             moving=tuple(name for name, buffer in model.named_buffers() if buffer.is_floating_point()),
         )
         self.module = copy_model(model, memo)
-        self._hidden = HiddenTensors(memo)
+        self.hidden = HiddenTensors(memo)
         for submodule in self.module.modules():
             for register in (submodule._parameters, submodule._buffers):
                 register.update(dict.fromkeys(register))
         self._prepare()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "first": self._first, "momenta": self._momenta, "constants": self.constants}
+        return {"module": self.module, "first": self.first, "momenta": self._momenta, "constants": self.constants}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.module, self.constants = state["module"], state["constants"]
-        self._first, self._momenta, self._hidden = state["first"], state["momenta"], HiddenTensors({})
+        self.first, self._momenta, self.hidden = state["first"], state["momenta"], HiddenTensors({})
         self._prepare()
 
     def _prepare(self) -> None:
         self.layers: dict[str, Any] = {name: self.module.get_submodule(name) for name in self._momenta}
-        for layer in self.layers.values():
-            if not is_stock(layer) and layer.momentum is None:
+        self.never_written: set[str] = set()  # statistics that are replaced, of which a compiler needs no copies
+        for name, layer in self.layers.items():
+            if is_stock(layer):
+                places = [f"{name}.{key}" if name else key for key in layer._buffers]
+                self.never_written |= {self.first[place] for place in places if place in self.first}
+            elif layer.momentum is None:
                 layer.momentum = 0.0  # None would make its forward read a counter, which no tracing allows
-        self._interception = Interception(self.layers, self._momenta)
-        self._interception.install()
-        self._runner = _Runner(self.module, self)
+        self.interception = Interception(self.layers, self._momenta)
+        self.interception.install()
+        self.runner = _Runner(self.module, self)
         owners = dict(self.module.named_modules())
         # A tensor may stand in several places, and has its new value in all of them.
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for place, name in self._first.items():
+        for place, name in self.first.items():
             owner, _, key = place.rpartition(".")
             register: Any = owners[owner]._buffers if key in owners[owner]._buffers else owners[owner]._parameters
             self._places.setdefault(name, []).append((register, key))
         self.is_proven = False
-        self._snapshot = Snapshot(self.module)
+        self.snapshot = Snapshot(self.module)
 
     def evaluating(self) -> StatelessModule:
         """Return a copy in evaluation mode."""
         made = object.__new__(StatelessModule)
         made.__setstate__(self.__getstate__() | {"module": copy_model(self.module).eval()})
-        made._hidden = self._hidden
+        made.hidden = self.hidden
         return made
-
-    def run(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        handler: Handler | None,
-        function: Callable[[StatelessModule], Any],
-    ) -> Any:
-        """See `FunctionalModel.run`."""
-        held = {**params, **{name: tensor.clone() for name, tensor in buffers.items()}}
-        lent = {f"module.{place}": held[name] for place, name in self._first.items()}
-        outer, self._interception.handler = self._interception.handler, handler
-        if not is_compiling():
-            self._hidden.follow()
-        try:
-            return functional_call(self._runner, lent, (function,), tie_weights=False)
-        finally:
-            self._interception.handler = outer
-            if not is_compiling() and outer is None:
-                self._snapshot.restore()
 
     def replace_buffer(self, layer: str, old: Tensor, new: Tensor) -> None:
         """Give a buffer that a layer uses a new value, in every place that holds it; to be called while the call runs.
@@ -468,7 +470,7 @@ class StatelessModule:
             ModelError: it is no buffer of the model.
         """
         own = self.layers[layer]._buffers
-        names = [self._first[f"{layer}.{key}" if layer else key] for key in own if own[key] is old]
+        names = [self.first[f"{layer}.{key}" if layer else key] for key in own if own[key] is old]
         names = names or [name for name, [(register, key), *_] in self._places.items() if register[key] is old]
         for register, key in self._places[names[0]] if names else ():
             register[key] = new

@@ -48,11 +48,8 @@ def perturbed_batch_norm(
         groups: number of ghost groups G ≥ 1, a divisor of N.
         reduce: makes moments over all ranks from those of this one, differentiably; None keeps these.
     """
-    if is_traced():
+    if is_traced() or reduce is not None or x.device.type not in KERNEL_DEVICES or has_dispatch_mode():
         return formula(x, affine(x, weight, bias, shift, scale), eps, InterleavedGroups(groups), reduce)
-    if reduce is not None or x.device.type not in KERNEL_DEVICES or has_dispatch_mode():
-        y, mean, var = formula(x, affine(x, weight, bias, shift, scale), eps, InterleavedGroups(groups), reduce)
-        return Normalized(y, mean.detach(), var.detach())
     return Normalized(*KernelBatchNorm.apply(x, weight, bias, shift, scale, eps, groups))
 
 
@@ -130,7 +127,7 @@ def _by_batch_norm(
     offset = torch.addcmul(beta, slope * shift, torch.rsqrt(var + eps).mul_(mean), value=-1)
     is_folded = len(mean) > 1 or len(x) == 1  # one sample of two dimensions has a derivative that depends on its strides
     folded = rearrange(x, "(b g) c ... -> b (g c) (...)", g=len(mean)) if is_folded else x
-    vectors = slope.expand_as(mean).reshape(-1), offset.reshape(-1)
+    vectors = slope.expand_as(mean).contiguous().view(-1), offset.view(-1)
     y = torch.batch_norm(folded, *vectors, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
     if is_folded:
         y = y.unflatten(1, (len(mean), -1)).flatten(0, 1).view(x.shape)
@@ -288,7 +285,8 @@ def native_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def normalize_(x: Tensor, y: Tensor, mean: Tensor, var: Tensor, slope: Tensor, offset: Tensor, eps: float) -> None:
     """Write slope (x − mean) / sqrt(var + eps) + offset into y: in evaluation mode BN computes any affine map of x."""
     unused = mean.new_empty(0)
-    vectors = (vector.reshape(-1) for vector in (slope, offset, mean, var))
+    # contiguous: of one channel, an expanded γ has stride 0 in every view, and the kernels would read past its end
+    vectors = (vector.contiguous().view(-1) for vector in (slope, offset, mean, var))
     torch.ops.aten.native_batch_norm.out(x, *vectors, False, 0.0, eps, out=y, save_mean=unused, save_invstd=unused)
 
 
@@ -296,7 +294,7 @@ def native_backward(
     grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, slope: Tensor, for_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run training-mode BN's own backward; the gradients of the vectors come as `(G, C)`."""
-    scale, center, inverse = (vector.reshape(-1) for vector in (slope, mean, invstd))
+    scale, center, inverse = (vector.contiguous().view(-1) for vector in (slope, mean, invstd))
     grad_x, by_slope, by_offset = torch.ops.aten.native_batch_norm_backward.default(
         grad, x, scale, None, None, center, inverse, True, 0.0, (for_x, True, True)  # eps has gone into invstd
     )

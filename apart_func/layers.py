@@ -10,6 +10,7 @@ Running statistics move by the clean groups, so that a pass without one moves no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from apart_func._torch import backward_task
 from apart_func.groups import Grouping, check_input, grouped_batch_norm, not_by_sample
 from apart_func.intercept import BatchNormCall
+from apart_func.kernels import perturbed_batch_norm
 from apart_func.ranks import synchronisation
 from apart_func.running import Store, advance, pooled
 from apart_func.trees import BatchStats, Perturbation, StatTree, stack_calls
@@ -36,7 +38,7 @@ class Record:
         self._clean_stats: dict[str, list[BatchStats]] = {}
         self._other_stats: dict[str, list[BatchStats]] = {}
 
-    def add(self, call: BatchNormCall, mean: Tensor, var: Tensor, sizes: object) -> None:
+    def add(self, call: BatchNormCall, mean: Tensor, var: Tensor, sizes: Any) -> None:
         """Record a call, and move the running statistics of its layer.
 
         Args:
@@ -90,13 +92,18 @@ class PerturbedLayers:
         """See `Handler`."""
         name, x, shifts = call.name, call.x, self.perturbation[call.name]
         check_input(name, x, shifts.mean.shape[-1])
-        reduce = synchronisation(call.layer, x, self.grouping.groups)
-        (y, mean, var), sizes = grouped_batch_norm(
-            name, x, (call.weight, call.bias), shifts, call.eps, self.grouping, reduce
-        )
+        groups, samples, rows = self.grouping
+        reduce = synchronisation(call.layer, x, groups)
+        sizes: Any = x.numel() // (x.shape[1] * groups)
+        if sizes > 1 and (groups == 1 or (len(x) == samples and not callable(rows))):
+            y, mean, var = perturbed_batch_norm(x, call.weight, call.bias, *shifts, call.eps, groups, reduce)
+        else:  # seldom: an error, or a setting of rows
+            (y, mean, var), sizes = grouped_batch_norm(
+                name, x, (call.weight, call.bias), shifts, call.eps, self.grouping, reduce
+            )
         if backward_task() == self._task:
             self._rows[name] = self._rows.get(name, 0) + len(x)
-            self.record.add(call, mean.detach(), var.detach(), sizes if reduce is None else reduce.sizes)
+            self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
         return y
 
     def check_rows(self) -> None:

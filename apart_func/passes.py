@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, is_compiling, is_concrete, specialize
-from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
+from apart_func._torch import backward_task, is_compiling, is_concrete, is_traced, specialize
+from apart_func.autodiff import ForeignParametersError, LentLeaves, foreign_parameters, under_transforms
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.errors import BatchError, ModelError, UsageError
 from apart_func.functional import (
     FunctionalModel,
     LossFunction,
-    call_module,
+    StatelessModule,
+    check_arguments,
     check_loss_function,
     follow_parameters,
+    module_arguments,
     scalar_loss,
 )
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
@@ -45,6 +47,7 @@ from apart_func.trees import (
     batch_size,
     cut_groups,
     detach_perturbation,
+    detached,
     input_and_target,
     map_tensors,
     statistics_kind,
@@ -331,43 +334,60 @@ class Pass:
         self, params: Tensors, shifts: PerturbationTree, by_shifts: bool, grouping: Grouping, clean: int
     ) -> tuple[Tensors, StatGradTree, Results]:
         """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
+        inputs, fixed = ((params, shifts), ()) if by_shifts else ((params,), (shifts,))
         fmodel = self._fmodel
-
-        def compute(trained: Tensors, *others: Any) -> Any:
-            *point, backward = others
-            record = Record(clean, fmodel.training.replace_buffer, self.dtype)
-            layers = PerturbedLayers(point[0] if point else shifts, grouping, record, backward_task())
-
-            def forward_and_backward(stateless: Any) -> Any:
-                with self._autocast():
-                    inputs = map_tensors(_copied, self._inputs)
-                    output = call_module(stateless.module, inputs)
-                    _check_unchanged(inputs)
-                    if layers.mixes:
-                        check_output(output, self.samples)
-                    loss, aux = _loss_and_aux(self._loss_fn(output, self._target))
-                    parts = self._losses_by_part(loss, output, grouping, clean)
-                layers.check_rows()
-                buffers = stateless.buffers(self._buffers)
-                results = Results(loss, *parts, output, aux, buffers, record.clean_stats(), record.perturbed_stats())
-                scale = self._precision.loss_scale
-                return backward(loss if scale is None else loss * scale, detach_if_eager(results))
-
-            return fmodel.run({**self._params, **trained}, self._buffers, layers, forward_and_backward)
-
-        inputs = (params, shifts) if by_shifts else (params,)
         try:
-            grads, results = gradients(compute, *inputs, lend_copies=not (is_compiling() or fmodel.training.is_proven))
+            if is_traced():
+
+                def compute(*trees: Any) -> Any:
+                    *given, backward = trees
+                    return self._forward_and_backward(*given, *fixed, grouping, clean, backward)
+
+                grads, results = under_transforms(compute, inputs)
+            else:
+                leaves = LentLeaves(inputs, are_copies=not fmodel.training.is_proven)
+                with torch.enable_grad():
+                    grads, results = self._forward_and_backward(
+                        *leaves.trees, *fixed, grouping, clean, leaves.backward
+                    )
+                fmodel.training.is_proven = True
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
-        if not is_compiling():
-            fmodel.training.is_proven = True
         by_params = {name: self._unscaled(grad) for name, grad in grads[0].items()}
         by_point = {
             name: StatGrads(self._unscaled(mean), self._unscaled(scale))
             for name, (mean, scale) in (grads[1] if by_shifts else {}).items()
         }
         return by_params, by_point, results
+
+    def _forward_and_backward(
+        self, params: Tensors, shifts: Any, grouping: Grouping, clean: int, backward: Callable[[Tensor, Results], Any]
+    ) -> Any:
+        """Run the model while it holds some parameters and its layers are at some shifts, and go back from its loss."""
+        record = Record(clean, self._fmodel.training.replace_buffer, self.dtype)
+        layers = PerturbedLayers(shifts, grouping, record, backward_task())
+
+        def body(stateless: StatelessModule) -> Any:
+            # Copies, since a forward may change its input in place.
+            args, kwargs = module_arguments(map_tensors(_copied, self._inputs))
+            with self._autocast():
+                try:
+                    output = stateless.module(*args, **kwargs)
+                except TypeError as error:
+                    check_arguments(stateless.module, args, kwargs, error)
+                    raise
+                _check_unchanged((args, kwargs))
+                if layers.mixes:
+                    check_output(output, self.samples)
+                loss, aux = _loss_and_aux(self._loss_fn(output, self._target))
+                parts = self._losses_by_part(loss, output, grouping, clean)
+            layers.check_rows()
+            moved = stateless.buffers(self._buffers)
+            results = Results(loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats())
+            scale = self._precision.loss_scale
+            return backward(loss if scale is None else loss * scale, results if is_traced() else detached(results))
+
+        return self._fmodel.run({**self._params, **params}, self._buffers, layers, body)
 
     def _losses_by_part(self, loss: Tensor, output: Any, grouping: Grouping, clean: int) -> tuple[Tensor, Tensor]:
         """Return the losses of the clean samples and of the others, or twice that of all if it couples samples."""
@@ -387,9 +407,9 @@ class Pass:
         if not is_concrete(tensors_of(output)[0]):
             return False
         key, known = (id(self._loss_fn), self.samples, groups, clean), self._fmodel.coupled
-        if key not in known:
-            known[key] = couples(self._loss_fn, output, self._target, groups, clean)
-        return known[key]
+        if key not in known:  # the loss is kept with it, so that no other gets its id
+            known[key] = self._loss_fn, couples(self._loss_fn, output, self._target, groups, clean)
+        return known[key][1]
 
     def _unscaled(self, grad: Tensor) -> Tensor:
         """Divide the loss scale out of a gradient."""
@@ -461,7 +481,7 @@ def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean:
         groups: number of ghost groups G; sample i is in group i mod G.
         clean: how many of them are clean, the first ones.
     """
-    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in tensors_of(output)]
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and leaf.dim() > 0) for leaf in tensors_of(output)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):
         try:

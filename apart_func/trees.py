@@ -277,13 +277,21 @@ def cut_batch(batch: Any, start: int, stop: int, samples: int) -> Any:
 
 def cut_groups(tree: Any, groups: int, start: int, stop: int, samples: int) -> Any:
     """Return the samples of ghost groups `start` to `stop` of some `samples`; see `cut_samples`."""
-    return cut_samples(tree, [i for i in range(samples) if start <= i % groups < stop], samples)
+    return cut_samples(tree, GroupRange(groups, start, stop), samples)
+
+
+class GroupRange(NamedTuple):
+    """The samples of ghost groups `start` to `stop` of G; sample i is in group i mod G."""
+
+    groups: int
+    start: int
+    stop: int
 
 
 WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-def cut_samples(tree: Any, which: slice | list[int], samples: int) -> Any:
+def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
     """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
 
     Tensors without a dimension, numbers, strings, and lists of another length are passed whole.
@@ -298,7 +306,7 @@ def cut_samples(tree: Any, which: slice | list[int], samples: int) -> Any:
         return values if type(tree) is dict else _mapping_like(tree, values)
     if isinstance(tree, (tuple, list)):
         if len(tree) == samples and not tensors_of(tree) and not hasattr(tree, "_fields"):
-            return type(tree)(_entries(tree, which))
+            return type(tree)(tree[i] for i in _indices(which, samples))
         items = [cut_samples(item, which, samples) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if _is_dataclass(tree):
@@ -309,7 +317,7 @@ def cut_samples(tree: Any, which: slice | list[int], samples: int) -> Any:
     if isinstance(tree, WHOLE):
         return tree
     if hasattr(tree, "__array__") and hasattr(tree, "shape"):
-        return tree[which] if len(tree.shape) and tree.shape[0] == samples else tree
+        return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
     raise BatchError(
         f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and nobody "
         "knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 in two "
@@ -317,7 +325,7 @@ def cut_samples(tree: Any, which: slice | list[int], samples: int) -> Any:
     )
 
 
-def _cut_tensor(tensor: Tensor, which: slice | list[int]) -> Tensor:
+def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise BatchError(
             f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted here, "
@@ -325,11 +333,13 @@ def _cut_tensor(tensor: Tensor, which: slice | list[int]) -> Tensor:
         )
     if isinstance(which, slice):
         return tensor[which]
-    return tensor.index_select(0, torch.tensor(which, device=tensor.device))
+    return tensor.unflatten(0, (-1, which.groups))[:, which.start : which.stop].flatten(0, 1)
 
 
-def _entries(items: Any, which: slice | list[int]) -> Any:
-    return items[which] if isinstance(which, slice) else [items[i] for i in which]
+def _indices(which: slice | GroupRange, samples: int) -> list[int]:
+    if isinstance(which, slice):
+        return list(range(samples))[which]
+    return [i for i in range(samples) if which.start <= i % which.groups < which.stop]
 
 
 def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

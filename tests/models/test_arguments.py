@@ -32,6 +32,7 @@ from apart_func import (
     multi_step,
     perturbed_stats,
     proxy_pass,
+    random_signs,
     sam_ascent,
     sign_flips,
     sign_perturbation,
@@ -142,8 +143,8 @@ CALLS = {
     ),
     "ApartStep": Call(
         step,
-        {**STATE, "batch": images(), "epsilon": 0.1, "loss_scale": 2.0},
-        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
+        {**STATE, "batch": images(), "epsilon": 0.1, "loss_scale": 2.0, "perturbation": ZERO},
+        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}, "perturbation": NOTHING},
     ),
     "OnePassStep": Call(
         one_pass_step,
@@ -163,6 +164,9 @@ CALLS = {
         {"rows": NOTHING | CALLABLE, "loss_fn": CALLABLE},
     ),
     "gradients_at": Call(gradients_at, {**PASS, "perturbation": ZERO}, {"loss_fn": CALLABLE}),
+    "random_signs": Call(
+        random_signs, {"layers": ZERO, "epsilon": 0.1, "generator": torch.Generator()}, {"generator": NOTHING}
+    ),
     "clean_stat_grads": Call(clean_stat_grads, {"stat_grads": MIXED.stat_grads, "clean": 1}, {}),
     "sam_ascent": Call(sam_ascent, {"params": PARAMS, "grads": PROXY.grads, "rho": 0.1}, {"rho": {"a number"}}),
     "grad_and_value": Call(
@@ -210,6 +214,7 @@ ELSEWHERE = {
     "all_finite": "takes whatever can be iterated over",
     "l2_perturbation": "a rule: called by a step, with what it has made",
     "random_sign_perturbation": "a rule",
+    "rule_kind": "a decorator that takes flags",
     "sign_perturbation": "a rule",
     "OnePassStep": "made by make_one_pass_step",
 }
@@ -237,5 +242,6 @@ def test_every_argument_of_a_function_is_here(name: str) -> None:
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     # of another library's type, a record, or a flag
-    known = {"self", "process_group", "precision", "training", "rho", "ratio", "remainder", "clean_fraction"}
+    flags = {"accumulate", "stat_grads", "training"}
+    known = {"self", "process_group", "precision", "rho", "ratio", "remainder", "clean_fraction", *flags}
     assert taken - known <= CALLS[name].arguments.keys()

@@ -345,7 +345,9 @@ class FunctionalModel:
         lent = {f"module.{place}": held[name] for place, name in stateless.first.items()}
         if is_compiling():
             stateless.interception.handler = handler
-            return functional_call(stateless.runner, lent, (function,), tie_weights=False)
+            result = functional_call(stateless.runner, lent, (function,), tie_weights=False)
+            stateless.interception.handler = None  # what stays on an object leaves the graph
+            return result
         with self._lock:
             outer, stateless.interception.handler = stateless.interception.handler, handler
             stateless.hidden.follow()

@@ -3,10 +3,11 @@
     python benchmarks/frames.py
     python benchmarks/frames.py --against ../older
 
-The first arithmetic of a pass is the first operator that reads the activations of a batch-norm layer and does not only
-look at them (a view, a detach). Frames of `apart_func` between the caller of the step and that operator are counted.
-A climb is a frame of a file which the stack has left for another file of ours before: the code goes back up, as through
-a closure that was handed down. A chain of calls that goes down through the files has none.
+The first arithmetic of a pass is the first function of PyTorch that computes (a sum, a mean, a product) after the
+forward of a batch-norm layer has begun, as Python's own profiler sees it: a mode of PyTorch would change the path.
+Counted are frames of `apart_func` between the caller of the step and it. A climb is a frame of a file which the stack
+has left for another file of ours before: the code goes back up, as through a closure that was handed down. A chain of
+calls that goes down through the files has none.
 """
 
 from __future__ import annotations
@@ -23,50 +24,49 @@ import torch
 import torch.nn.functional as F
 from timing import ROOT, Row, Table, Worker, arguments, run
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import apart_func
 
-LOOKS = ("view", "reshape", "detach", "alias", "expand", "empty", "as_strided", "permute", "transpose", "unsqueeze")
+COMPUTES = ("mean", "sum", "var", "norm", "mul", "add", "sub", "sqrt", "square")
+PACKAGE = str(Path(apart_func.__file__).parent)
 STEPS: dict[str, Callable[..., Callable[..., object]]] = {
     "two passes": apart_func.make_apart_step,
     "one pass": apart_func.make_one_pass_step,
 }
 
 
-class Stacks(TorchDispatchMode):
-    """Keeps the stack of our frames at the first operator of each pass that computes with as many values as a layer's.
+class Stacks:
+    """Keeps the stack of our frames at the first arithmetic in each forward of a layer; for `sys.setprofile`.
 
     Attributes:
-        found: stacks from the outermost frame to the innermost, as (file, function); one for every forward.
+        found: stacks from the outermost frame to the innermost, as (file, function).
     """
 
-    def __init__(self, values: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it so
-        self.values, self.waits = values, False
+    def __init__(self) -> None:
+        self.waits = False
         self.found: list[list[tuple[str, str]]] = []
 
     def begin(self) -> None:
         """A layer's forward begins."""
         self.waits = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at an operator."""
-        computes = not any(look in func.overloadpacket.__name__ for look in LOOKS)
-        reads = any(isinstance(arg, Tensor) and arg.numel() == self.values for arg in args)
-        if self.waits and computes and reads:
+    def __call__(self, frame: FrameType, event: str, function: Any) -> None:
+        """Look at what Python calls."""
+        if not self.waits or event != "c_call":
+            return
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        of_torch = isinstance(owner, Tensor) or "torch" in f"{getattr(owner, '__module__', '')}{owner}"
+        if of_torch and name != "add_" and any(word in name for word in COMPUTES):  # add_ counts batches
             self.waits = False
-            self.found.append(our_frames(sys._getframe()))
-        return func(*args, **(kwargs or {}))
+            self.found.append(our_frames(frame))
 
 
 def our_frames(frame: FrameType | None) -> list[tuple[str, str]]:
     """The frames of the library that lead to a frame, from the outermost on."""
-    package, frames = Path(apart_func.__file__).parent, []
+    frames = []
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(package):
-            frames.append((path.relative_to(package).as_posix(), frame.f_code.co_name))
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            frames.append((Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix(), frame.f_code.co_name))
         frame = frame.f_back
     return frames[::-1]
 
@@ -81,14 +81,17 @@ def stacks_of(name: str) -> list[list[tuple[str, str]]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
     batch = torch.randn(8, 3, 2, 2), torch.randint(2, (8,))
-    stacks = Stacks(batch[0].numel())
+    stacks = Stacks()
     model[0].register_forward_pre_hook(lambda *_: stacks.begin())  # a function, which no copy of the model copies
     step = STEPS[name](model, F.cross_entropy, epsilon=0.1, groups=2)
     state = apart_func.split_state(model)
     step(*state, batch)  # what is made once is made here
-    stacks.found.clear()
-    with stacks:
+    stacks.waits = False
+    sys.setprofile(stacks)
+    try:
         step(*state, batch)
+    finally:
+        sys.setprofile(None)
     return stacks.found
 
 

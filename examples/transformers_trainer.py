@@ -1,53 +1,38 @@
 """APART in the `Trainer` of transformers, on scikit-learn's digits: `python examples/transformers_trainer.py`.
 
-Question: what does the `Trainer` need for APART? Method: a subclass puts a context around `training_step`, which runs
-forward and backward of one micro-batch. A small ResNet of transformers is trained plainly and so, in bfloat16, with
-accumulation and clipping. Result: two methods of a few lines. Test errors are printed; one seed says little
-(`examples/compare.py` has intervals).
+A small ResNet of transformers is trained by the `Trainer` itself and by `OnePassTrainer`, in bfloat16, with gradient
+accumulation, clipping, and an evaluation after every epoch.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
-from experiments.datasets import load_dataset, whole
-from experiments.settings import DataSettings
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from apart_func import APART
+from apart_func.integrations.transformers import OnePassTrainer
 
 
-class ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
-    """A `Trainer` whose every micro-batch is a pass of clean and perturbed samples."""
+def digits() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """256 images to train on and 500 to test on, enlarged to 32 × 32, as the model takes them."""
+    images, labels = load_digits(return_X_y=True)
+    x, test_x, y, test_y = train_test_split(
+        images, labels, train_size=256, test_size=500, stratify=labels, random_state=0
+    )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Set up APART too: the model is there now, in its wrappers."""
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        several = self.args.world_size > 1
-        self.apart = APART(self.model, epsilon=0.2, groups=4, process_group="world" if several else None)
-        return optimizer
+    def dataset(part: object, labels: object) -> list[dict[str, Tensor]]:
+        normalised = ((torch.tensor(part) - x.mean()) / x.std()).float().view(-1, 1, 8, 8)
+        pairs = zip(F.interpolate(normalised, scale_factor=4), torch.tensor(labels), strict=True)
+        return [{"pixel_values": image, "labels": label} for image, label in pairs]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a micro-batch."""
-        with self.apart.one_pass():
-            loss: Tensor = super().training_step(*args, **kwargs)
-        return loss
-
-
-def dataset(images: TensorDataset) -> list[dict[str, Tensor]]:
-    """Images of 32 × 32 as the model takes them."""
-    return [
-        {"pixel_values": F.interpolate(x[None], scale_factor=4)[0], "labels": y}
-        for x, y in zip(*images.tensors, strict=True)
-    ]
+    return dataset(x, y), dataset(test_x, test_y)
 
 
 def network(seed: int) -> ResNetForImageClassification:
@@ -80,38 +65,34 @@ def settings(folder: Path, epochs: int, seed: int) -> TrainingArguments:
         bf16=True,
         use_cpu=True,
         seed=seed,
+        eval_strategy="epoch",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
 
 
-def main(epochs: int = 30, seed: int = 0) -> dict[str, float]:
-    """Train the network plainly and with APART.
-
-    Args:
-        epochs: passes over the 256 training images.
-        seed: of the initial weights and the batches.
-
-    Returns:
-        Test errors, from 0 to 1.
-    """
-    data, errors = load_dataset(DataSettings("digits")), {}
-    for name, kind in {"plain": Trainer, "APART in one pass": ApartTrainer}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = kind(
-                network(seed),
-                settings(Path(folder), epochs, seed),
-                train_dataset=dataset(whole(data, data.train)),
-                eval_dataset=dataset(whole(data, data.test)),
-                compute_metrics=lambda p: {"error": float((p.predictions.argmax(axis=1) != p.label_ids).mean())},
-            )
+def main(epochs: int = 20, seed: int = 0) -> dict[str, float]:
+    """Train the network plainly and with APART, and return the test errors."""
+    (images, test), errors = digits(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "args": settings(Path(folder), epochs, seed),
+            "train_dataset": images,
+            "eval_dataset": test,
+            "compute_metrics": lambda p: {"error": float((p.predictions.argmax(axis=1) != p.label_ids).mean())},
+        }
+        for trainer in (
+            Trainer(network(seed), **options),
+            OnePassTrainer(network(seed), **options, epsilon=0.2, groups=4),
+        ):
             trainer.remove_callback(PrinterCallback)
             trainer.train()
+            name = type(trainer).__name__
             errors[name] = trainer.evaluate()["eval_error"]
-        print(f"{name:>20}: test error {errors[name]:.2%}")
+            print(f"{name:>14}: test error {errors[name]:.2%}")
     return errors
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -1,6 +1,7 @@
-"""APART in the trainers of other packages: one module for each, which imports it.
+"""APART in the trainers of other packages, with one module for each package, which imports it.
 
-    from apart_func.integrations.lightning import OnePassApart, TwoPassApart      # pip install 'apart_func[lightning]'
+    from apart_func.integrations.lightning import OnePassApart, TwoPassApart           # callbacks
+    from apart_func.integrations.transformers import OnePassTrainer, TwoPassTrainer    # subclasses of Trainer
 
-Accelerate, the `Trainer` of transformers and timm need no module: `APART` stands in their loops as it is.
+Fabric, Accelerate and timm need no module: put the contexts of `APART` into their loops.
 """

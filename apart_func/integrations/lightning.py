@@ -1,144 +1,133 @@
-"""APART under Lightning's automatic optimisation: a callback, and no change in the `LightningModule`.
+"""APART under Lightning's automatic optimization: a callback, and no change in the `LightningModule`.
 
-    Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # what plain training costs
-    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # training_step is called twice a batch
+    Trainer(callbacks=[OnePassApart(epsilon=0.2, groups=4)])         # costs what plain training costs
+    Trainer(callbacks=[TwoPassApart(epsilon=0.1, groups=16)])        # calls training_step twice for every batch
 
-`training_step` returns the plain loss, as ever. Precision plugins, accumulation, clipping, DDP and averaging of weights
-work as they do without: the callbacks stand around `Strategy.training_step` and `Strategy.backward`, the two places
-that every strategy's forward and backward go through, each once for every call of the optimizer's closure. Hooks of
-callbacks would not do: none comes before the forward when a closure is called again, as by LBFGS, and gradients are
-cleared between `training_step` and the backward. What is done inside `training_step` by `loss.backward()` is lost
-there, such as the proxy pass of contexts opened by hand: half of the gradient. Both callbacks refuse that.
-
-Where `OnePassApart` has a rule of gradients, its perturbation is in Lightning's checkpoints, and a resumed run goes on
-bit for bit. With random signs there is no state, and in `TwoPassApart` there is none.
+`training_step` returns the plain loss, and each call of a network in it is a batch of its own, as in a loop by hand.
+The callbacks replace `Strategy.training_step` and `Strategy.backward`: no hook of a callback runs before the forward if
+an optimizer calls its closure again, and Lightning clears gradients between `training_step` and its own backward.
 """
 
 import copy
-import inspect
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
-from weakref import ref
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from apart_func.dropin import APART
-from apart_func.errors import UsageError
-from apart_func.layer.rows import Rows
-from apart_func.one_pass import clean_groups
-from apart_func.rules import Rule, random_sign_perturbation, sign_perturbation
-from apart_func.settings import Settings
-from apart_func.step import adversarial_samples
+from apart_func import APART, BatchError, Rule, Settings, UsageError
+from apart_func.groups import Rows
+from apart_func.step import num_adversarial
 from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from torch.distributed import ProcessGroup
-else:  # the package has two names, whose classes do not mix: that of the trainer that is there already
-    names = ["lightning.pytorch", "pytorch_lightning"]
-    found = [name for name in sorted(names, key=lambda name: name not in sys.modules) if find_spec(name.split(".")[0])]
+    from lightning.pytorch import Callback, LightningModule
+else:  # Lightning has two names, whose classes do not mix: take the one that is imported already
+    names = sorted(["lightning.pytorch", "pytorch_lightning"], key=lambda name: name not in sys.modules)
+    found = [name for name in names if find_spec(name.split(".")[0])]
     if not found:
         raise ModuleNotFoundError("these callbacks need Lightning: pip install 'apart_func[lightning]'")
     Callback = import_module(found[0]).Callback
 
+Passes = Generator[tuple[float, Any], None, None]
 
-class _ApartCallback(Callback, ABC):
-    """What both forms share: when they stand around the strategy, and what they refuse.
+
+class _ApartCallback(Callback):
+    """Run the forwards and backwards of the strategy in APART's contexts.
 
     Attributes:
         apart: the drop-in of the run, for `set_epsilon` and what it has found; None before training begins.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    # Enter the context of each pass, and yield the weight of its loss and the arguments of `training_step`.
+    _passes: Callable[[APART, "LightningModule", Any], Passes]
+
+    def __init__(self, **settings: Any) -> None:
+        APART(nn.BatchNorm1d(1), **settings)  # refuses what is out of range
         self.apart: APART | None = None
         self._settings = settings
-        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until there is a model
-        self._trained: ref[nn.Module] | None = None  # what `apart` belongs to
-        self._open = ExitStack()  # the context that a forward has entered and its backward leaves
+        self._open: Passes | None = None  # the passes of a step, from its forward until its backward
 
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: "LightningModule", stage: str) -> None:
         """Refuse what cannot work, before anything is set up."""
-        if stage == "fit":
-            _check(self, trainer, pl_module)
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise UsageError(
+                f"{type(pl_module).__name__} has automatic_optimization = False. Set it to True, or put APART's "
+                "contexts around manual_backward() without the callback."
+            )
+        if trainer.strategy.handles_gradient_accumulation:
+            raise UsageError(f"{type(trainer.strategy).__name__} accumulates gradients itself. Use strategy='ddp'.")
+        if sum(isinstance(other, _ApartCallback) for other in trainer.callbacks) > 1:
+            raise UsageError("the trainer has another callback of APART. Keep one of them.")
+        if isinstance(self, TwoPassApart) and "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise UsageError(
+                "training_step takes a dataloader_iter, which TwoPassApart cannot. Take (batch, batch_idx)."
+            )
 
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Stand around the strategy's forward and backward."""
-        strategy, settings = trainer.strategy, self._settings
-        state = self.state_dict() if self._trained is None or self._trained() is pl_module else {}
-        whole = _Step(trainer.model, strategy.training_step)
-        self.apart = APART(
-            whole,
-            settings.epsilon,
-            settings.groups,
-            rule=settings.rule,
-            rows=settings.rows,
-            process_group=settings.process_group,
-        )
-        if state:
-            self.apart.load_state_dict(state)
-        self._loaded, self._trained = None, ref(pl_module)
-        forward, backward = self._around(trainer, pl_module, self.apart, strategy.backward)
-        vars(strategy).update(training_step=forward, backward=backward)
+    def on_train_start(self, trainer: Any, pl_module: "LightningModule") -> None:
+        """Replace the strategy's forward and backward."""
+        strategy = trainer.strategy
+        plain_step, plain_backward = strategy.training_step, strategy.backward
+        apart = self.apart = APART(trainer.model, **self._settings)
+        weight = 1.0
 
-    @abstractmethod
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What stands in for the strategy's `training_step` and `backward`."""
+        def training_step(*args: Any) -> Any:
+            nonlocal weight
+            if trainer.fit_loop._skip_backward:  # the last epoch of SWA, which only takes running statistics
+                return plain_step(*args)
+            before = _gradient_versions(pl_module)
+            self._open = self._passes(apart, pl_module, args)
+            weight, args = next(self._open)
+            output = plain_step(*args)
+            if _gradient_versions(pl_module) != before:
+                raise UsageError(
+                    "training_step called backward(), and Lightning clears gradients after training_step: half of a "
+                    "gradient would be lost. Return the plain loss; the callback runs both passes."
+                )
+            if _loss_of(output) is None:  # Lightning skips this batch
+                self._open.close()
+            return output
 
-    def _forward(self, apart: APART, context: AbstractContextManager[None], args: Any, kwargs: Any) -> Any:
-        """Run a training step in a context, and leave it open for the backward if there is to be one."""
-        before = _gradients(apart.model)
-        with ExitStack() as stack:
-            stack.enter_context(context)
-            output = apart.model(*args, **kwargs)
-            _check_gradients(before)
-            if _loss_of(output) is not None:
-                self._open = stack.pop_all()
-        return output
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            plain_backward(weight * loss, *args, **kwargs)
+            for second_weight, second_args in self._open or ():
+                second_loss = _loss_of(plain_step(*second_args))
+                if second_loss is None:
+                    raise UsageError(
+                        "training_step returned a loss for the clean batch, and none for the perturbed one."
+                    )
+                plain_backward(second_weight * second_loss / trainer.accumulate_grad_batches, *args, **kwargs)
 
-    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        vars(strategy).update(training_step=training_step, backward=backward)
+
+    def on_train_end(self, trainer: Any, pl_module: "LightningModule") -> None:
         """Leave the strategy as it was."""
         for name in ("training_step", "backward"):
             vars(trainer.strategy).pop(name, None)
 
-    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: "LightningModule", exception: BaseException) -> None:
         """Leave the context and the strategy."""
-        context, self._open = self._open, ExitStack()
-        context.__exit__(type(exception), exception, exception.__traceback__)
+        if self._open is not None:
+            self._open.close()
         self.on_train_end(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on with."""
-        return self._loaded or {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it once the model is there."""
-        self._loaded, self._trained = state_dict, None
 
 
 class OnePassApart(_ApartCallback):
     """Train in `APART(...).one_pass()`: a part of the ghost groups is clean, the others are perturbed.
 
-    What `training_step` logs is of both kinds of samples together. Random signs are drawn as the forward begins; other
-    rules find the perturbation of a step right after the backward before it, with the radius of that time.
+    What `training_step` logs is of clean and perturbed samples together.
 
     Args:
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs; for random ones
-            try 0.1 to 0.4.
+        epsilon: perturbation radius 0 ≤ ε < 1, as a fraction of the statistic.
         groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
         clean_fraction: share of the groups that are clean, rounded to whole groups.
-        rule: as in `APART`, like the other arguments; random signs by default.
-        rows: how rows belong to samples.
-        process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
-
-    Raises:
-        SettingError: a setting is out of range.
+        rows: how rows belong to samples, as in `APART`, like `process_group`.
     """
 
     def __init__(
@@ -147,59 +136,28 @@ class OnePassApart(_ApartCallback):
         groups: int,
         clean_fraction: float = 0.5,
         *,
-        rule: Rule = random_sign_perturbation,
         rows: Rows | None = None,
-        process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
+        process_group: Any = None,
     ) -> None:
-        settings = Settings(
-            epsilon=epsilon,
-            groups=groups,
-            clean_fraction=clean_fraction,
-            rule=rule,
-            rows=rows,
-            process_group=process_group,
-        )
-        clean_groups(clean_fraction, groups)
-        super().__init__(settings)
+        super().__init__(epsilon=epsilon, groups=groups, rows=rows, process_group=process_group)
+        self._clean_fraction = clean_fraction
 
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def forward_once(*args: Any, **kwargs: Any) -> Any:
-            if trainer.fit_loop._skip_backward:  # SWA's last epoch, which takes running statistics alone
-                return apart.model(*args, **kwargs)
-            return self._forward(apart, apart.one_pass(self._settings.clean_fraction), args, kwargs)
-
-        def backward_once(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._open:
-                done = backward(loss, *args, **kwargs)
-            apart.state_dict()  # finds δ here, where all ranks are; whoever saves a checkpoint may be one of them
-            return done
-
-        return forward_once, backward_once
-
-    def state_dict(self) -> dict[str, Any]:
-        """The perturbation of the next step."""
-        return super().state_dict() if self._loaded or self.apart is None else self.apart.state_dict()
+    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
+        with apart.one_pass(self._clean_fraction):
+            yield 1.0, args
 
 
 class TwoPassApart(_ApartCallback):
     """Train in `APART(...).to_proxy()` and `.to_adver()`: `training_step` runs again, perturbed, after its backward.
 
-    The second call gets the first samples of the batch. What it logs is dropped, and metrics of torchmetrics do not
-    count it; whatever else `training_step` does, it does twice, and it may draw other random numbers. Hooks around the
-    backward are called for both.
+    The second call gets the first samples of the batch. It logs nothing, and metrics of torchmetrics do not count it;
+    whatever else `training_step` does, it does twice, and it may draw other random numbers.
 
     Args:
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
         groups: ghost groups of the adversarial pass, as in `APART`.
-        ratio: share of the samples in the adversarial pass.
-        rule: as in `APART`, like the other arguments.
-        rows: how rows belong to samples.
-        process_group: None takes the ranks of the strategy's `DistributedDataParallel`.
-
-    Raises:
-        SettingError: a setting is out of range.
+        ratio: share of the samples in the adversarial pass; 1 with several loaders.
+        rule: as in `APART`, like `rows` and `process_group`.
     """
 
     def __init__(
@@ -208,61 +166,55 @@ class TwoPassApart(_ApartCallback):
         groups: int = 0,
         ratio: float = 1.0,
         *,
-        rule: Rule = sign_perturbation,
+        rule: Rule | None = None,
         rows: Rows | None = None,
-        process_group: "ProcessGroup | Literal['world', 'local'] | None" = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(
-            Settings(epsilon=epsilon, groups=groups, ratio=ratio, rule=rule, rows=rows, process_group=process_group)
-        )
+        super().__init__(epsilon=epsilon, groups=groups, rule=rule, rows=rows, process_group=process_group)
+        self._sizes = Settings(groups=groups, ratio=ratio)
+        self._spares: dict[int, Any] = {}  # metrics for the second call
 
-    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Refuse what cannot work, before anything is set up."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise UsageError(
-                "training_step takes its batches from a dataloader_iter, and TwoPassApart calls it twice for each. "
-                "Give it (batch, batch_idx), or use OnePassApart."
-            )
-
-    def _around(
-        self, trainer: "Trainer", pl_module: "LightningModule", apart: APART, backward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        spares: dict[nn.Module, Any] = {}
-        again, r = (), 0.5
-
-        def proxy_forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal again, r
-            if trainer.fit_loop._skip_backward:
-                return apart.model(*args, **kwargs)
-            again, r = _adversarial_part(args, self._settings)
-            return self._forward(apart, apart.to_proxy(), args, kwargs)
-
-        def both_backwards(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._open:
-                done = backward(r * loss, *args, **kwargs)
-            with apart.to_adver(), _aside(pl_module, spares):
-                adversarial_loss = _loss_of(apart.model(*again))
-                if adversarial_loss is None:
-                    raise UsageError(
-                        "training_step returned a loss for the clean batch, and none for the perturbed one. Return one "
-                        "for both, or for none of them."
-                    )
-                backward((1 - r) * adversarial_loss / trainer.accumulate_grad_batches, *args, **kwargs)
-            return done
-
-        return proxy_forward, both_backwards
+    def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
+        samples, chosen, batch = 1, 1, args[0]
+        if self._sizes.ratio < 1:
+            try:
+                samples = batch_size(batch)
+            except BatchError as error:
+                raise BatchError(f"{error} With several loaders use ratio=1, or OnePassApart.") from error
+            chosen = num_adversarial(samples, self._sizes)
+            batch = cut_batch(batch, 0, chosen, samples)
+        with apart.to_proxy():
+            yield samples / (samples + chosen), args
+        with apart.to_adver(), _unlogged(pl_module, self._spares):
+            yield chosen / (samples + chosen), (batch, *args[1:])
 
 
-class _Step(nn.Module):
-    """The training step of a strategy as the forward of a module, in which `APART` sees the whole batch."""
+@contextmanager
+def _unlogged(pl_module: "LightningModule", spares: dict[int, Any]) -> Iterator[None]:
+    """Let `training_step` log nothing while open, and count in spare metrics."""
+    from torchmetrics import Metric, MetricCollection  # it comes with Lightning
 
-    def __init__(self, model: nn.Module | None, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.module, self.run = model, run
+    with ExitStack() as stack:
+        for parent in [module for module in pl_module.modules() if not isinstance(module, (Metric, MetricCollection))]:
+            for key, metric in list(parent._modules.items()):
+                if isinstance(metric, (Metric, MetricCollection)):
+                    if id(metric) not in spares:  # the hash of a metric changes with what it counts
+                        spares[id(metric)] = copy.deepcopy(metric)
+                    spares[id(metric)].reset()
+                    stack.enter_context(_replaced(parent._modules, key, spares[id(metric)]))
+        stack.enter_context(_replaced(vars(pl_module), "log", lambda *args, **kwargs: None))
+        yield
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+
+@contextmanager
+def _replaced(place: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    """Put a value into a dict while open."""
+    before = {key: place[key]} if key in place else {}
+    place[key] = value
+    try:
+        yield
+    finally:
+        place.update(before) if before else place.pop(key)
 
 
 def _loss_of(output: Any) -> Any:
@@ -270,72 +222,6 @@ def _loss_of(output: Any) -> Any:
     return output.get("loss") if isinstance(output, dict) else output
 
 
-def _adversarial_part(batch: Any, settings: Settings) -> tuple[Any, float]:
-    """The first N of M samples, and r = M / (M + N)."""
-    if settings.ratio == 1:
-        return batch, 0.5
-    samples = batch_size(batch)
-    chosen = adversarial_samples(samples, settings)
-    return cut_batch(batch, 0, chosen), samples / (samples + chosen)
-
-
-def _check(callback: _ApartCallback, trainer: Any, pl_module: "LightningModule") -> None:
-    name = type(callback).__name__
-    if not pl_module.automatic_optimization:
-        raise UsageError(
-            f"{type(pl_module).__name__} has automatic_optimization = False, and {name} works in Lightning's own "
-            "optimisation. Set it to True; or drop the callback, and put APART's contexts around manual_backward()."
-        )
-    if trainer.strategy.handles_gradient_accumulation:
-        raise UsageError(
-            f"{type(trainer.strategy).__name__} accumulates and reduces gradients itself, which {name} was not made "
-            "for. Use strategy='ddp' or 'auto'."
-        )
-    others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, _ApartCallback)]
-    if len(others) > 1:
-        raise UsageError(f"the trainer has {' and '.join(others)} among its callbacks. Keep one of them.")
-
-
-def _gradients(model: nn.Module) -> list[tuple[nn.Parameter, Tensor | None, int]]:
-    """Parameters, and what tells whether the gradient of one has changed."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    return [(parameter, grad, 0 if grad is None else grad._version) for parameter, grad in gradients]
-
-
-def _check_gradients(before: list[tuple[nn.Parameter, Tensor | None, int]]) -> None:
-    """Make sure that nothing was differentiated inside of `training_step`."""
-    if any(
-        parameter.grad is not grad or (grad is not None and grad._version != old) for parameter, grad, old in before
-    ):
-        raise UsageError(
-            "training_step called backward(). Lightning clears gradients after training_step, so that those would be "
-            "lost: half of a gradient, where they are of a proxy pass. Return the plain loss, and call no backward(); "
-            "the callback takes care of both passes."
-        )
-
-
-@contextmanager
-def _aside(pl_module: "LightningModule", spares: dict[nn.Module, Any]) -> Iterator[None]:
-    """Let `training_step` log nothing while open, and count in spare metrics."""
-    from torchmetrics import Metric, MetricCollection  # it comes with Lightning
-
-    kinds = (Metric, MetricCollection)
-    parents = [module for module in pl_module.modules() if not isinstance(module, kinds)]
-    places = [
-        (parent._modules, key, child)
-        for parent in parents
-        for key, child in parent._modules.items()
-        if isinstance(child, kinds)
-    ]
-    for children, key, metric in places:
-        if metric not in spares:
-            spares[metric] = copy.deepcopy(metric)
-        spares[metric].reset()
-        children[key] = spares[metric]
-    vars(pl_module)["log"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del vars(pl_module)["log"]
-        for children, key, metric in places:
-            children[key] = metric
+def _gradient_versions(module: nn.Module) -> list[int]:
+    """A number for every parameter that changes when its gradient does."""
+    return [-1 if parameter.grad is None else parameter.grad._version for parameter in module.parameters()]

@@ -1,4 +1,4 @@
-"""The short scripts beside the experiments, the statistics of pairs, and the workers."""
+"""The demo, the statistics of pairs, the networks, and the workers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import sys
 from pathlib import Path
 
 import compare
-import drop_in
-import ensemble
-import functional_loop
 import mnist1d.data as mnist1d_package
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from experiments import resnets
 from experiments.datasets import load_dataset, training_batches
 from experiments.paired import PairedDifference, estimate, paired_difference
@@ -25,9 +21,7 @@ from experiments.settings import DataSettings
 from experiments.splits import DataError, InMemory, divided
 from experiments.workers import run_in_workers
 from scipy import stats
-from torch import Tensor, nn
-
-from apart_func import assign_grads_, load_state_, make_apart_step, split_state
+from torch import Tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,88 +128,6 @@ def test_equal_runs_differ_by_nothing():
 
 
 # scripts
-
-
-def test_functional_loop_trains(capsys):
-    torch.manual_seed(0)
-    accuracy = functional_loop.main(epochs=12)
-    assert accuracy > 0.3  # chance is 0.1; twelve epochs of four steps do not finish the training
-    assert f"test accuracy: {accuracy:.2%} of 1241 images" in capsys.readouterr().out
-
-
-def test_the_drop_in_trains_both_networks_and_prints_a_line_for_each(capsys):
-    accuracies = drop_in.main(epochs=8)
-    printed = capsys.readouterr().out
-    for name, accuracy in accuracies.items():
-        assert 0.15 < accuracy <= 1  # chance is 0.1
-        assert f"{name}: training loss" in printed
-        assert f"test accuracy {accuracy:.2%}" in printed
-
-
-def test_the_two_loops_of_the_drop_in_differ_by_the_method_alone():
-    def trained(make_step, **settings) -> Tensor:
-        torch.manual_seed(0)
-        model = resnets.small_resnet(1, 10)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        step = make_step(model, optimizer, nn.CrossEntropyLoss(), **settings)
-        for batch in training_batches(load_dataset(DataSettings("digits")), batch_size=64, seed=0, epoch=0):
-            step(*batch)
-        return nn.utils.parameters_to_vector(model.parameters()).detach()
-
-    plain = trained(drop_in.plain_step)
-    # Half of a gradient twice is the gradient, but for float32 rounding, which four steps enlarge.
-    assert (trained(drop_in.apart_step, epsilon=0.0, groups=0) - plain).norm() < 1e-4 * plain.norm()
-    assert (trained(drop_in.apart_step) - plain).norm() > 1e-3 * plain.norm()
-
-
-def test_networks_of_the_ensemble_are_the_networks_one_by_one():
-    """A few steps in float64, against torch.optim.SGD on each network by itself."""
-    models = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        models.append(resnets.small_resnet(1, 10, width=4).double())
-    generator, epsilons = torch.Generator().manual_seed(0), torch.tensor([0.05, 0.2], dtype=torch.float64)
-    images = torch.randn(3, 2, 8, 1, 8, 8, generator=generator, dtype=torch.float64)
-    labels = torch.randint(10, (3, 2, 8), generator=generator)
-    params, buffers = torch.func.stack_module_state(models)
-    params = {name: param.detach() for name, param in params.items()}
-    members = ensemble.Members(params, buffers, {name: torch.zeros_like(param) for name, param in params.items()})
-    update = ensemble.make_update(models[0])
-    for x, y in zip(images, labels, strict=True):
-        members, _ = update(members, epsilons, x, y, torch.tensor(0.1, dtype=torch.float64))
-
-    for i, model in enumerate(models):
-        step = make_apart_step(model, F.cross_entropy, groups=ensemble.GROUPS)
-        optimizer = torch.optim.SGD(
-            model.parameters(), 0.1, momentum=ensemble.MOMENTUM, weight_decay=ensemble.WEIGHT_DECAY
-        )
-        start = {name: param.detach().clone() for name, param in model.named_parameters()}
-        for x, y in zip(images, labels, strict=True):
-            own, state = split_state(model)
-            out = step(own, state, (x[i], y[i]), epsilon=epsilons[i])
-            load_state_(model, own, out.buffers)
-            assign_grads_(model, out.grads)
-            optimizer.step()
-        for name, param in model.named_parameters():
-            # The order of float64 sums differs, and three steps amplify it a little.
-            moved = members.params[name][i] - start[name]
-            torch.testing.assert_close(moved, param.detach() - start[name], rtol=1e-7, atol=1e-10)
-
-
-def test_the_ensemble_learns_and_prints_an_error_for_every_radius(capsys):
-    found = ensemble.main(epsilons=(0.0, 0.1), seeds=2, epochs=8, compile=False)
-    printed = capsys.readouterr().out
-    for epsilon, errors in found.items():
-        assert len(errors) == 2
-        assert sum(errors) / 2 < 80  # chance is 90
-        assert f"ε = {epsilon:g}: test error {sum(errors) / 2:.2f} %" in printed
-
-
-@pytest.mark.slow
-def test_the_compiled_ensemble_is_the_eager_one():
-    compiled, eager = (ensemble.main((0.1,), seeds=2, epochs=2, compile=flag)[0.1] for flag in (True, False))
-    # Eight steps amplify float32 rounding, so that a few of the 1241 images change their class.
-    assert compiled == pytest.approx(eager, abs=1.0)
 
 
 def test_workers_return_results_in_order_and_raise_what_a_task_raised():

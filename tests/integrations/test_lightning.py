@@ -1,9 +1,8 @@
-"""The callbacks of Lightning against loops written by hand, and `APART` in the loops of other trainers."""
+"""The callbacks of Lightning against loops written by hand, which have the same random signs."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib
 import os
 import subprocess
@@ -17,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments.datasets import load_dataset, whole
-from experiments.settings import DataSettings
 from loops import both_passes
 from small import convolutional, images
 from torch import Tensor, nn
@@ -26,8 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from apart_func import APART, BatchError, SettingError, StateError, UsageError, sign_perturbation
-from apart_func.functional import unwrapped_names
+from apart_func import APART, BatchError, SettingError, UsageError
 
 EPSILON, GROUPS, RATIO, LEARNING_RATE = 0.2, 2, 0.5, 0.1
 # Rounding of float64 in another order, and its growth over a few steps.
@@ -54,6 +50,9 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model = convolutional() if model is None else model
         self.accuracy = MulticlassAccuracy(3)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(batch_idx)  # of the random signs
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -92,15 +91,8 @@ def fit(
     return trainer
 
 
-def carrying(model: nn.Module) -> APART:
-    """The drop-in whose one pass depends on the one before."""
-    return APART(model, EPSILON, GROUPS, rule=sign_perturbation)
-
-
 def callback_of(form: str) -> OnePassApart | TwoPassApart:
-    if form == "one pass":
-        return OnePassApart(EPSILON, GROUPS, rule=sign_perturbation)
-    return TwoPassApart(EPSILON, GROUPS, RATIO)
+    return OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS, RATIO)
 
 
 def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Tensor:
@@ -117,11 +109,12 @@ def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Ten
 def by_hand(form: str, accumulated: int = 1, clip: float = 0.0) -> nn.Module:
     """The same training, with the contexts of `APART` in a loop."""
     model = convolutional()
-    apart = carrying(model)
+    apart = APART(model, EPSILON, GROUPS)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for t, batch in enumerate(batches(), start=1):
+    for t, batch in enumerate(batches()):
+        torch.manual_seed(t)
         step_by_hand(form, apart, batch, 1 / accumulated)
-        if t % accumulated == 0:
+        if (t + 1) % accumulated == 0:
             if clip:
                 assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
             optimizer.step()
@@ -159,9 +152,10 @@ def test_precision_plugins_do_what_autocast_and_a_scaler_do_by_hand(form: str, p
     fit(module, callback_of(form), data=loader(torch.float32), plugins=[plugin])
 
     model = convolutional(dtype=torch.float32)
-    apart = carrying(model)
+    apart = APART(model, EPSILON, GROUPS)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for x, y in batches(torch.float32):
+    for t, (x, y) in enumerate(batches(torch.float32)):
+        torch.manual_seed(t)
         optimizer.zero_grad()
         if form == "one pass":
             with apart.one_pass():
@@ -188,8 +182,9 @@ def test_a_closure_that_the_optimizer_calls_again_is_a_whole_step_each_time(form
 
     module, model = WithLBFGS(), convolutional()
     fit(module, callback_of(form), max_steps=2)
-    apart, optimizer = carrying(model), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
-    for batch in batches()[:2]:
+    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    for t, batch in enumerate(batches()[:2]):
+        torch.manual_seed(t)
 
         def closure(batch: Any = batch) -> Tensor:
             optimizer.zero_grad()
@@ -208,9 +203,10 @@ def test_validation_and_averaged_weights_are_beside_it(form: str) -> None:
     assert trainer.callback_metrics["validation loss"].isfinite()
 
     twin = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
-    apart = carrying(model)
+    apart = APART(model, EPSILON, GROUPS)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for batch in batches():
+    for t, batch in enumerate(batches()):
+        torch.manual_seed(t)
         optimizer.zero_grad()
         step_by_hand(form, apart, batch)
         optimizer.step()
@@ -240,7 +236,7 @@ def test_what_is_logged_is_of_the_clean_pass() -> None:
     callback, module = callback_of("two passes"), Classifier()
     logged = fit(module, callback).callback_metrics
     model = convolutional()
-    apart, accuracy = carrying(model), MulticlassAccuracy(3)
+    apart, accuracy = APART(model, EPSILON, GROUPS), MulticlassAccuracy(3)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     losses = []
     for batch in batches():
@@ -253,48 +249,42 @@ def test_what_is_logged_is_of_the_clean_pass() -> None:
     assert logged["accuracy_epoch"].item() == pytest.approx(accuracy.compute().item())
     assert module.accuracy is module._modules["accuracy"]
     assert "log" not in vars(module)
+    assert len(callback._spares) == 1  # one metric for all steps
 
 
 class ByHand(lightning.Callback):
     """After training, trains again by hand on each rank, in the process group that is still there, and compares."""
 
-    def __init__(self, form: str, accumulated: int, path: Path) -> None:
-        self.form, self.accumulated, self.path, self.batches = form, accumulated, path, []
+    def __init__(self, form: str, accumulated: int) -> None:
+        self.form, self.accumulated, self.batches = form, accumulated, []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(batch)
+        self.batches.append((batch_idx, batch))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         model = DistributedDataParallel(convolutional())
-        apart = carrying(model)
+        apart = APART(model, EPSILON, GROUPS)
         optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-        apart.save_with(optimizer)
-        for t, batch in enumerate(self.batches, start=1):
-            last = t % self.accumulated == 0
+        for t, batch in self.batches:
+            torch.manual_seed(t)
+            last = (t + 1) % self.accumulated == 0
             with nullcontext() if last else model.no_sync():
                 step_by_hand(self.form, apart, batch, 1 / self.accumulated)
             if last:
                 optimizer.step()
                 optimizer.zero_grad()
         assert_same(pl_module.model, model.module)
-        if trainer.is_global_zero:  # alone
-            torch.save({"lightning": trainer.callbacks[0].state_dict(), **optimizer.state_dict()}, self.path)
 
 
 @both_forms
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int, tmp_path: Path) -> None:
-    module, alone, path = Classifier(), Classifier(), tmp_path / "of rank 0.pt"
+def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int) -> None:
+    module, alone = Classifier(), Classifier()
     strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
-    by_hand = ByHand(form, accumulated, path)
     options = {"accumulate_grad_batches": accumulated, "max_epochs": 2}
-    fit(module, callback_of(form), by_hand, strategy=strategy, devices=2, **options)
+    fit(module, callback_of(form), ByHand(form, accumulated), strategy=strategy, devices=2, **options)
     fit(alone, callback_of(form), **options)
     assert (module.model[0].weight - alone.model[0].weight).abs().max() > 1e-3
-    saved = torch.load(path)
-    if form == "one pass":
-        of_lightning, of_optimizer = (unwrapped_names(saved[key]["perturbation"]) for key in ("lightning", "apart"))
-        torch.testing.assert_close({f"model.{k}": v for k, v in of_optimizer.items()}, of_lightning, **EXACTLY)
 
 
 UNDER_THE_OTHER_NAME = """
@@ -322,6 +312,7 @@ print(len(callback.apart.perturbation), "layers")
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_may_be_of_pytorch_lightning() -> None:
     pytest.importorskip("pytorch_lightning")
     command = [sys.executable, "-c", UNDER_THE_OTHER_NAME]
@@ -342,52 +333,85 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(form: str, tmp_pat
     assert_same(resumed.model, undisturbed.model, **EXACTLY)
 
 
-def test_it_is_the_perturbation_in_the_checkpoint_that_does_this(tmp_path: Path) -> None:
-    undisturbed, first, resumed = Classifier(), Classifier(), Classifier()
-    fit(undisturbed, callback_of("one pass"), max_epochs=2)
-    fit(first, callback_of("one pass")).save_checkpoint(tmp_path / "run.ckpt")
-    checkpoint = torch.load(tmp_path / "run.ckpt")
-    del checkpoint["callbacks"]["OnePassApart"]
-    torch.save(checkpoint, tmp_path / "without.ckpt")
-    fit(resumed, callback_of("one pass"), path=tmp_path / "without.ckpt", max_epochs=2)
-    assert (resumed.model[0].weight - undisturbed.model[0].weight).abs().max() > 1e-3
+def test_the_radius_changes_with_the_next_batch() -> None:
+    class Halving(lightning.Callback):
+        """A schedule of the radius."""
 
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.callbacks[0].apart.set_epsilon(EPSILON / 2)
 
-def test_the_callback_of_one_pass_draws_signs_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    callback = OnePassApart(EPSILON, GROUPS)
-    fit(Classifier(), callback).save_checkpoint(tmp_path / "run.ckpt")
+    callback = callback_of("one pass")
+    fit(Classifier(), callback, Halving(), max_steps=2)
     assert callback.apart is not None
-    assert all((part.abs() == EPSILON).all() for shift in callback.apart.perturbation.values() for part in shift)
-    fit(Classifier(), OnePassApart(EPSILON, GROUPS), path=tmp_path / "run.ckpt", max_epochs=2)
+    assert all((part.abs() == EPSILON / 2).all() for shift in callback.apart.perturbation.values() for part in shift)
 
 
-def test_a_second_fit_goes_on_for_the_same_model_and_begins_anew_for_another() -> None:
-    callback, module, undisturbed, other = callback_of("one pass"), Classifier(), Classifier(), Classifier()
-    fit(undisturbed, callback_of("one pass"), max_epochs=2)
-
-    class KeepOptimizer(Classifier):
-        """Momentum outlives the first fit."""
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            self.kept = getattr(self, "kept", None) or super().configure_optimizers()
-            return self.kept
-
-    module = KeepOptimizer()
-    for _ in range(2):
-        fit(module, callback)
-    assert_same(module.model, undisturbed.model, **EXACTLY)
-    fit(other, callback)
-    assert_same(other.model, by_hand("one pass"))
+# Several loaders, and several networks.
 
 
-def test_a_checkpoint_of_another_model_is_refused_before_training(tmp_path: Path) -> None:
-    fit(Classifier(), callback_of("one pass")).save_checkpoint(tmp_path / "run.ckpt")
-    checkpoint = torch.load(tmp_path / "run.ckpt")
-    perturbation = checkpoint["callbacks"]["OnePassApart"]["perturbation"]
-    perturbation["another"] = perturbation.pop(next(iter(perturbation)))
-    torch.save(checkpoint, tmp_path / "other.ckpt")
-    with pytest.raises(StateError, match="another"):
-        fit(Classifier(), callback_of("one pass"), path=tmp_path / "other.ckpt", max_epochs=2)
+class SemiSupervised(Classifier):
+    """Labelled and unlabelled images, of two loaders, each in a call of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x, y), (unlabelled,) = batch["labelled"], batch["unlabelled"]
+        return F.cross_entropy(self.model(x), y) + self.model(unlabelled).square().mean()
+
+    @staticmethod
+    def data() -> dict[str, DataLoader[Any]]:
+        unlabelled = torch.cat([images(3 * SAMPLES, seed=100 + t)[0] for t in range(STEPS)])
+        return {"labelled": loader(), "unlabelled": DataLoader(TensorDataset(unlabelled), 3 * SAMPLES)}
+
+
+@pytest.mark.parametrize("form", ["one pass", "two passes"])
+def test_each_call_of_a_network_is_a_batch_of_its_own(form: str) -> None:
+    module, model = SemiSupervised(), convolutional()
+    callback = OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS)
+    fit(module, callback, data=SemiSupervised.data())
+
+    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    for t, (x, y) in enumerate(batches()):
+        torch.manual_seed(t)
+        optimizer.zero_grad()
+        contexts = [apart.one_pass()] if form == "one pass" else [apart.to_proxy(), apart.to_adver()]
+        for context in contexts:
+            with context:
+                loss = F.cross_entropy(model(x), y) + model(images(3 * SAMPLES, seed=100 + t)[0]).square().mean()
+                (loss / len(contexts)).backward()
+        optimizer.step()
+    assert_same(module.model, model)
+
+
+def test_networks_in_lists_and_a_forward_of_the_module_are_calls_too() -> None:
+    class Several(SemiSupervised):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heads[0](self.model(x))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (x, y), (unlabelled,) = batch["labelled"], batch["unlabelled"]
+            return F.cross_entropy(self(x), y) + self.heads[0](self.model(unlabelled)).square().mean()
+
+    module = Several()
+    callback = OnePassApart(EPSILON, GROUPS)
+    fit(module, callback, data=Several.data())
+    assert callback.apart is not None
+    assert len(callback.apart.perturbation) == 3
+
+
+def test_a_part_of_the_batches_of_several_loaders_is_refused() -> None:
+    with pytest.raises(BatchError, match="With several loaders use ratio=1"):
+        fit(SemiSupervised(), TwoPassApart(EPSILON, ratio=0.5), data=SemiSupervised.data())
+
+
+def test_ddp_needs_one_batch_size_of_all_loaders() -> None:
+    data, ddp = SemiSupervised.data(), {"strategy": "ddp", "devices": 1}
+    with pytest.raises(BatchError, match="tensors of unlike lengths"):
+        fit(SemiSupervised(), callback_of("one pass"), data=data, **ddp)
+    data["unlabelled"] = DataLoader(data["unlabelled"].dataset, SAMPLES)
+    fit(SemiSupervised(), callback_of("one pass"), data=data, max_steps=1, **ddp)
 
 
 # What is refused.
@@ -439,8 +463,9 @@ def test_a_batch_that_training_step_skips_is_skipped() -> None:
 
     module, model = Skipping(), convolutional()
     fit(module, callback_of("one pass"))
-    apart, optimizer = carrying(model), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     for t, (x, y) in enumerate(batches()):
+        torch.manual_seed(t)
         optimizer.zero_grad()
         if t == 2:  # its forward moves the running statistics
             with apart.one_pass():
@@ -469,51 +494,13 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         fit(Manual(), callback_of("one pass"))
     with pytest.raises(UsageError, match="dataloader_iter"):
         fit(Iterating(), callback_of("two passes"))
-    with pytest.raises(UsageError, match="OnePassApart and TwoPassApart"):
+    with pytest.raises(UsageError, match="another callback of APART"):
         fit(Classifier(), callback_of("one pass"), callback_of("two passes"))
     with pytest.raises(BatchError, match="leave no sample of a batch of 8"):
         fit(Classifier(), TwoPassApart(EPSILON, ratio=0.1))
     with pytest.raises(SettingError, match="groups=1"):
-        OnePassApart(EPSILON, 1)
+        fit(Classifier(), OnePassApart(EPSILON, 1))
+    with pytest.raises(BatchError, match="drop_last=True"):
+        fit(Classifier(), OnePassApart(EPSILON, 3))
     with pytest.raises(SettingError, match="ratio"):
         TwoPassApart(EPSILON, ratio=2.0)
-
-
-# Loops of other packages, around `APART` as it is.
-
-
-def test_the_example_of_lightning_runs() -> None:
-    errors = importlib.import_module("lightning_fit").main(epochs=2)
-    assert errors.keys() == {"plain", "APART in one pass", "APART in two passes"}
-    assert all(0 < error < 1 for error in errors.values())
-
-
-def test_the_loop_of_accelerate_goes_on_from_its_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("accelerate", reason="needs Accelerate: pip install 'apart_func[frameworks]'")
-    errors = importlib.import_module("accelerate_loop").main(epochs=2)
-    assert "bit for bit" in capsys.readouterr().out
-    assert errors.keys() == {"plain", "APART in one pass"}
-
-
-def test_the_loop_of_timm_runs() -> None:
-    errors = importlib.import_module("timm_loop").main(epochs=1)
-    assert errors.keys() == {"plain", "APART in two passes"}
-
-
-def test_the_trainer_of_transformers_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'apart_func[frameworks]'")
-    example = importlib.import_module("transformers_trainer")
-    digits = load_dataset(DataSettings("digits"))
-    images = example.dataset(whole(digits, digits.train))[:128]
-
-    def trained(folder: Path, **options: Any) -> Any:
-        settings = dataclasses.replace(example.settings(folder, epochs=2, seed=0), save_strategy="epoch")
-        trainer = example.ApartTrainer(example.network(seed=0), settings, train_dataset=images)
-        trainer.train(**options)
-        return trainer
-
-    undisturbed = trained(tmp_path)
-    resumed = trained(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert (undisturbed.state.global_step, resumed.state.global_step) == (4, 4)
-    assert_same(resumed.model, undisturbed.model, **EXACTLY)
-    assert resumed.apart.perturbation["resnet.embedder.embedder.normalization"].mean.abs().max() > 0

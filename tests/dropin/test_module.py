@@ -463,10 +463,8 @@ def test_an_adversarial_pass_after_a_proxy_pass_that_failed() -> None:
         pytest.fail("entered")
 
 
-@unused
 def test_an_adversarial_pass_with_no_backward_since_the_proxy_pass() -> None:
     apart = APART(convolutional())
-    proxy(apart)
     with apart.to_proxy():
         apart.model(images()[0])
     with pytest.raises(ApartError, match=r"no backward\(\) since the proxy pass.*Call backward\(\)"), apart.to_adver():

@@ -151,10 +151,10 @@ def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Redu
     var = groups.mean(centred.square()) - drift.square()
     if reduce is not None:
         mean, var = reduce(mean, var)
-        drift = mean - start
+        drift, start = mean - start, mean.detach()
     invstd = torch.rsqrt(var + eps)
     gamma = weight * (1 + scale)
     slope = gamma * invstd
-    intercept = bias - gamma * shift * (mean * invstd).detach() - drift * slope
+    intercept = bias - gamma * shift * (start * invstd.detach()) - drift * slope
     y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean.detach(), var.detach())
+    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), start, var.detach())

@@ -89,7 +89,10 @@ class KernelBatchNorm(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # the derivative is to be differentiated again
             inputs = (x, weight, bias, shift, scale)
-            return *_by_batch_norm(grad, inputs, wanted, mean, var, ctx.eps), None, None
+            y = differentiable_batch_norm(x, affine(*inputs), mean, var, ctx.eps)
+            by = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
+            found = iter(torch.autograd.grad(y, by, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in wanted), None, None
         gamma, _, shifted, scaled = affine(x, weight, bias, shift, scale)
         invstd = (var + ctx.eps).sqrt_().reciprocal_()
         slope = torch.addcmul(gamma, gamma, scaled)
@@ -117,23 +120,17 @@ def _as_input(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     return grad.to(tensor.dtype)
 
 
-def _by_batch_norm(
-    grad: Tensor, inputs: tuple[Any, ...], wanted: tuple[bool, ...], mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor | None, ...]:
-    """Differentiate PyTorch's own batch norm, which knows its second derivative, of channels that are ghost groups."""
-    x = inputs[0]
-    gamma, beta, shift, scale = affine(*inputs)
+def differentiable_batch_norm(x: Tensor, vectors: Affine, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Normalise by PyTorch's own batch norm, of channels that are ghost groups: it knows its second derivative."""
+    gamma, beta, shift, scale = vectors
+    groups = len(mean)
+    is_folded = groups > 1 or len(x) == 1  # one sample of two dimensions has a derivative that depends on its strides
+    folded = rearrange(x, "(b g) c ... -> b (g c) (...)", g=groups) if is_folded else x
     slope = torch.addcmul(gamma, gamma, scale)
     offset = torch.addcmul(beta, slope * shift, torch.rsqrt(var + eps).mul_(mean), value=-1)
-    is_folded = len(mean) > 1 or len(x) == 1  # one sample of two dimensions has a derivative that depends on its strides
-    folded = rearrange(x, "(b g) c ... -> b (g c) (...)", g=len(mean)) if is_folded else x
-    vectors = slope.expand_as(mean).contiguous().view(-1), offset.view(-1)
-    y = torch.batch_norm(folded, *vectors, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    if is_folded:
-        y = y.unflatten(1, (len(mean), -1)).flatten(0, 1).view(x.shape)
-    by = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, by, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted)
+    flat = slope.expand_as(mean).contiguous().view(-1), offset.view(-1)
+    y = torch.batch_norm(folded, *flat, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    return y.unflatten(1, (groups, -1)).flatten(0, 1).view(x.shape) if is_folded else y
 
 
 class Layout(Protocol):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from apart_func import (
     APART,
+    ModelError,
     Perturbation,
     SettingError,
     adversarial_pass,
@@ -90,12 +91,15 @@ def test_buffers_that_nothing_moves_come_back_as_they_were() -> None:
     assert not torch.equal(out.buffers["1.running_mean"], buffers["1.running_mean"])
 
 
-def test_the_modes_are_those_that_the_layers_had_when_the_step_was_made() -> None:
+def test_the_modes_are_those_that_the_layers_have_at_the_call() -> None:
     model = convolutional()
     step = make_apart_step(model, F.cross_entropy)
-    before = step(*split_state(model), images())
+    assert set(step(*split_state(model), images()).stats) == {"1", "4"}
+    model[4].eval()
+    assert set(step(*split_state(model), images()).stats) == {"1"}
     model.eval()
-    torch.testing.assert_close(step(*split_state(model), images())._asdict(), before._asdict(), rtol=0, atol=0)
+    with pytest.raises(ModelError, match="in training mode"):
+        step(*split_state(model), images())
 
 
 @pytest.mark.parametrize("rule", [sign_perturbation, random_sign_perturbation, multi_step(2)])
@@ -202,7 +206,10 @@ def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> No
     given = with_a_graph(model, leaf)
     two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *_: given)
     one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=lambda *_: given)
-    for out in (two_passes(*split_state(model), batch), one_pass(*split_state(model), batch, given)):
+    state, infinite = split_state(model), (batch[0] * float("inf"), batch[1])
+    outs = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
+    outs.append(one_pass(*state, infinite, given))  # which returns the one that came in
+    for out in outs:
         assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
     assert leaf.grad is None

@@ -701,6 +701,7 @@ def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dic
     check_definition(ranks, way)
 
 
+@pytest.mark.slow
 def test_every_step_of_four_ranks_is_that_of_the_definition_on_averaged_shards(
     four_ranks: list[dict[str, Any]],
 ) -> None:
@@ -995,6 +996,7 @@ def lose(rank: int, folder: Path, how: str) -> None:
             os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "hangs"])
 def test_a_rank_that_is_lost_ends_the_others_with_an_error(how: str, tmp_path: Path) -> None:
     processes = [get_context("spawn").Process(target=lose, args=(rank, tmp_path, how)) for rank in range(RANKS)]

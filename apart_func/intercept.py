@@ -5,8 +5,8 @@ While a handler is set, every BN layer in training mode hands its call to the ha
     forward of a stock layer      →  handler.normalize(call)
     forward of any other subclass →  runs as it is; its call of F.batch_norm goes to the handler
 
-Catching the function, and not the module, keeps what a subclass does around it (activation, dropout) in place; catching it
-inside BN layers alone leaves other users of `F.batch_norm` (weight standardisation) alone.
+What a subclass does around the function (activation, dropout) stays in place, and other users of `F.batch_norm` (weight
+standardisation) are left alone.
 """
 
 from __future__ import annotations
@@ -53,15 +53,11 @@ class BatchNormCall(NamedTuple):
 
 
 class Handler(Protocol):
-    """What batch norm does while it is intercepted.
-
-    Attributes:
-        mixes: whether clean and perturbed samples are in one batch.
-    """
+    """What batch norm does while it is intercepted."""
 
     @property
     def mixes(self) -> bool:
-        """See above."""
+        """Whether clean and perturbed samples are in one batch."""
 
     def normalize(self, call: BatchNormCall) -> Tensor:
         """Return what `F.batch_norm` would, of the shape and dtype of `call.x`."""
@@ -73,18 +69,15 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def perturbable_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BN layers of a model in either mode, none of which is intercepted yet.
+    """Return the BN layers of a model in either mode, by their first names.
 
     Raises:
-        ModelError: there is none.
-        UsageError: one is inside a context already.
+        ApartError: there is none, or one is inside a context already.
     """
     layers = batch_norm_layers(model)
     if not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no batch-norm layer, and APART perturbs nothing else. It needs a model with "
-            "BatchNorm1d, 2d or 3d, or a subclass of them."
-        )
+        kind = type(model).__name__
+        raise ModelError(f"{kind} has no batch-norm layer to perturb: no BatchNorm1d, 2d, 3d, and no subclass of them.")
     for name, layer in layers.items():
         if isinstance(vars(layer).get("forward"), _PatchedForward):
             raise UsageError(f"layer {name!r} is inside a context of another APART already. Leave that one first.")
@@ -92,12 +85,7 @@ def perturbable_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BN layers that the method perturbs: those in training mode, each under its first name.
-
-    Raises:
-        ModelError: there is none.
-        UsageError: one is inside a context already.
-    """
+    """Return the layers that the method perturbs, those in training mode; errors are those of `perturbable_layers`."""
     layers = perturbable_layers(model)
     training = {name: layer for name, layer in layers.items() if layer.training}
     if not training:
@@ -107,10 +95,14 @@ def training_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def no_training_layer(model: str, layers: int) -> ModelError:
     """Return the error for a model whose BN layers are all in evaluation mode."""
-    return ModelError(
-        f"none of the {layers} batch-norm layers of {model} is in training mode, and layers in evaluation mode stay as "
-        "they are. Call model.train() first."
-    )
+    return ModelError(f"none of the {layers} batch-norm layers of {model} is in training mode. Call model.train().")
+
+
+def check_unmixed(model: nn.Module) -> None:
+    """Raise a ModelError if a layer normalises samples of all groups together."""
+    for name, layer in batch_norm_layers(model).items():
+        if not layer.training and not layer.track_running_stats:
+            raise _mixing(name, layer)
 
 
 def is_stock(layer: _BatchNorm) -> bool:
@@ -126,19 +118,12 @@ class Interception:
     Args:
         layers: by name.
         momenta: weights of a batch in their running statistics; None takes what the layers say at each call.
-
-    Attributes:
-        layers: by name.
-        handler: where the layers' calls go; None leaves every layer as it is.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], momenta: Mapping[str, float | None] | None = None) -> None:
-        self.layers, self.handler = layers, None
-        self.handler: Handler | None
-        self._patches = [
-            _PatchedForward(self, name, layer, None if momenta is None else {"momentum": momenta[name]})
-            for name, layer in layers.items()
-        ]
+        self.layers, self.momenta = layers, momenta
+        self.handler: Handler | None = None  # without one, every layer is as it is
+        self._patches = [_PatchedForward(self, name, layer) for name, layer in layers.items()]
 
     def install(self) -> None:
         """Put the patched forwards in place."""
@@ -161,78 +146,63 @@ class Interception:
 class _PatchedForward:
     """What stands in for the `forward` of one layer. In a copy of the layer, its own forward stands again."""
 
-    def __init__(self, interception: Interception, name: str, layer: _BatchNorm, fixed: dict[str, Any] | None) -> None:
+    def __init__(self, interception: Interception, name: str, layer: _BatchNorm) -> None:
         self.interception, self.name, self.layer = interception, name, layer
-        self._fixed = fixed  # the momentum of a layer that must not read its own
-        self._find()
-
-    def _find(self) -> None:
-        self.own = vars(self.layer).get("forward")  # of the instance, if it has one
-        self.original = self.layer.forward
-        self._stock = is_stock(self.layer)
 
     def install(self) -> None:
         """Stand in for the layer's forward as it is now."""
-        self._find()
+        self.own = vars(self.layer).get("forward")  # of the instance, if it has one
+        self.original, self.is_stock = self.layer.forward, is_stock(self.layer)
         vars(self.layer)["forward"] = self
 
     def remove(self) -> None:
         """Put back what was there."""
-        if self.own is None:
-            vars(self.layer).pop("forward", None)
-        else:
+        vars(self.layer).pop("forward", None)
+        if self.own is not None:
             vars(self.layer)["forward"] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_own_forward, (self.layer,)) if self.own is None else (_itself, (self.own,))
+        return _own_forward, (self.layer, self.own)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        handler, layer = self.interception.handler, self.layer
-        if handler is None:
+        name, layer, handler, momenta = self.name, self.layer, self.interception.handler, self.interception.momenta
+        if handler is None or not layer.training:
+            if handler is not None and handler.mixes and layer.running_mean is None:
+                raise _mixing(name, layer)
             return self.original(x, *args, **kwargs)
-        if not layer.training:
-            if handler.mixes and layer.running_mean is None:
-                raise _mixing(self.name, layer)
-            return self.original(x, *args, **kwargs)
-        momentum = layer.momentum if self._fixed is None else self._fixed["momentum"]
-        if self._stock:
-            _check_dimensions(self.name, layer, x)
-            tracked = layer.track_running_stats
-            return handler.normalize(
-                BatchNormCall(
-                    self.name,
-                    layer,
-                    x,
-                    layer.weight,
-                    layer.bias,
-                    layer.eps,
-                    layer.running_mean if tracked else None,
-                    layer.running_var if tracked else None,
-                    momentum,
-                    True,
-                )
-            )
-        catch = _CatchBatchNorm(self.name, layer, momentum, handler)
+        momentum = layer.momentum if momenta is None else momenta[name]
+        if self.is_stock:
+            return handler.normalize(_stock_call(name, layer, x, momentum))
+        catch, y, problem = _CatchBatchNorm(name, layer, momentum, handler), None, None
         try:
             with catch:
                 y = self.original(x, *args, **kwargs)
-        except ApartError:
-            raise
         except Exception as error:
-            if catch.caught:
+            if catch.caught or isinstance(error, ApartError):
                 raise
-            raise _bypassed(self.name, layer) from error
+            problem = error
         if not catch.caught:
-            raise _bypassed(self.name, layer)
+            raise ModelError(
+                f"layer {name!r} ({type(layer).__name__}) ran without calling torch.nn.functional.batch_norm, so it "
+                "cannot be perturbed. Let its forward call F.batch_norm, or keep the layer plain in evaluation mode."
+            ) from problem
         return y
 
 
-def _own_forward(layer: nn.Module) -> Any:
-    return MethodType(type(layer).forward, layer)
+def _own_forward(layer: nn.Module, own: Any) -> Any:
+    """Return the forward of an instance, or else of its class."""
+    return MethodType(type(layer).forward, layer) if own is None else own
 
 
-def _itself(forward: Any) -> Any:
-    return forward
+def _stock_call(name: str, layer: Any, x: Tensor, momentum: float | None) -> BatchNormCall:
+    """Return the call of `F.batch_norm` that PyTorch's own forward would make."""
+    try:
+        layer._check_input_dim(x)
+    except ValueError as error:
+        given = f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}"
+        raise BatchError(f"{given}: {error}.") from error
+    mean, var = (layer.running_mean, layer.running_var) if layer.track_running_stats else (None, None)
+    return BatchNormCall(name, layer, x, layer.weight, layer.bias, layer.eps, mean, var, momentum, True)
 
 
 class _CatchBatchNorm(TorchFunctionMode):
@@ -242,66 +212,27 @@ class _CatchBatchNorm(TorchFunctionMode):
         super().__init__()
         self.name, self.layer, self.momentum, self.handler, self.caught = name, layer, momentum, handler, False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         self.caught = True
-        x, mean, var, weight, bias, training, momentum, eps = _arguments(*args, **kwargs)
+        given = {**_ARGUMENTS, **dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        x, mean, var, weight, bias, training, momentum, eps = given.values()
         if not training:  # by running statistics, which the layer chose itself
-            return func(*args, **kwargs)
-        weight_of_batch = None if self.momentum is None else momentum
-        return self.handler.normalize(
-            BatchNormCall(self.name, self.layer, x, weight, bias, eps, mean, var, weight_of_batch, False)
-        )
+            return func(*args, **(kwargs or {}))
+        momentum = None if self.momentum is None else momentum
+        call = BatchNormCall(self.name, self.layer, x, weight, bias, eps, mean, var, momentum, False)
+        return self.handler.normalize(call)
 
 
-def _arguments(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Any, ...]:
-    """Return the arguments of a call of `F.batch_norm`, however they were passed."""
-    return input, running_mean, running_var, weight, bias, training, momentum, eps
-
-
-def _check_dimensions(name: str, layer: Any, x: Tensor) -> None:
-    try:
-        layer._check_input_dim(x)
-    except ValueError as error:
-        raise BatchError(
-            f"layer {name!r} ({type(layer).__name__}) got input of shape {tuple(x.shape)}: {error}."
-        ) from error
-
-
-def check_unmixed(model: nn.Module) -> None:
-    """Make sure that no layer normalises samples of all groups together.
-
-    Raises:
-        ModelError: one is in evaluation mode and keeps no running statistics.
-    """
-    for name, layer in batch_norm_layers(model).items():
-        if not layer.training and not layer.track_running_stats:
-            raise _mixing(name, layer)
+# The arguments of `F.batch_norm` in their order, and what they are if they are not passed.
+_ARGUMENTS: dict[str, Any] = dict.fromkeys(["input", "running_mean", "running_var", "weight", "bias"])
+_ARGUMENTS |= {"training": False, "momentum": 0.1, "eps": 1e-5}
 
 
 def _mixing(name: str, layer: nn.Module) -> ModelError:
+    """Return the error for a layer that normalises clean and perturbed samples together."""
     return ModelError(
         f"layer {name!r} ({type(layer).__name__}) is in evaluation mode and keeps no running statistics, so it "
-        "normalises clean and perturbed samples together, and one pass cannot tell them apart. Put it in training mode, "
-        "or use the step of two passes."
-    )
-
-
-def _bypassed(name: str, layer: nn.Module) -> ModelError:
-    return ModelError(
-        f"layer {name!r} ({type(layer).__name__}) ran without calling torch.nn.functional.batch_norm, so its statistics "
-        "cannot be perturbed. Let its forward call F.batch_norm, or put the layer in evaluation mode to leave it as it is."
+        "normalises clean and perturbed samples together. Put it in training mode, or use the step of two passes."
     )

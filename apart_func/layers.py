@@ -1,4 +1,4 @@
-"""What batch norm does in every pass: a layer is normalised at its δ, and the statistics of its ghost groups are recorded.
+"""What batch norm does in every pass: it is normalised at δ, and the statistics of its groups are recorded.
 
     proxy pass           δ = 0, one group, which is clean
     adversarial pass     δ in every group, none of them clean
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apart_func._torch import backward_task
+from apart_func._torch import backward_task, unseen_by_modes
 from apart_func.groups import Grouping, check_input, grouped_batch_norm, not_by_sample
 from apart_func.intercept import BatchNormCall
 from apart_func.kernels import perturbed_batch_norm
 from apart_func.ranks import synchronisation
 from apart_func.running import Store, advance, pooled
-from apart_func.trees import BatchStats, Perturbation, StatTree, stack_calls
+from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatTree, stack_calls
 
 
 class Record:
@@ -77,9 +77,7 @@ class PerturbedLayers:
             only runs again.
     """
 
-    def __init__(
-        self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int
-    ) -> None:
+    def __init__(self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int) -> None:
         self.perturbation, self.grouping, self.record, self._task = perturbation, grouping, record, task
         self._rows: dict[str, int] = {}
 
@@ -98,12 +96,11 @@ class PerturbedLayers:
         if sizes > 1 and (groups == 1 or (len(x) == samples and not callable(rows))):
             y, mean, var = perturbed_batch_norm(x, call.weight, call.bias, *shifts, call.eps, groups, reduce)
         else:  # seldom: an error, or a setting of rows
-            (y, mean, var), sizes = grouped_batch_norm(
-                name, x, (call.weight, call.bias), shifts, call.eps, self.grouping, reduce
-            )
+            (y, mean, var), sizes = grouped_batch_norm(call, shifts, self.grouping, reduce)
         if backward_task() == self._task:
             self._rows[name] = self._rows.get(name, 0) + len(x)
-            self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
+            with unseen_by_modes():
+                self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
         return y
 
     def check_rows(self) -> None:
@@ -117,3 +114,10 @@ class PerturbedLayers:
             for name, seen in self._rows.items():
                 if seen % samples:
                     raise not_by_sample(name, seen, samples)
+
+
+def in_groups(perturbation: PerturbationTree, clean: int, groups: int) -> PerturbationTree:
+    """Return a perturbation of every ghost group, `(G, C)`, which is zero in the clean ones, the first."""
+    like = next(iter(perturbation.values())).mean
+    is_perturbed = (torch.arange(groups, device=like.device) >= clean).to(like.dtype).unsqueeze(1)
+    return {name: Perturbation(*(is_perturbed * shift for shift in shifts)) for name, shifts in perturbation.items()}

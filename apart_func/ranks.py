@@ -1,12 +1,12 @@
 """What the ranks of a process group do together, so that each of them takes the same step.
 
-    Ranks                 one process: every reduction is the identity
-    GroupRanks            a process group: one all-reduce a δ, one a step, and a check, once, that ranks agree
-    synchronisation       SyncBatchNorm: the moments of a layer over all ranks, differentiably
+    Ranks             reductions over a process group: one a δ, one a step; in one process, the identity
+    agree             a check, once, that ranks have the same model and settings
+    synchronisation   SyncBatchNorm: the moments of a layer over all ranks, differentiably
 
-Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is left:
-at once if a rank is gone, after the timeout of the process group if one hangs. (With NCCL, PyTorch's watchdog may end the
-process before, and says why.)
+Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is
+left: at once if a rank is gone, after the timeout of the process group if one hangs. (With NCCL, PyTorch's watchdog may
+end the process before, and says why.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from apart_func._torch import is_compiling, is_traced
 from apart_func.batch_norm import statistics_dtype
@@ -43,21 +42,12 @@ from apart_func.trees import (
 WORLD, LOCAL = "world", "local"
 
 
-# Which ranks.
-
-
 def check_process_group(setting: Any) -> None:
-    """Make sure that `process_group` is a valid setting.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if setting is None or setting in (WORLD, LOCAL):
-        return
-    if not (dist.is_available() and isinstance(setting, dist.ProcessGroup)):
-        raise SettingError(
-            f"process_group={setting!r}; expected a ProcessGroup of this rank, 'world', 'local' or None."
-        )
+    """Raise a SettingError if `process_group` is not a valid setting."""
+    is_group = dist.is_available() and isinstance(setting, dist.ProcessGroup)
+    if not (setting is None or is_group or setting in (WORLD, LOCAL)):
+        expected = "expected a ProcessGroup of this rank, 'world', 'local' or None"
+        raise SettingError(f"process_group={setting!r}; {expected}.")
 
 
 def group_of(setting: Any) -> dist.ProcessGroup | None:
@@ -85,10 +75,7 @@ def has_world() -> bool:
 def group_of_module(setting: Any, model: nn.Module) -> tuple[dist.ProcessGroup | None, bool]:
     """Return the ranks to average over in a loop of the user's, and whether that is a guess.
 
-    Args:
-        setting: of `process_group`; None takes those of the DistributedDataParallel that the model is or holds, and the
-            world's if there is none.
-        model: as the user passed it.
+    If the setting is None, these are the ranks of the model's DistributedDataParallel, or as a guess all of the world.
     """
     if setting is not None or not has_world():
         return group_of(setting), False
@@ -101,9 +88,6 @@ def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
     """Return the process group of the `DistributedDataParallel` that a model is, or holds; None without one."""
     wrappers = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
     return next((wrapper.process_group for wrapper in wrappers), None)
-
-
-# Collective calls.
 
 
 @contextmanager
@@ -120,10 +104,7 @@ def _collective() -> Iterator[None]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks, as an operation that is differentiated: its gradient is the sum of the ranks' gradients.
-
-    PyTorch's own differentiable all-reduce is deprecated in one place, and knows no torch.func in the other.
-    """
+    """The sum over ranks, whose gradient is the sum of the ranks' gradients; PyTorch's own knows no torch.func."""
 
     @staticmethod
     def forward(tensor: Tensor, group: Any) -> Tensor:
@@ -147,11 +128,11 @@ class _Sum(torch.autograd.Function):
 
 def all_reduce_sum(fresh: Tensor, group: Any) -> Tensor:
     """Return the sum over ranks of a tensor that nobody else holds and nothing is differentiated by."""
+    if is_traced() and not is_compiling():
+        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]  # torch types no apply
     if is_compiling():
         dist.all_reduce(fresh, group=group)
         return fresh
-    if is_traced():
-        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]  # torch types no apply
     with _collective():
         dist.all_reduce(fresh, group=group)
     return fresh
@@ -163,29 +144,22 @@ def all_reduce_mean(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
     for dtype in dict.fromkeys(tensor.dtype for tensor in found):
         places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
         # Divided first, as DistributedDataParallel does: a sum of half-precision gradients may overflow.
-        flat = all_reduce_sum(torch.cat([found[place].reshape(-1) for place in places]) / ranks, group)
-        parts = flat.split([found[place].numel() for place in places])
-        for place, part in zip(places, parts, strict=True):
-            found[place] = part.view(found[place].shape)
+        for place, mean in zip(places, _all_reduce([found[p] for p in places], group, ranks), strict=True):
+            found[place] = mean
     return found
 
 
+def _all_reduce(tensors: Sequence[Tensor], group: Any, divisor: int = 1) -> list[Tensor]:
+    """Return the sums of tensors of one dtype over ranks, divided by a number, in one all-reduce."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    parts = all_reduce_sum(flat / divisor if divisor > 1 else flat, group).split([t.numel() for t in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def mean_over_ranks(stat_grads: StatGradTree, group: dist.ProcessGroup | None = None) -> StatGradTree:
-    """Average statistic gradients, in one collective call for all layers.
-
-    Args:
-        stat_grads: this rank's gradients; every rank has the same layers.
-        group: the ranks; None is all of them.
-
-    Returns:
-        The same tree on every rank.
-    """
-    parts, structure = tree_flatten(stat_grads)
-    means: StatGradTree = tree_unflatten(all_reduce_mean(parts, group), structure)
-    return means
-
-
-# A step on several ranks.
+    """Average statistic gradients over ranks (None: all of them), in one collective call; all have the same layers."""
+    means = all_reduce_mean(leaves(stat_grads), group)
+    return {layer: StatGrads(*pair) for layer, *pair in zip(stat_grads, means[::2], means[1::2], strict=True)}
 
 
 class CalledLayers(NamedTuple):
@@ -206,157 +180,101 @@ class CalledLayers(NamedTuple):
         if not self.calls:
             return {**before, **found}
         return {
-            layer: Perturbation(*(torch.where(calls > 0, new, old) for new, old in zip(*pairs, strict=True)))
-            for layer, calls in self.calls.items()
-            for pairs in [(found[layer], before[layer])]
+            layer: Perturbation(*(torch.where(n > 0, *pair) for pair in zip(found[layer], before[layer], strict=True)))
+            for layer, n in self.calls.items()
         }
 
 
 class Ranks:
-    """The ranks that take a step together: one process, in which every reduction is the identity."""
+    """The ranks of a group that take a step together; without one, this process: every reduction is the identity."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group: Any = group
+        self._size = 1 if group is None else dist.get_world_size(group)
 
     def called_layers(self, stats: StatTree, stat_grads: StatGradTree) -> tuple[CalledLayers, StatGradTree]:
         """Average statistics and their gradients over ranks.
 
         Args:
             stats: this rank's, of the layers that were called here: ranks may call different ones.
-            stat_grads: this rank's, of all layers, with any leading dimensions.
-
-        Returns:
-            Those of the layers that were called, and the averaged gradients of all layers.
+            stat_grads: this rank's, of all layers, with any leading dimensions; averaged they come back as well.
         """
-        return CalledLayers(stats, {layer: g for layer, g in stat_grads.items() if layer in stats}, {}), stat_grads
+        if self._group is None:
+            return CalledLayers(stats, {layer: g for layer, g in stat_grads.items() if layer in stats}, {}), stat_grads
+        parts: list[Tensor] = []
+        for layer, g in stat_grads.items():
+            none = g.mean.new_zeros(g.mean.shape[-1])
+            here = [part.to(none.dtype).reshape(-1, len(none)).mean(0) for part in stats.get(layer, ())]
+            parts += [*g, *here, none + 1] if here else [*g, none, none, none]
+        sums, grads, means, calls = _all_reduce(parts, self._group), {}, {}, {}
+        for place, layer in enumerate(stat_grads):
+            of_mean, of_scale, mean, var, calls[layer] = sums[5 * place : 5 * place + 5]
+            grads[layer] = StatGrads(of_mean / self._size, of_scale / self._size)
+            means[layer] = BatchStats(*(part / calls[layer].clamp(min=1) for part in (mean, var)))
+        return CalledLayers(means, grads, calls), grads
 
     def mean_stat_grads(self, stat_grads: StatGradTree) -> StatGradTree:
         """Average statistic gradients over ranks."""
-        return stat_grads
+        return stat_grads if self._group is None else mean_over_ranks(stat_grads, self._group)
 
     def mean_gradients(self, grads: Tensors) -> Tensors:
         """Average gradients of parameters over ranks."""
-        return grads
-
-    def of_first(self, perturbation: PerturbationTree) -> PerturbationTree:
-        """Return the perturbation that the first rank has drawn, on all of them."""
-        return perturbation
-
-    def mean_output(self, out: StepOutput, before: Tensors, moving: Iterable[str]) -> StepOutput:
-        """Average what a step returns over ranks.
-
-        Args:
-            out: this rank's.
-            before: the buffers that the step began with, equal on all ranks.
-            moving: names of the buffers that are averaged, those of them that are there.
-
-        Returns:
-            The same with gradients, losses and buffers averaged, and `all_finite` only if it is on every rank. Buffers
-            of integers, the output and the batch statistics stay this rank's.
-        """
-        return out
-
-    def check(self, check: ConsistencyCheck, described: Described) -> None:
-        """Compare, once, what ranks have to have in common."""
-
-
-class GroupRanks(Ranks):
-    """The ranks of a process group of more than one."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def called_layers(self, stats: StatTree, stat_grads: StatGradTree) -> tuple[CalledLayers, StatGradTree]:
-        """See `Ranks`: one all-reduce."""
-        zero = {layer: torch.zeros_like(g.mean).reshape(-1, g.mean.shape[-1])[0] for layer, g in stat_grads.items()}
-        here = {
-            layer: BatchStats(*(part.to(none.dtype).reshape(-1, none.shape[0]).mean(0) for part in stats[layer]))
-            if layer in stats
-            else BatchStats(none, none)
-            for layer, none in zero.items()
-        }
-        called = [none + 1 if layer in stats else none for layer, none in zero.items()]
-        parts = [*leaves(stat_grads), *leaves(here), *called]
-        sums = self._sums(parts)
-        count, ranks = len(zero), dist.get_world_size(self._group)
-        of_grads, of_stats, calls = sums[: 2 * count], sums[2 * count : 4 * count], sums[4 * count :]
-        grads = {layer: StatGrads(*(part / ranks for part in pair)) for layer, pair in zip(zero, _pairs(of_grads), strict=True)}
-        means = {
-            layer: BatchStats(*(part / times.clamp(min=1) for part in pair))
-            for layer, pair, times in zip(zero, _pairs(of_stats), calls, strict=True)
-        }
-        return CalledLayers(means, grads, dict(zip(zero, calls, strict=True))), grads
-
-    def mean_stat_grads(self, stat_grads: StatGradTree) -> StatGradTree:
-        """See `Ranks`."""
-        return mean_over_ranks(stat_grads, self._group)
-
-    def mean_gradients(self, grads: Tensors) -> Tensors:
-        """See `Ranks`: one all-reduce."""
+        if self._group is None:
+            return grads
         return dict(zip(grads, all_reduce_mean(list(grads.values()), self._group), strict=True))
 
     def of_first(self, perturbation: PerturbationTree) -> PerturbationTree:
-        """See `Ranks`: a sum in which other ranks have zeros."""
-        own = [part.detach() for part in leaves(perturbation)]
-        is_first = dist.get_rank(self._group) == 0
-        parts = self._sums(own if is_first else [torch.zeros_like(part) for part in own])
-        return dict(zip(perturbation, map(Perturbation._make, _pairs(parts)), strict=True))
+        """Return the perturbation that the first rank has drawn, on all of them."""
+        if self._group is None:
+            return perturbation
+        parts = [part.detach() for part in leaves(perturbation)]
+        if dist.get_rank(self._group) > 0:
+            parts = [torch.zeros_like(part) for part in parts]
+        sums = _all_reduce(parts, self._group)
+        return {layer: Perturbation(*pair) for layer, *pair in zip(perturbation, sums[::2], sums[1::2], strict=True)}
 
     def mean_output(self, out: StepOutput, before: Tensors, moving: Iterable[str]) -> StepOutput:
-        """See `Ranks`: one all-reduce, or one for each dtype if there are several."""
-        dtype = statistics_dtype(out.loss.dtype)
+        """Average gradients, losses, and the buffers named in `moving` over ranks; the rest stays this rank's.
+
+        All ranks began with the buffers `before`. `all_finite` holds only if it does on every rank.
+        """
+        if self._group is None:
+            return out
         names = [name for name in moving if name in out.buffers]
-        # Averaged is how far a buffer moved: one that does not move stays as it is to the last bit, infinities included.
+        # Averaged is how far a buffer moved: one that does not move stays as it is to the last bit, even if infinite.
         moves = [
             torch.where(out.buffers[name] == before[name], 0, out.buffers[name] - before[name]).to(before[name].dtype)
             for name in names
         ]
-        losses = [tensor.to(dtype) for tensor in (out.loss, out.adversarial_loss, out.all_finite)]
-        means = all_reduce_mean([*out.grads.values(), *moves, *losses], self._group)
-        *means, loss, adversarial_loss, finite = means
+        losses = [t.to(statistics_dtype(out.loss.dtype)) for t in (out.loss, out.adversarial_loss, out.all_finite)]
+        *means, loss, other_loss, finite = all_reduce_mean([*out.grads.values(), *moves, *losses], self._group)
         moved = {name: before[name] + move for name, move in zip(names, means[len(out.grads) :], strict=True)}
         return replace(
             out,
             grads=dict(zip(out.grads, means, strict=False)),
             buffers=out.buffers | moved,
             loss=loss.to(out.loss.dtype),
-            adversarial_loss=adversarial_loss.to(out.adversarial_loss.dtype),
-            all_finite=finite > 1 - 0.5 / dist.get_world_size(self._group),
+            adversarial_loss=other_loss.to(out.adversarial_loss.dtype),
+            all_finite=finite > 1 - 0.5 / self._size,
         )
 
-    def check(self, check: ConsistencyCheck, described: Described) -> None:
-        """See `Ranks`."""
-        check.run(self._group, described)
-
-    def _sums(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums of tensors of one dtype over ranks, in one all-reduce."""
-        flat = all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]), self._group)
-        return [
-            part.view(like.shape) for part, like in zip(flat.split([part.numel() for part in parts]), parts, strict=True)
-        ]
-
-
-def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
+    def check(self, check: ConsistencyCheck, described: Callable[[], Mapping[str, str]]) -> None:
+        """Compare, once, what ranks have to have in common, if no transform or compiler hides it; see `agree`."""
+        if self._group is not None and not check.is_done and not is_traced():
+            agree(described(), self._group)
+            check.is_done = True
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     """Return the ranks of a process group, or this process if there is none."""
-    return Ranks() if group is None else GroupRanks(group)
-
-
-# SyncBatchNorm.
+    return Ranks(group)
 
 
 class Synchronisation:
-    """The moments of one call of a layer over all values of all ranks. Called with those of this rank.
+    """The moments of one call of a layer over all values of all ranks; called with those of this rank.
 
-    Sums are of float64 in one all-reduce, and so exact enough for activations of float32. In a float64 model the
-    variance loses (μ/σ)² roundings of float64.
-
-    Args:
-        group: the ranks of the layer.
-        size: values a channel in each ghost group on this rank; ranks may have other numbers of them.
-
-    Attributes:
-        sizes: values a channel in each ghost group on all ranks together, 0-d, once it was called.
+    `size` is how many values a channel a ghost group has on this rank; once called, `sizes` is that of all ranks, 0-d.
+    Sums are of float64, exact enough for float32; in a float64 model the variance loses (μ/σ)² roundings.
     """
 
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
@@ -366,7 +284,7 @@ class Synchronisation:
         """See `batch_norm.Reduce`."""
         if is_compiling():
             raise ModelError(
-                "SyncBatchNorm does not compile where it has other ranks to synchronise with: torch.func does not "
+                "SyncBatchNorm does not compile if it has other ranks to synchronise with: torch.func does not "
                 "differentiate a collective call in a compiler. Take the step eagerly, or use BatchNorm layers."
             )
         wide = mean.to(torch.float64)
@@ -386,10 +304,7 @@ def is_synchronised(layer: nn.Module) -> bool:
 def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation | None:
     """Return how to reduce the moments of a layer's input over ranks; None if they stay this rank's.
 
-    Args:
-        layer: the layer.
-        x: its input `(N, C, ...)`.
-        groups: number of ghost groups. Ghost group g is the union of the ranks' groups g.
+    Ghost group g is the union of the ranks' groups g.
     """
     if not is_synchronised(layer):
         return None
@@ -398,19 +313,22 @@ def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation
 
 
 def check_groups(groups: int, layers: Iterable[nn.Module]) -> None:
-    """Make sure that all ranks have as many ghost groups, if their groups are united.
-
-    Raises:
-        SettingError: a group of every sample is a number that ranks need not share.
-    """
+    """Raise a SettingError if every sample is a group, and layers unite the groups of ranks."""
     if isinstance(groups, int) and groups == -1 and any(map(is_synchronised, layers)):
         raise SettingError(
-            "groups=-1 makes a ghost group of every sample, and SyncBatchNorm unites the groups of all ranks, which "
-            "may have different numbers of samples. Say how many groups there are, or use BatchNorm layers."
+            "groups=-1 makes a ghost group of every sample, and SyncBatchNorm unites the groups of ranks, which may "
+            "have other numbers of samples. Say how many groups there are, or use BatchNorm layers."
         )
 
 
-# Consistency.
+class ConsistencyCheck:
+    """Whether ranks have compared what they have in common. A copy does it again."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConsistencyCheck, ()
 
 
 def agree(parts: Mapping[str, str], group: dist.ProcessGroup) -> None:
@@ -427,21 +345,17 @@ def agree(parts: Mapping[str, str], group: dist.ProcessGroup) -> None:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     with _collective():
         dist.all_gather_object(everyone, own, group=group)
-    first = everyone[0]
     for name in dict.fromkeys(key for one in everyone for key in one):
-        others = [rank for rank, one in enumerate(everyone) if one.get(name) != first.get(name)]
+        texts = [one.get(name) for one in everyone]
+        others = [rank for rank, text in enumerate(texts) if text != texts[0]]
         if others:
+            advice = "Give every rank the same model and settings, and batches of one structure."
+            if name == "the values of params and buffers":
+                advice = "Seed all ranks alike, or send the values of one to all by torch.distributed.broadcast."
             raise RanksError(
                 f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others}): "
-                f"{everyone[others[0]].get(name)!r} and {first.get(name)!r}. {ADVICE.get(name, ADVICE[''])}"
+                f"{texts[others[0]]!r} and {texts[0]!r}. {advice}"
             )
-
-
-ADVICE = {
-    "the values of params and buffers": "Start every rank from the same ones: seed them alike, or send those of one "
-    "rank to all by torch.distributed.broadcast.",
-    "": "Give every rank the same model and settings, and batches of one structure.",
-}
 
 
 def described_state(tensors: Mapping[str, Any]) -> str:
@@ -461,27 +375,5 @@ def described_batch(batch: Any) -> str:
 
 
 def _digest(text: str) -> str:
+    """Return a short hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-Described = Callable[[], Mapping[str, str]]
-
-
-class ConsistencyCheck:
-    """Compares what ranks have in common, the first time. A copy does it again."""
-
-    def __init__(self) -> None:
-        self.is_done = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (ConsistencyCheck, ())
-
-    def run(self, group: dist.ProcessGroup, described: Described) -> None:
-        """Do so, unless it was done, or a transform or compiler hides the values.
-
-        Raises:
-            RanksError: see `agree`.
-        """
-        if not self.is_done and not is_traced():
-            agree(described(), group)
-            self.is_done = True

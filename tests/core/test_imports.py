@@ -16,19 +16,22 @@ LAYERS = [
     {"trees", "kernels"},
     {"groups", "running", "autodiff", "rules", "ranks"},
     {"functional", "layers", "settings"},
-    {"passes", "robustness"},
+    {"passes", "robustness", "contexts"},
     {"step"},
     {"one_pass"},
     {"dropin"},
     {""},
 ]
 # What makes the method safe and useful. The method itself knows of these two alone, and of errors.
-EDGE = {"checks", "ranks", "dropin", "robustness"}
+EDGE = {"checks", "ranks", "contexts", "dropin", "robustness"}
 KNOWN_EDGE = {"checks", "ranks"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RUN_TIME = {"torch", "einops"}
 # Below all of them: a module for each package, which it is named after, and which it may import.
-INTEGRATIONS = {"integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"}}
+INTEGRATIONS = {
+    "integrations.lightning": {"lightning", "pytorch_lightning", "torchmetrics"},
+    "integrations.transformers": {"transformers"},
+}
 
 
 def name_of(path: Path) -> str:

@@ -6,7 +6,7 @@ Nobody says how many samples a forward of the user's loop has: hooks on the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,11 +63,22 @@ class Context:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """See, while open, the input of the model, or of a part of it that is called by itself."""
-        with ExitStack() as stack:
-            for module in (self._model, *self._model.children()):
-                stack.enter_context(module.register_forward_pre_hook(_Hook(self._begin), with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(_Hook(self._end), always_call=True))
+        # Of each model one key: torch.compile guards on it, and PyTorch numbers handles of hooks ever further.
+        key: Any = f"apart_func {id(self._model)}"
+        begin, end = _Hook(self._begin), _Hook(self._end)
+        modules = [self._model, *self._model.children()]
+        registers: list[tuple[Any, Any, _Hook]] = [
+            *((m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs, begin) for m in modules),
+            *((m._forward_hooks, m._forward_hooks_always_called, end) for m in modules),
+        ]
+        for hooks, options, hook in registers:
+            hooks[key], options[key] = hook, True
+        try:
             yield
+        finally:
+            for hooks, options, _ in registers:
+                hooks.pop(key, None)
+                options.pop(key, None)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a forward of as many samples as its input says."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_compiling() -> bool:
@@ -47,7 +49,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 
 def backward_task() -> int:
-    """Return a number of the backward that this call is part of, in which checkpointing runs layers again; −1 for none."""
+    """Return a number of the backward that this call is part of, which may run layers again; −1 outside of one."""
     return -1 if is_compiling() else int(torch._C._current_graph_task_id())
 
 
@@ -62,6 +64,11 @@ def is_checkpointed() -> bool:
 def has_dispatch_mode() -> bool:
     """Return whether a mode sees every operator, as that of selective checkpointing, which keeps some results."""
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """Hide operators from modes: selective checkpointing counts on seeing the same ones when layers run again."""
+    return _disable_current_modes() if not is_compiling() and has_dispatch_mode() else nullcontext()
 
 
 def specialize(leaves: Iterable[Any]) -> None:

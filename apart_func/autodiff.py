@@ -1,8 +1,8 @@
 """Gradients with respect to dicts of tensors, eagerly or under a transform.
 
-`torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time. So if neither a
-`torch.func` transform nor a compiler is active, gradients are those that `backward()` leaves in fresh leaves, and otherwise
-they come from `torch.func.grad`.
+`torch.func.grad` always records a graph for second derivatives, which costs an eager step memory and time. So if
+neither a `torch.func` transform nor a compiler is active, gradients are those that `backward()` leaves in fresh leaves,
+and otherwise they come from `torch.func.grad`.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
@@ -38,7 +38,7 @@ Computation = Callable[..., Any]
 def grad_and_value(
     function: Callable[[Tensors], tuple[Tensor, Any]], params: Mapping[str, Tensor]
 ) -> tuple[Tensors, Tensor, Any]:
-    """Compute the gradient of a function of parameters, as the passes take it: eagerly, under `torch.func`, or compiled.
+    """Differentiate a function of parameters as the passes do: eagerly, under `torch.func`, or compiled.
 
     Args:
         function: `params -> (loss, aux)`, a 0-d loss and anything else.
@@ -55,7 +55,8 @@ def grad_and_value(
         raise UsageError(f"function is a {type(function).__name__}; expected params -> (loss, aux).")
     check_named_tensors("params", params)
 
-    def compute(trained: Tensors, backward: Callable[[Tensor, Any], Any]) -> Any:
+    def compute(trained: Tensors, *others: Any) -> Any:
+        (backward,) = others
         pair = function(trained)
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0):
             raise UsageError(f"function returned a {type(pair).__name__}; expected (loss, aux), with a 0-d loss.")
@@ -78,8 +79,8 @@ class LentLeaves:
 
     Args:
         inputs: dicts of tensors, or of tuples of them.
-        are_copies: whether the leaves have memory of their own: a computation that rewrites them is refused all the same,
-            and then has changed nothing.
+        are_copies: whether the leaves have memory of their own: a computation that rewrites them is refused all the
+            same, and then has changed nothing.
 
     Attributes:
         trees: the same dicts, of leaves.
@@ -116,11 +117,11 @@ class LentLeaf(nn.Parameter):
     `.data` would let it write without a trace, so that is a copy here.
     """
 
-    def __new__(cls, tensor: Tensor) -> LentLeaf:
+    def __new__(cls, tensor: Tensor) -> LentLeaf:  # noqa: D102  # described by its class
         return super().__new__(cls, tensor, requires_grad=True)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]  # an attribute of a tensor
+    def data(self) -> Tensor:
         """A copy."""
         copy = self.detach().clone()
         vars(self).setdefault("copies", []).append(copy)
@@ -145,9 +146,10 @@ def _is_rewritten(leaf: Tensor, version: int) -> bool:
 def rewritten(name: str) -> StateError:
     """Return the error for a tensor that a forward must not rewrite."""
     return StateError(
-        f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm that is forced on "
-        "weights, or p.data = ... do). In a step that is a function, parameters are moved by the optimizer alone. Do this "
-        "after the optimizer's step, or compute the changed value in the forward, as a parametrization does."
+        f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm that is "
+        "forced on weights, or p.data = ... do). In a step that is a function, parameters are moved by the optimizer "
+        "alone. Do this after the optimizer's step, or compute the changed value in the forward, as a parametrization "
+        "does."
     )
 
 
@@ -236,18 +238,18 @@ def _filled(trees: Sequence[Mapping[str, Any]], leaves: Iterable[Tensor]) -> tup
 
 
 class ForeignParametersError(Exception):
-    """A loss depends on parameters that are none of its arguments; they are the error's argument, for a pass to name."""
+    """A loss depends on parameters that are none of its arguments: the argument of this error, for a pass to name."""
 
 
 def foreign_parameters(names: Sequence[str]) -> UsageError:
     """Return the error for a loss that depends on parameters past its arguments."""
     which = f": {', '.join(map(repr, names))}" if names else ""
     return UsageError(
-        f"the loss depends on parameters that are not in params{which}, which something reaches past the arguments (a loss "
-        "or a hook that closes over model.parameters(), a replaced forward, a criterion with parameters of its own). They "
-        "would get no gradient. If they need none here, as those of a discriminator, say requires_grad_(False); else "
-        "compute such terms inside the model's forward, where its attributes are the arguments, or add their gradient to "
-        "out.grads."
+        f"the loss depends on parameters that are not in params{which}, which something reaches past the arguments (a "
+        "loss or a hook that closes over model.parameters(), a replaced forward, a criterion with parameters of its "
+        "own). They would get no gradient. If they need none here, as those of a discriminator, say "
+        "requires_grad_(False); else compute such terms inside the model's forward, where its attributes are the "
+        "arguments, or add their gradient to out.grads."
     )
 
 
@@ -273,7 +275,9 @@ def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
             raise foreign_parameters([])
         return
     own = {id(unwrapped(leaf)) for leaf in leaves}
-    foreign = [leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
+    foreign = [
+        leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own
+    ]
     if foreign:
         raise ForeignParametersError(foreign)
 

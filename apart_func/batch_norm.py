@@ -2,8 +2,9 @@
 
     y = γ (1 + δσ) (x̂ − δμ · sg(μ/s)) + β          x̂ = (x − μ)/s,  s² = σ² + eps,  sg = stop-gradient
 
-for every channel of every ghost group: batch norm whose mean is μ(1 + δμ) and whose deviation is s/(1 + δσ). Transforms,
-compilers, every device and every order of derivative know these operators; `kernels.py` is the same as one node of autograd.
+for every channel of every ghost group: batch norm whose mean is μ(1 + δμ) and whose deviation is s/(1 + δσ).
+Transforms, compilers, every device and every order of derivative know these operators; `kernels.py` is the same as one
+node of autograd.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class Groups(Protocol):
 class InterleavedGroups(NamedTuple):
     """Ghost groups in which row i is in group i mod G: a dimension of their own, which is a view in every layout."""
 
-    count: int
+    number: int
 
     def split(self, x: Tensor) -> Tensor:
         """Return `(N/G, G, C, ...)`."""
-        return x.unflatten(0, (-1, self.count))
+        split: Tensor = x.unflatten(0, (-1, self.number))
+        return split
 
     def mean(self, values: Tensor) -> Tensor:
         """See `Groups`."""
@@ -92,11 +94,11 @@ class IndexedGroups(NamedTuple):
     """Ghost groups of any rows, which need not be alike in number.
 
     Attributes:
-        index: the group of every row, `(N,)`, int64.
+        group: the group of every row, `(N,)`, int64.
         sizes: values a channel in each group, `(G, 1)`, in the dtype of the statistics.
     """
 
-    index: Tensor
+    group: Tensor
     sizes: Tensor
 
     def split(self, x: Tensor) -> Tensor:
@@ -106,11 +108,11 @@ class IndexedGroups(NamedTuple):
     def mean(self, values: Tensor) -> Tensor:
         """See `Groups`."""
         of_rows = values.flatten(2).sum(2) if values.dim() > 2 else values
-        return of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.index, of_rows) / self.sizes
+        return of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.group, of_rows) / self.sizes
 
     def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
         """See `Groups`."""
-        rows = vectors.expand(len(self.sizes), -1)[self.index]
+        rows = vectors.expand(len(self.sizes), -1)[self.group]
         return rows.reshape(*rows.shape, *[1] * (values.dim() - 2))
 
     def join(self, values: Tensor) -> Tensor:
@@ -144,17 +146,18 @@ def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Redu
     weight, bias, shift, scale = vectors
     values = groups.split(x).to(weight.dtype)
     mean = groups.mean(values)
-    # As a constant, `start` spares the backward a sum over the activations; `drift` is zero and has the mean's gradient.
+    # As a constant, `start` spares the backward a sum over the activations; `drift` is zero and has the mean's
+    # gradient.
     start = mean.detach()
     drift = mean - start
     centred = values - groups.spread(start, values)
     var = groups.mean(centred.square()) - drift.square()
     if reduce is not None:
         mean, var = reduce(mean, var)
-        drift = mean - start
+        drift, start = mean - start, mean.detach()
     invstd = torch.rsqrt(var + eps)
     gamma = weight * (1 + scale)
     slope = gamma * invstd
-    intercept = bias - gamma * shift * (mean * invstd).detach() - drift * slope
+    intercept = bias - gamma * shift * (start * invstd.detach()) - drift * slope
     y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), mean.detach(), var.detach())
+    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), start, var.detach())

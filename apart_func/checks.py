@@ -114,8 +114,8 @@ def clean_groups(clean_fraction: float, groups: int) -> int:
     if not 0 < clean < groups:
         which = "none" if clean <= 0 else "all"
         raise SettingError(
-            f"groups={groups} and clean_fraction={clean_fraction} make {which} of the groups clean; expected at least one "
-            "that is, and one that is not. Use groups=2 or more, and a fraction such as 0.5."
+            f"groups={groups} and clean_fraction={clean_fraction} make {which} of the groups clean; expected at least "
+            "one that is, and one that is not. Use groups=2 or more, and a fraction such as 0.5."
         )
     return clean
 
@@ -136,7 +136,9 @@ def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int
         parts = perturbation[name]
         if not isinstance(parts, (tuple, list)) or len(parts) != 2:
             given = f"{len(parts)} parts" if isinstance(parts, (tuple, list)) else f"a {type(parts).__name__}"
-            raise SettingError(f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation.")
+            raise SettingError(
+                f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation."
+            )
         for shift in parts:
             shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
             if shape not in ((channels,), (groups, channels)):

@@ -6,7 +6,7 @@ Nobody says how many samples a forward of the user's loop has: hooks on the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -64,24 +64,21 @@ class Context:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """See, while open, the input of the model, or of a part of it that is called by itself."""
-        # Of each model one key: torch.compile guards on it, and PyTorch numbers handles of hooks ever further.
-        key: Any = f"apart_func {id(self._model)}"
-        begin, end = _Hook(self._begin), _Hook(self._end)
-        modules = [self._model, *self._model.children()]
-        registers: list[tuple[Any, Any, _Hook]] = [
-            *((m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs, begin) for m in modules),
-            *((m._forward_hooks, m._forward_hooks_always_called, end) for m in modules),
-        ]
-        for hooks, options, hook in registers:
-            hooks[key], options[key] = hook, True
-        try:
+        with ExitStack() as stack:
+            for place, module in enumerate((self._model, *self._model.children())):
+                begin = _Hook(self._begin_part if place else self._begin)
+                stack.enter_context(module.register_forward_pre_hook(begin, with_kwargs=True))
+                # Without always_call, whose hooks Dynamo guards by their ids: it would compile in every context.
+                stack.enter_context(module.register_forward_hook(_Hook(self._end)))
             yield
-        finally:
-            for hooks, options, _ in registers:
-                hooks.pop(key, None)
-                options.pop(key, None)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin a forward of the model."""
+        if backward_task() == self._task:
+            self._depth = 0  # one that failed has not ended
+        self._begin_part(module, args, kwargs)
+
+    def _begin_part(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Begin a forward of as many samples as its input says."""
         self._depth += 1
         if self._depth == 1 and backward_task() == self._task:
@@ -110,7 +107,8 @@ class Context:
         if not self._forwards or (self._depth == 0 and not again):
             self._start(len(call.x))  # nobody called the model: its layer sees samples
         forward = self._forwards[-1]
-        if forward.grouping.samples is None and self._groups not in (0, 1) and not callable(self._rows):
+        says_how = callable(self._rows) and self._groups != -1
+        if forward.grouping.samples is None and self._groups not in (0, 1) and not says_how:
             raise BatchError(
                 f"layer {call.name!r} is in ghost groups of samples, and the model's input does not say how many "
                 "samples it has: it holds no tensor, or tensors of unlike lengths on dim 0. Pass tensors with an entry "

@@ -176,7 +176,7 @@ class APART:
         point = zero | self.perturbation
         check_perturbation(_channels(layers), point, max(self.groups, 1))
         context = Context("to_adver()", self.model, layers, point, self.groups, self.rows, 0.0, radius.dtype)
-        with self._opened(context), lent_state(self.model):
+        with lent_state(self.model), self._opened(context):
             yield self
         self._proxy = None
 

@@ -1,13 +1,12 @@
 """A model as a function of its tensors: `functionalize`, and the way in and out of a module's state.
 
-`functionalize` keeps a private copy of the model that owns no tensor. `torch.func.functional_call` lends it the caller's
-parameters and copies of the buffers for the time of a call, in which the loss is computed *and* differentiated, so that a
-layer that runs again during the backward finds its tensors. The caller's model is never run.
+`functionalize` keeps a private copy of the model that owns no tensor. `torch.func.functional_call` lends it the
+caller's parameters and copies of the buffers for the time of a call, in which the loss is computed *and*
+differentiated, so that a layer that runs again during the backward finds its tensors. The caller's model is never run.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
 
-import copy
 import inspect
 import threading
 import weakref
@@ -44,9 +43,9 @@ LossFunction = Callable[[Any, Any], Any]
 def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
     """Take a model's state as `params`, which are trained, and `buffers`, which are not.
 
-    Parameters with `requires_grad=False` count as buffers, tied ones appear once under their first name. The tensors are
-    detached and share memory with the model's, so an optimizer that updates the model in place is seen in them. Take
-    them again after something that gives the model's parameters other memory, as `p.data = ...` does.
+    Parameters with `requires_grad=False` count as buffers, tied ones appear once under their first name. The tensors
+    are detached and share memory with the model's, so an optimizer that updates the model in place is seen in them.
+    Take them again after something that gives the model's parameters other memory, as `p.data = ...` does.
 
     Returns:
         `params` and `buffers`, keyed as in `named_parameters()` and `named_buffers()`.
@@ -93,7 +92,8 @@ def load_state_(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping
     """
     check_model(model)
     targets = unwrapped_names(dict(named_tensors(model)))
-    tensors = unwrapped_names(_united(follow_parameters(params), buffers))
+    _united(params, buffers)  # which refuses what are no dicts
+    tensors = unwrapped_names({**follow_parameters(params), **buffers})
     _check_tensors({name: tuple(target.shape) for name, target in targets.items()}, tensors)
     for name, target in targets.items():
         _check_copy(name, tensors[name], target)
@@ -104,8 +104,8 @@ def load_state_(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping
 def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:
     """Set the `.grad` of a model's parameters, in place, for a `torch.optim` optimizer to use.
 
-    Parameters that the loss does not reach, as an eager step has seen, have no gradient afterwards, and optimizers leave
-    them alone, as after `backward()`.
+    Parameters that the loss does not reach, as an eager step has seen, have no gradient afterwards, and optimizers
+    leave them alone, as after `backward()`.
 
     Args:
         model: the module whose parameters get gradients, wrapped or not, as in `load_state_`.
@@ -114,8 +114,8 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: 
             and parameters without a key lose theirs.
 
     Raises:
-        StateError: a key names no parameter, a shape differs, or a gradient is on another device or of another kind; the
-            model is then unchanged.
+        StateError: a key names no parameter, a shape differs, or a gradient is on another device or of another kind;
+            the model is then unchanged.
     """
     check_model(model)
     check_named_tensors("grads", grads)
@@ -123,16 +123,13 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: 
     if not all(name in targets for name in grads):
         targets, grads = unwrapped_names(targets), unwrapped_names(grads)
     _check_tensors({name: tuple(targets[name].shape) for name in grads if name in targets}, grads)
-    for name, grad in grads.items():
-        _check_copy(name, grad, targets[name])
-        if grad.device != targets[name].device:
-            raise StateError(f"grads[{name!r}] is on {grad.device}, and the parameter on {targets[name].device}.")
+    for name, given in grads.items():
+        _check_copy(name, given, targets[name])
+        if given.device != targets[name].device:
+            raise StateError(f"grads[{name!r}] is on {given.device}, and the parameter on {targets[name].device}.")
     for name, target in targets.items():
-        grad = grads.get(name)
-        if grad is not None and is_unreached(grad):
-            grad = None
-        if grad is not None:
-            grad = grad.detach().to(target.dtype)
+        is_reached = name in grads and not is_unreached(grads[name])
+        grad = grads[name].detach().to(target.dtype) if is_reached else None
         if not accumulate:
             target.grad = grad
         elif grad is not None:
@@ -156,7 +153,7 @@ def unwrapped_names(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def module_arguments(inputs: Any) -> tuple[Any, Mapping[str, Any]]:
-    """Return the arguments that the input of a batch makes: a tuple or list is splatted, a mapping passed as keywords."""
+    """Return the arguments that an input makes: a tuple or list is splatted, a mapping passed as keywords."""
     if isinstance(inputs, Mapping):
         return (), inputs
     return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -177,8 +174,8 @@ def check_arguments(module: Any, args: Any, kwargs: Any, error: TypeError) -> No
     if not is_compiling() and not _takes(module, args, kwargs):
         raise BatchError(
             f"the model's forward does not take the input: {error}. A tuple or list is splatted into the model, and a "
-            "mapping is passed as keywords. For a forward of one argument that is itself a list, tuple or dict, wrap it: "
-            "batch = ((input,), target)."
+            "mapping is passed as keywords. For a forward of one argument that is itself a list, tuple or dict, wrap "
+            "it: batch = ((input,), target)."
         ) from error
 
 
@@ -243,9 +240,9 @@ def counted_layers(count: int) -> str:
 class FunctionalModel:
     """A model without state: `fmodel(params, buffers, *inputs)` evaluates it, and the passes train it.
 
-    It is a value: it can be copied, pickled, and called from several threads, one after another. What the caller changes
-    on the model (modes, momenta, drop rates, hooks, layers) is taken over at the next eager call; a compiled one, a copy
-    and a pickled one stay as they are.
+    It is a value: it can be copied, pickled, and called from several threads, one after another. What the caller
+    changes on the model (modes, momenta, drop rates, hooks, layers) is taken over at the next eager call; a compiled
+    one, a copy and a pickled one stay as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -485,7 +482,9 @@ class StatelessModule:
 
     def buffers(self, before: Mapping[str, Tensor]) -> Tensors:
         """Return the buffers as the forward has left them, keyed as those before; to be called while the call runs."""
-        return {name: self._places[name][0][0][self._places[name][0][1]] for name in before}
+        after = {name: self._places[name][0][0][self._places[name][0][1]] for name in before}
+        _check_tensors({name: tuple(buffer.shape) for name, buffer in before.items()}, after)
+        return after
 
 
 class _Runner(nn.Module):
@@ -497,7 +496,7 @@ class _Runner(nn.Module):
         vars(self)["stateless"] = stateless
 
     def forward(self, function: Callable[[StatelessModule], Any]) -> Any:
-        return function(self.stateless)
+        return function(vars(self)["stateless"])
 
 
 class _MissingTensor:

@@ -1,11 +1,11 @@
-"""The layer as one node of autograd on PyTorch's own kernels: `batch_norm.py`'s formula at the cost of plain batch norm.
+"""The layer as one node of autograd on PyTorch's own kernels: the formula at the cost of plain batch norm.
 
     perturbed_batch_norm    the one place that chooses between the formula and the node
     KernelBatchNorm         (x, γ, β, δμ, δσ) → y, and the gradients of all five from one training-mode backward
 
-The statistics come first, then batch norm's evaluation-mode kernel with the perturbed ones; no pass over the activations
-is added. Two things PyTorch does badly on a CPU are arithmetic here: moments of contiguous float32 activations, which it
-sums one by one, and groups of channels_last ones, which it would have to copy.
+The statistics come first, then batch norm's evaluation-mode kernel with the perturbed ones; no pass over the
+activations is added. Two things PyTorch does badly on a CPU are arithmetic here: moments of contiguous float32
+activations, which it sums one by one, and groups of channels_last ones, which it would have to copy.
 """
 
 from __future__ import annotations
@@ -86,26 +86,29 @@ class KernelBatchNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         x, weight, bias, shift, scale, mean, var = ctx.saved_tensors
+        inputs: tuple[Any, ...] = (x, weight, bias, shift, scale)
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # the derivative is to be differentiated again
-            inputs = (x, weight, bias, shift, scale)
-            return *_by_batch_norm(grad, inputs, wanted, mean, var, ctx.eps), None, None
-        gamma, _, shifted, scaled = affine(x, weight, bias, shift, scale)
+            y = differentiable_batch_norm(x, affine(*inputs), mean, var, ctx.eps)
+            by = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
+            again = iter(torch.autograd.grad(y, by, grad, create_graph=True))
+            return *(next(again) if needed else None for needed in wanted), None, None
+        vectors = affine(*inputs)
+        gamma, shifted, scaled = vectors.weight, vectors.shift, vectors.scale
         invstd = (var + ctx.eps).sqrt_().reciprocal_()
         slope = torch.addcmul(gamma, gamma, scaled)
         # Σ grad · x̂ and Σ grad of every group: BN's own backward makes both on its way.
         grad_x, by_slope, by_offset = ctx.layout.backward(grad, x, mean, invstd, slope.expand_as(mean), wanted[0])
         by_shift = mean.mul(invstd).mul_(by_offset).neg_()  # of γ(1 + δσ) δμ
         normalized = torch.addcmul(by_slope, shifted, by_shift)  # Σ grad · (x̂ − δμ μ/s)
-        grads = (
+        by_inputs = (
             grad_x,
             torch.addcmul(normalized, normalized, scaled) if wanted[1] else None,
             by_offset if wanted[2] else None,
             by_shift.mul_(slope) if wanted[3] else None,
             normalized.mul_(gamma) if wanted[4] else None,
         )
-        inputs = (x, weight, bias, shift, scale)
-        return *(_as_input(g, tensor) for g, tensor in zip(grads, inputs, strict=True)), None, None
+        return *(_as_input(found, tensor) for found, tensor in zip(by_inputs, inputs, strict=True)), None, None
 
 
 def _as_input(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -117,29 +120,21 @@ def _as_input(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     return grad.to(tensor.dtype)
 
 
-def _by_batch_norm(
-    grad: Tensor, inputs: tuple[Any, ...], wanted: tuple[bool, ...], mean: Tensor, var: Tensor, eps: float
-) -> tuple[Tensor | None, ...]:
-    """Differentiate PyTorch's own batch norm, which knows its second derivative, of channels that are ghost groups."""
-    x = inputs[0]
-    gamma, beta, shift, scale = affine(*inputs)
+def differentiable_batch_norm(x: Tensor, vectors: Affine, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Normalise by PyTorch's own batch norm, of channels that are ghost groups: it knows its second derivative."""
+    gamma, beta, shift, scale = vectors
+    groups = len(mean)
+    is_folded = groups > 1 or len(x) == 1  # one sample of two dimensions has a derivative that depends on its strides
+    folded = rearrange(x, "(b g) c ... -> b (g c) (...)", g=groups) if is_folded else x
     slope = torch.addcmul(gamma, gamma, scale)
     offset = torch.addcmul(beta, slope * shift, torch.rsqrt(var + eps).mul_(mean), value=-1)
-    is_folded = len(mean) > 1 or len(x) == 1  # one sample of two dimensions has a derivative that depends on its strides
-    folded = rearrange(x, "(b g) c ... -> b (g c) (...)", g=len(mean)) if is_folded else x
-    vectors = slope.expand_as(mean).contiguous().view(-1), offset.view(-1)
-    y = torch.batch_norm(folded, *vectors, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    if is_folded:
-        y = y.unflatten(1, (len(mean), -1)).flatten(0, 1).view(x.shape)
-    by = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed]
-    found = iter(torch.autograd.grad(y, by, grad, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted)
+    flat = slope.expand_as(mean).contiguous().view(-1), offset.view(-1)
+    y = torch.batch_norm(folded, *flat, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
+    return y.unflatten(1, (groups, -1)).flatten(0, 1).view(x.shape) if is_folded else y
 
 
 class Layout(Protocol):
     """How the kernels walk over activations; vectors are `(G, C)`, in the dtype of the statistics."""
-
-    groups: int
 
     def moments(self, x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance; `scratch`, like x, may be overwritten."""
@@ -296,6 +291,15 @@ def native_backward(
     """Run training-mode BN's own backward; the gradients of the vectors come as `(G, C)`."""
     scale, center, inverse = (vector.contiguous().view(-1) for vector in (slope, mean, invstd))
     grad_x, by_slope, by_offset = torch.ops.aten.native_batch_norm_backward.default(
-        grad, x, scale, None, None, center, inverse, True, 0.0, (for_x, True, True)  # eps has gone into invstd
+        grad,
+        x,
+        scale,
+        None,
+        None,
+        center,
+        inverse,
+        True,
+        0.0,
+        (for_x, True, True),  # eps has gone into invstd
     )
     return grad_x, by_slope.view(mean.shape), by_offset.view(mean.shape)

@@ -1,4 +1,4 @@
-"""What batch norm does in every pass: a layer is normalised at its δ, and the statistics of its ghost groups are recorded.
+"""What batch norm does in every pass: it is normalised at δ, and the statistics of its groups are recorded.
 
     proxy pass           δ = 0, one group, which is clean
     adversarial pass     δ in every group, none of them clean
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apart_func._torch import backward_task
+from apart_func._torch import backward_task, unseen_by_modes
 from apart_func.groups import Grouping, check_input, grouped_batch_norm, not_by_sample
 from apart_func.intercept import BatchNormCall
 from apart_func.kernels import perturbed_batch_norm
@@ -77,9 +77,7 @@ class PerturbedLayers:
             only runs again.
     """
 
-    def __init__(
-        self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int
-    ) -> None:
+    def __init__(self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int) -> None:
         self.perturbation, self.grouping, self.record, self._task = perturbation, grouping, record, task
         self._rows: dict[str, int] = {}
 
@@ -101,7 +99,8 @@ class PerturbedLayers:
             (y, mean, var), sizes = grouped_batch_norm(call, shifts, self.grouping, reduce)
         if backward_task() == self._task:
             self._rows[name] = self._rows.get(name, 0) + len(x)
-            self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
+            with unseen_by_modes():
+                self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
         return y
 
     def check_rows(self) -> None:

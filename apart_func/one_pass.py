@@ -4,8 +4,8 @@
     samples of the other groups              at δ                       →  ∇L_a
     gradient                                 r ∇L_p + (1 − r) ∇L_a, by one backward of the batch's loss
 
-Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs. Its δ has to
-be there before its gradients are: random signs, drawn in the step or given; or ε · sign(g), of the step before.
+Ghost groups share no statistics, so both kinds can stand in one batch. A step costs what plain training costs. Its δ
+has to be there before its gradients are: random signs, drawn in the step or given; or ε · sign(g), of the step before.
 """
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions

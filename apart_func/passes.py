@@ -10,7 +10,7 @@ All are one forward and backward of the functional model (`Pass`), with another 
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -32,12 +32,11 @@ from apart_func.functional import (
     scalar_loss,
 )
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
-from apart_func.layers import PerturbedLayers, Record
+from apart_func.layers import PerturbedLayers, Record, in_groups
 from apart_func.ranks import check_groups
 from apart_func.trees import (
     AdversarialOutput,
     MixedOutput,
-    Perturbation,
     PerturbationTree,
     ProxyOutput,
     StatGrads,
@@ -314,8 +313,7 @@ class Pass:
 
     def mixed(self, perturbation: PerturbationTree, grouping: Grouping, clean: int, stat_grads: bool) -> MixedOutput:
         """See `mixed_pass`."""
-        is_perturbed = (torch.arange(grouping.groups, device=self.device) >= clean).to(self.dtype).unsqueeze(1)
-        shifts = {name: Perturbation(is_perturbed * mean, is_perturbed * scale) for name, (mean, scale) in perturbation.items()}
+        shifts = in_groups(perturbation, clean, grouping.groups)
         grads, shift_grads, results = self._run(self._params, shifts, stat_grads, grouping, clean)
         return MixedOutput(
             results.clean_loss,
@@ -334,21 +332,22 @@ class Pass:
         self, params: Tensors, shifts: PerturbationTree, by_shifts: bool, grouping: Grouping, clean: int
     ) -> tuple[Tensors, StatGradTree, Results]:
         """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
-        inputs, fixed = ((params, shifts), ()) if by_shifts else ((params,), (shifts,))
+        inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
+        fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
         fmodel = self._fmodel
         try:
             if is_traced():
 
                 def compute(*trees: Any) -> Any:
                     *given, backward = trees
-                    return self._forward_and_backward(*given, *fixed, grouping, clean, backward)
+                    return self._forward_and_backward([*given, *fixed], grouping, clean, backward)
 
                 grads, results = under_transforms(compute, inputs)
             else:
                 leaves = LentLeaves(inputs, are_copies=not fmodel.training.is_proven)
                 with torch.enable_grad():
                     grads, results = self._forward_and_backward(
-                        *leaves.trees, *fixed, grouping, clean, leaves.backward
+                        [*leaves.trees, *fixed], grouping, clean, leaves.backward
                     )
                 fmodel.training.is_proven = True
         except ForeignParametersError as error:
@@ -361,9 +360,10 @@ class Pass:
         return by_params, by_point, results
 
     def _forward_and_backward(
-        self, params: Tensors, shifts: Any, grouping: Grouping, clean: int, backward: Callable[[Tensor, Results], Any]
+        self, point: list[Any], grouping: Grouping, clean: int, backward: Callable[[Tensor, Results], Any]
     ) -> Any:
         """Run the model while it holds some parameters and its layers are at some shifts, and go back from its loss."""
+        params, shifts = point
         record = Record(clean, self._fmodel.training.replace_buffer, self.dtype)
         layers = PerturbedLayers(shifts, grouping, record, backward_task())
 
@@ -397,7 +397,9 @@ class Pass:
         if self._couples(output, groups, clean):
             return loss, loss
         clean_loss, adversarial_loss = (
-            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[0]
+            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[
+                0
+            ]
             for part in ((0, clean), (clean, groups))
         )
         return clean_loss, adversarial_loss
@@ -444,8 +446,8 @@ def _check_unchanged(inputs: Any) -> None:
     for place, tensor in enumerate(tensors_of(inputs)):
         if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
             raise BatchError(
-                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and a "
-                "step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
+                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and "
+                "a step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
             )
 
 
@@ -459,15 +461,15 @@ def check_output(output: Any, samples: int) -> None:
     lengths = [leaf.size(0) for leaf in parts if leaf.dim()]
     if not lengths or any(length != samples for length in lengths):
         raise BatchError(
-            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a sample, "
-            "since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or use "
-            "make_apart_step."
+            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
+            "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
+            "use make_apart_step."
         )
     if any(leaf.requires_grad for leaf in parts if not leaf.dim()):
         raise BatchError(
             "the model's output holds a 0-d tensor that depends on parameters, such as a loss of all samples, and the "
-            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute the "
-            "loss in loss_fn, or use make_apart_step."
+            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute "
+            "the loss in loss_fn, or use make_apart_step."
         )
 
 
@@ -488,7 +490,11 @@ def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean:
             loss, _ = _loss_and_aux(loss_fn(with_tensors(output, leaves), target))
             slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
             # Sines as weights: those of a class and those of a sample may add up to nothing.
-            probes = [(g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum() for g in slopes if g is not None]
+            probes = [
+                (g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum()
+                for g in slopes
+                if g is not None
+            ]
             curvatures = torch.autograd.grad(sum(probes, loss * 0), wanted, allow_unused=True)
         except RuntimeError:  # it has no second derivative
             return False

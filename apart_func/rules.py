@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apart_func._torch import is_concrete
-from apart_func.checks import is_number
+from apart_func.checks import check_epsilon, is_number
 from apart_func.errors import SettingError, StateError
 from apart_func.summary import summarised
 from apart_func.trees import (
@@ -55,7 +55,9 @@ class RuleKind(NamedTuple):
 AnyRule = TypeVar("AnyRule", bound=Callable[..., PerturbationTree])
 
 
-def rule_kind(*, is_bounded: bool = False, draws: bool = True, needs_gradients: bool = True) -> Callable[[AnyRule], AnyRule]:
+def rule_kind(
+    *, is_bounded: bool = False, draws: bool = True, needs_gradients: bool = True
+) -> Callable[[AnyRule], AnyRule]:
     """Describe a rule of your own, as a decorator; see `RuleKind`."""
 
     def describe(rule: AnyRule) -> AnyRule:
@@ -71,6 +73,9 @@ def kind_of(rule: Any) -> RuleKind:
         rule = rule.func
     return getattr(rule, "kind", RuleKind())
 
+
+# The kind of a rule of gradients that moves every statistic by at most ε.
+GRADIENT_RULE = RuleKind(is_bounded=True, draws=False)
 
 # From a perturbation to the gradient of the proxy loss there, by one more pass over the batch.
 GradientsAt = Callable[[PerturbationTree], StatGradTree]
@@ -92,7 +97,7 @@ class IterativeRule:
 
     search: Callable[[StatTree, StatGradTree, Tensor, GradientsAt], PerturbationTree]
     name: str
-    kind: RuleKind = RuleKind(is_bounded=True, draws=False)
+    kind: RuleKind = GRADIENT_RULE
 
     def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
         """Refuse: whoever calls it as a rule of one gradient has no others to give."""
@@ -169,7 +174,8 @@ def random_signs(
     Ranks of a process group take those of the first one.
 
     Args:
-        layers: a tree of the layers, such as `init_perturbation(model)`, of which only shape, dtype and device are looked at.
+        layers: a tree of the layers, such as `init_perturbation(model)`, of which only shape, dtype and device are
+            looked at.
         epsilon: perturbation radius ≥ 0, a number or 0-d tensor.
         generator: a key, such as `torch.Generator().manual_seed(0)`, on the device of `layers`.
 
@@ -183,6 +189,9 @@ def random_signs(
         (True, True)
     """
     check_named_tensors("layers", layers)
+    check_epsilon(epsilon, is_bounded=True)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise SettingError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None.")
     parts = [part for pair in layers.values() for part in pair]
     if not parts:
         return {}
@@ -190,7 +199,8 @@ def random_signs(
     bits = torch.randint(2, (sum(sizes),), generator=generator, device=parts[0].device)
     signs = iter((2 * bits - 1).to(parts[0].dtype).mul(epsilon).split(sizes))
     return {
-        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair)) for layer, pair in layers.items()
+        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair))
+        for layer, pair in layers.items()
     }
 
 
@@ -328,9 +338,9 @@ def perturbed_stats(
 ) -> dict[str, PerturbedStats]:
     """Apply a perturbation to batch statistics.
 
-    With |δ| ≤ ε, |μ' − μ| ≤ ε|μ| and |s/s' − 1| ≤ ε. Of the statistics that an adversarial pass returns, these are exactly
-    what it normalised by; of the proxy pass's they are that in the first layer and one group alone, since deeper layers see
-    what earlier ones changed.
+    With |δ| ≤ ε, |μ' − μ| ≤ ε|μ| and |s/s' − 1| ≤ ε. Of the statistics that an adversarial pass returns, these are
+    exactly what it normalised by; of the proxy pass's they are that in the first layer and one group alone, since
+    deeper layers see what earlier ones changed.
 
     Args:
         stats: batch statistics by layer, `(C,)`, `(G, C)`, or with a leading K.

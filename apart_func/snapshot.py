@@ -137,9 +137,9 @@ def _check_foreign(name: str, module: nn.Module, place: str, foreign: list[nn.Mo
         if place == "forward" or (held.training and list(held.buffers())):
             what = "the forward" if place == "forward" else f"{place!r}"
             raise ModelError(
-                f"{what} of layer {name!r} ({type(module).__name__}) is a function that holds {type(held).__name__}, which "
-                "is no module of the model, so a copy of the layer would still run the original. Make it an attribute of "
-                "the module, override forward in a subclass, or put what it holds in evaluation mode."
+                f"{what} of layer {name!r} ({type(module).__name__}) is a function that holds {type(held).__name__}, "
+                "which is no module of the model, so a copy of the layer would still run the original. Make it an "
+                "attribute of the module, override forward in a subclass, or put what it holds in evaluation mode."
             )
 
 
@@ -169,8 +169,8 @@ def _fill_cells(function: FunctionType, memo: dict[int, Any]) -> None:
 def signature(model: nn.Module) -> list[Any]:
     """Describe what a model holds besides the tensors in its registers: modules, modes, hooks, attributes, containers.
 
-    Two signatures are equal if nothing has changed. Numbers and strings stand for themselves, and other objects for their
-    identity, so that nothing of the model is kept alive.
+    Two signatures are equal if nothing has changed. Numbers and strings stand for themselves, and other objects for
+    their identity, so that nothing of the model is kept alive.
     """
     found: list[Any] = []
     for module in model.modules():
@@ -233,7 +233,9 @@ def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
 
 
 def _content(container: Any) -> tuple[Any, ...]:
-    return tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
+    return (
+        tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
+    )
 
 
 def _are_same(values: Any, old: tuple[Any, ...]) -> bool:
@@ -243,7 +245,8 @@ def _are_same(values: Any, old: tuple[Any, ...]) -> bool:
 class HiddenTensors:
     """The tensors and arrays of a model that are in no register: plain attributes, and modules in plain lists.
 
-    A copy has copies of them, which follow the caller's at every call, so that what a forward writes to them is dropped.
+    A copy has copies of them, which follow the caller's at every call, so that what a forward writes to them is
+    dropped.
     """
 
     def __init__(self, memo: Mapping[int, Any]) -> None:

@@ -82,8 +82,8 @@ def make_apart_step(
 
     Args:
         model: a module with BN layers in training mode, or what `functionalize` made of it.
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`: a pure function, and a mean over samples if r is to
-            weigh both passes as the method says.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`: a pure function, and a mean over samples if r is
+            to weigh both passes as the method says.
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
         groups: ghost groups G of the adversarial pass: 0 and 1 one group, -1 a group for every sample.
         ratio: N = int(ratio · M) of the M samples go through the adversarial pass, the first ones.
@@ -93,8 +93,8 @@ def make_apart_step(
         microbatches: k parts of the batch, one after another; each runs both passes with its own N and δ.
         rule: makes the perturbation from statistics and their gradients. `multi_step(k)` runs k − 1 passes more.
         rows: how rows belong to samples in layers that see others than one a sample: "consecutive" (those of a sample
-            follow one another), "interleaved" (one of every sample, and again), or a function `(layer, input) -> sample of
-            every row`.
+            follow one another), "interleaved" (one of every sample, and again), or a function `(layer, input) -> sample
+            of every row`.
         autocast_dtype: dtype of an autocast region around each forward; None opens none.
         process_group: ranks to take the step together with, each with its part of the batch; "world" is all of them.
             Statistics and their gradients are averaged before the rule; gradients, losses and floating buffers at the
@@ -171,7 +171,7 @@ class Step:
     @property
     def settings(self) -> Settings:
         """What the step does."""
-        return self._constants.settings  # type: ignore[return-value]  # attributes of a module have no types of their own
+        return self._constants.settings  # type: ignore[return-value]  # attributes of a module have no types
 
     def __repr__(self) -> str:
         loss = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
@@ -199,7 +199,9 @@ class Step:
         is_valid = (radius >= 0) & (radius < (1 if is_bounded else torch.inf))
         return Begun(params, radius, is_valid, Precision(settings.autocast_dtype, scale), ranks)
 
-    def _described(self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree) -> dict[str, str]:
+    def _described(
+        self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
+    ) -> dict[str, str]:
         """Describe what ranks have to have in common."""
         return {
             "the settings": f"{type(self).__name__}: {self.settings.described()}",
@@ -212,7 +214,7 @@ class Step:
         }
 
     def _finish(self, outputs: Sequence[StepOutput], buffers: Tensors, begun: Begun) -> StepOutput:
-        """Make one output of those of all micro-batches and ranks; if it is not finite, with the buffers that came in."""
+        """Make one output of those of all micro-batches and ranks; one that is not finite gets the old buffers."""
         out = outputs[0] if len(outputs) == 1 else mean_output(outputs)
         out = replace(out, all_finite=out.all_finite & begun.is_valid)
         out = begun.ranks.mean_output(out, buffers, self.fmodel.moving)

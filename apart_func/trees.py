@@ -143,8 +143,8 @@ class AdversarialOutput(NamedTuple):
         loss: L_a, 0-d.
         output: the model's output for the samples of the pass.
         grads: ∇L_a, keyed as `params`.
-        stats: batch statistics of every ghost group of every layer that was called, `(G, C)`: `perturbed_stats(stats, δ)`
-            is what the pass normalised by.
+        stats: batch statistics of every ghost group of every layer that was called, `(G, C)`: `perturbed_stats(stats,
+            δ)` is what the pass normalised by.
         aux: what the loss function returned besides the loss; () if nothing.
     """
 
@@ -163,8 +163,8 @@ class MixedOutput(NamedTuple):
         loss: L_p, that of the clean samples, 0-d; that of all if the loss couples samples, or has no entry a sample.
         adversarial_loss: L_a, that of the perturbed ones, likewise.
         output: the model's output, of all samples.
-        grads: gradient of the loss of the whole batch, keyed as `params`: r ∇L_p + (1 − r) ∇L_a, with r the share of clean
-            groups, if the loss is a mean over samples.
+        grads: gradient of the loss of the whole batch, keyed as `params`: r ∇L_p + (1 − r) ∇L_a, with r the share of
+            clean groups, if the loss is a mean over samples.
         buffers: the buffers after the pass.
         stats: batch statistics of the clean samples, of every BN layer that was called.
         stat_grads: gradients of r L_p + (1 − r) L_a by the relative shifts of each ghost group, `(G, C)` each, for
@@ -319,21 +319,23 @@ def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
     if hasattr(tree, "__array__") and hasattr(tree, "shape"):
         return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
     raise BatchError(
-        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and nobody "
-        "knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 in two "
-        "passes, where the whole batch is used."
+        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and "
+        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 "
+        "in two passes, where the whole batch is used."
     )
 
 
 def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise BatchError(
-            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted here, "
-            "and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch is used."
+            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted "
+            "here, and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch "
+            "is used."
         )
     if isinstance(which, slice):
         return tensor[which]
-    return tensor.unflatten(0, (-1, which.groups))[:, which.start : which.stop].flatten(0, 1)
+    groups: Tensor = tensor.unflatten(0, (-1, which.groups))
+    return groups[:, which.start : which.stop].flatten(0, 1)
 
 
 def _indices(which: slice | GroupRange, samples: int) -> list[int]:
@@ -437,7 +439,7 @@ def _stacked(*tensors: Tensor) -> Tensor:
 
 
 def concatenate(trees: Sequence[Any]) -> Any:
-    """Return one tree of tensors joined on dim 0, from trees of one structure; tensors without a dimension are stacked."""
+    """Return one tree of tensors joined on dim 0, from trees of one structure; 0-d tensors are stacked."""
     return map_tensors(lambda *parts: torch.cat(parts) if parts[0].dim() else torch.stack(parts), *trees)
 
 

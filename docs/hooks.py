@@ -17,11 +17,14 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = (
     "examples/RESULTS.md",
     "examples/results/README.md",
+    "examples/results/PLAN.md",
     "benchmarks/README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 )
 FIGURES = ("examples/results/*.png", "benchmarks/results/*.png")
+PLOT = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')
+PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(?:&#x02032;|′)</mi></msup>")  # raised twice without a mathematics font
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -43,9 +46,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Put MathML, which browsers draw by themselves, in the place of LaTeX."""
+    """Replace LaTeX by MathML, which browsers draw themselves, and link every plot to its full size."""
 
     def mathml(found: re.Match[str]) -> str:
-        return str(convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block"))
+        formula = str(convert(html.unescape(found[3]), display="inline" if found[2] == "(" else "block"))
+        return PRIME.sub(r"\1<mo>′</mo>", formula)
 
-    return FORMULA.sub(mathml, content)
+    return PLOT.sub(r'<a href="\2">\1</a>', FORMULA.sub(mathml, content))

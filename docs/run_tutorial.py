@@ -1,4 +1,4 @@
-"""Run the tutorial anew, and keep its outputs: `python docs/run_tutorial.py`, or `make tutorial`."""
+"""Run the tutorial and keep its outputs: `python docs/run_tutorial.py`, or `make tutorial`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A step of every form, for tests that are about where it runs: `take(form, model, batch, ...)` returns its tensors.
 
-two passes, one pass    the functional steps
+two passes, one pass    the functional steps; that of one pass carries a perturbation
 drop-in                 to_proxy() and to_adver() around two ordinary passes
-one-pass drop-in        one_pass() around one
+one-pass drop-in        one_pass() around one, at random signs
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def grads_of(out: Any) -> dict[str, Tensor]:
 
 
 def _drop_in(form: str, model: nn.Module, autocast_dtype: torch.dtype | None, epsilon: float) -> Any:
-    method = APART(model, epsilon=epsilon, groups=GROUPS, rule=sign_perturbation)
+    method = APART(model, epsilon=epsilon, groups=GROUPS)
     device = next(model.parameters()).device.type
 
     def autocast() -> AbstractContextManager[Any]:

@@ -76,5 +76,6 @@ def drop_in_step(
         stats=apart.stats,
         stat_grads={layer: StatGrads(g.mean / r, g.scale / r) for layer, g in apart.stat_grads.items()},
         perturbation=apart.perturbation,
+        adversarial_stats={},
         all_finite=torch.tensor(True),
     )

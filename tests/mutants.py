@@ -1,11 +1,11 @@
-"""Whether the tests would notice: mutants of the library, one line each, and the tests that are to kill them.
+"""Whether the tests would notice: mutants of the library, a line or two each, and the tests that are to kill them.
 
-    python tests/mutants.py                  every mutant; half an hour on one core
-    python tests/mutants.py radius signs     those of these kinds
-    python tests/mutants.py --check          only whether every text to replace is still found once
+    python tests/mutants.py                                all of mutants.diff; half an hour on one core
+    python tests/mutants.py properties/test_radius.py      those that these tests are to kill
+    python tests/mutants.py --check                        only whether every text to replace is still there, once
 
-A mutant is applied in a copy of the repository, and its tests run there until the first of them fails. A mutant that
-survives says that a promise is held by no test.
+A mutant is applied in a copy of the repository, where its tests run until the first of them fails. One that survives
+says that a promise of the library is held by no test.
 """
 
 from __future__ import annotations
@@ -13,85 +13,99 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import torch  # noqa: F401  # so that the children need not
+
 ROOT = Path(__file__).parent.parent
-COPIED = ("apart_func", "tests", "examples", "benchmarks", "conftest.py", "pyproject.toml")
+COPIED = ("apart_func", "tests", "conftest.py", "pyproject.toml", "examples", "benchmarks")
 
 
 class Mutant(NamedTuple):
-    """A line that is wrong.
+    """What is wrong in a file of `apart_func`: `new` in place of `old`, which stands there once."""
 
-    Attributes:
-        kind: what it is about.
-        file: in `apart_func`.
-        old: text that stands there once.
-        new: what to write in its place.
-        why: what is then wrong.
-        tests: what is to find out, in `tests`.
-    """
-
-    kind: str
+    tests: str
     file: str
+    why: str
     old: str
     new: str
-    why: str
-    tests: str
 
 
-MUTANTS: list[Mutant] = []
+def read() -> list[Mutant]:
+    """The mutants of `mutants.diff`: a heading names tests, and below it every block a file, what is wrong, and how."""
+    found, tests = [], ""
+    for block in (ROOT / "tests/mutants.diff").read_text(encoding="utf-8").split("\n\n"):
+        title, *lines = block.strip("\n").split("\n")
+        if title.startswith("# "):
+            tests = title[2:]
+        elif lines:
+            file, _, why = title.partition(": ")
+            old, new = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in "-+")
+            found.append(Mutant(tests, file, why, old, new))
+    return found
 
 
 def main() -> None:
-    """Run the chosen mutants, and exit with the number of survivors."""
+    """Run the chosen mutants, and exit with an error if one survives."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help="kinds of mutants; all, if none is given")
+    parser.add_argument("tests", nargs="*", help="headings of mutants.diff; all, if none is given")
     parser.add_argument("--check", action="store_true", help="only look for the texts")
     arguments = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if not arguments.kinds or mutant.kind in arguments.kinds]
-    lost = [mutant for mutant in chosen if occurrences(mutant) != 1]
+    chosen = [mutant for mutant in read() if not arguments.tests or mutant.tests in arguments.tests]
+    lost = [mutant for mutant in chosen if text_of(mutant, ROOT).count(mutant.old) != 1]
     for mutant in lost:
-        print(f"{mutant.file}: found {occurrences(mutant)} times, not once: {mutant.old!r}")
+        print(f"{mutant.file}: {text_of(mutant, ROOT).count(mutant.old)} times, not once:\n{mutant.old}")
     if arguments.check or lost:
         sys.exit(len(lost))
+    sys.dont_write_bytecode = True  # two mutants of a file may have one size and one time
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
-            source = ROOT / name
-            shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
-        survivors = [mutant for mutant in chosen if survives(mutant, copy)]
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
-    sys.exit(len(survivors))
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
+        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+            if failure := run(tests, copy):
+                raise SystemExit(f"{tests} fails without a mutant: {failure}")
+        survivors = sum([survives(mutant, copy) for mutant in chosen])
+    print(f"{survivors} of {len(chosen)} survive")
+    sys.exit(survivors > 0)
 
 
-def occurrences(mutant: Mutant) -> int:
-    """How often the text to replace stands in its file."""
-    return (ROOT / "apart_func" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+def text_of(mutant: Mutant, root: Path) -> str:
+    """The file that a mutant changes."""
+    return (root / "apart_func" / mutant.file).read_text(encoding="utf-8")
 
 
 def survives(mutant: Mutant, copy: Path) -> bool:
     """Apply a mutant, run its tests, and take it back."""
-    path = copy / "apart_func" / mutant.file
-    text = path.read_text(encoding="utf-8")
+    path, text = copy / "apart_func" / mutant.file, text_of(mutant, copy)
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    tests = [f"tests/{name}" for name in mutant.tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(
-        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
-    )
+    failure = run(mutant.tests, copy)
     path.write_text(text, encoding="utf-8")
-    if done.returncode not in (0, 1):  # neither all passed nor some failed
-        raise SystemExit(
-            f"{mutant.why}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
-    verdict = "killed" if done.returncode else "SURVIVED"
-    failed = next((line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED")), "")
-    print(f"{verdict:9}{mutant.kind:10}{mutant.file:16}{mutant.why}  {failed.removeprefix('FAILED ')}", flush=True)
-    return not done.returncode
+    verdict = f"killed by {failure.partition(' - ')[0]}" if failure else "SURVIVES"
+    print(f"{mutant.file}: {mutant.why}: {verdict}", flush=True)
+    return not failure
+
+
+def run(tests: str, copy: Path) -> str:
+    """The first test that fails, as pytest says it; nothing if all pass. A child runs them, which has torch already."""
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(copy)
+            sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
+            names = [f"tests/{name}" for name in tests.split()]
+            os._exit(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *names]))
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        lines = output.read().splitlines()
+    failures = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return "" if status == 0 else (failures or ["\n".join(lines[-20:])])[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Draw the method, for light pages and dark ones: `python docs/figures/draw.py` writes the SVGs beside this file."""
+"""Draw the method, for light pages and dark ones: `python docs/figures/draw.py` writes the SVGs beside this file.
+
+They are narrow, so that a telephone shows their text at a size that can be read.
+"""
 
 from __future__ import annotations
 
@@ -72,46 +75,47 @@ class Drawing:
         )
 
 
-def two_passes(palette: dict[str, str]) -> str:
-    """A step with a proxy pass and an adversarial pass."""
-    draw = Drawing(palette, 720, 330)
-    draw.box(10, 40, 130, 70, "faint", ("M samples", "of a batch"))
-    draw.box(210, 40, 230, 70, "clean", ("proxy pass", "plain training, μ and s"))
-    draw.box(520, 40, 190, 70, "clean", ("∇Lₚ", "weight r = M / (M + N)"))
-    draw.arrow("M140 75H206", "clean")
-    draw.arrow("M440 75H516", "clean")
-
-    draw.box(10, 220, 130, 70, "faint", ("the first N", "in ghost groups"))
-    draw.box(210, 220, 230, 70, "pushed", ("adversarial pass", "μ(1 + δμ) and s / (1 + δσ)"))
-    draw.box(520, 220, 190, 70, "pushed", ("∇Lₐ", "weight 1 − r"))
-    draw.arrow("M75 110V216")
-    draw.arrow("M140 255H206", "pushed")
-    draw.arrow("M440 255H516", "pushed")
-
-    draw.arrow("M325 110V216", "pushed")
-    draw.text(338, 152, "g = ∂Lₚ/∂δ, by the same backward", anchor="start")
-    draw.text(338, 180, "δ = ε · sign(g)", kind="pushed", anchor="start", bold=True)
-    draw.text(665, 172, "+", kind="ink", bold=True)
-    draw.text(710, 318, "the sum moves the weights", anchor="end")
-    draw.text(325, 24, "moves the running statistics")
-    return draw.svg("APART in two passes: a proxy pass, a perturbation, an adversarial pass")
+def _running_statistics(draw: Drawing, left: int) -> None:
+    """Say below a clean box what it updates."""
+    draw.text(left, 196, "updates the", anchor="start")
+    draw.text(left, 214, "running statistics", anchor="start")
 
 
 def one_pass(palette: dict[str, str]) -> str:
     """A step in which clean and perturbed ghost groups share one pass."""
-    draw = Drawing(palette, 720, 300)
-    draw.box(10, 100, 130, 70, "faint", ("M samples", "in ghost groups"))
-    draw.box(210, 40, 230, 76, "clean", ("half of the groups", "clean, μ and s"))
-    draw.box(210, 154, 230, 76, "pushed", ("the other groups", "μ(1 + δμ) and s / (1 + δσ)"))
-    draw.arrow("M140 125C175 125 170 78 206 78", "clean")
-    draw.arrow("M140 145C175 145 170 192 206 192", "pushed")
-    draw.box(520, 100, 190, 70, "faint", ("one backward", "r ∇Lₚ + (1 − r) ∇Lₐ"))
-    draw.arrow("M440 78C480 78 475 125 516 125", "clean")
-    draw.arrow("M440 192C480 192 475 145 516 145", "pushed")
-    draw.arrow("M325 264V234", "pushed")
-    draw.text(325, 284, "δ = ±ε, by lot; or ε · sign(g) of the step before", kind="pushed", bold=True)
-    draw.text(325, 24, "moves the running statistics")
+    draw = Drawing(palette, 450, 322)
+    draw.box(125, 10, 190, 54, "faint", ("M samples", "in ghost groups"))
+    draw.arrow("M170 64C170 90 115 82 115 108", "clean")
+    draw.arrow("M270 64C270 90 325 82 325 108", "pushed")
+    draw.text(332, 72, "random signs", kind="pushed", anchor="start")
+    draw.text(332, 92, "δ = ±ε", kind="pushed", anchor="start", bold=True)
+    draw.box(15, 112, 200, 62, "clean", ("half of the groups", "clean: μ and s"))
+    draw.box(225, 112, 200, 62, "pushed", ("the other groups", "μ(1 + δμ), s / (1 + δσ)"))
+    _running_statistics(draw, 15)
+    draw.arrow("M155 174C155 215 185 205 185 246", "clean")
+    draw.arrow("M325 174C325 215 255 205 255 246", "pushed")
+    draw.box(115, 250, 210, 62, "faint", ("one backward", "r ∇Lₚ + (1 − r) ∇Lₐ"))
     return draw.svg("APART in one pass: clean and perturbed ghost groups in one batch")
+
+
+def two_passes(palette: dict[str, str]) -> str:
+    """A step with a proxy pass and an adversarial pass."""
+    draw = Drawing(palette, 520, 322)
+    draw.box(10, 10, 180, 54, "faint", ("M samples", "of a batch"))
+    draw.box(330, 10, 180, 54, "faint", ("the first N", "in ghost groups"))
+    draw.arrow("M190 37H326")
+    draw.arrow("M100 64V108", "clean")
+    draw.arrow("M420 64V108", "pushed")
+    draw.box(10, 112, 180, 62, "clean", ("proxy pass", "plain training: μ and s"))
+    draw.box(330, 112, 180, 62, "pushed", ("adversarial pass", "μ(1 + δμ), s / (1 + δσ)"))
+    draw.arrow("M190 143H326", "pushed")
+    draw.text(258, 133, "g = ∂Lₚ/∂δ")
+    draw.text(258, 164, "δ = ε · sign(g)", kind="pushed", bold=True)
+    _running_statistics(draw, 10)
+    draw.arrow("M150 174C150 215 200 205 200 246", "clean")
+    draw.arrow("M420 174C420 215 320 205 320 246", "pushed")
+    draw.box(155, 250, 210, 62, "faint", ("weighted sum", "r ∇Lₚ + (1 − r) ∇Lₐ"))
+    return draw.svg("APART in two passes: a proxy pass, a perturbation, an adversarial pass")
 
 
 def main() -> None:

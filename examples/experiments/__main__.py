@@ -5,7 +5,8 @@
     report       a table and learning curves from finished runs
     evaluate     what trained networks withstand
     evidence     methods compared, with radii chosen on validation data
-    robustness   a picture of what networks withstand
+    budget       arms with equal budgets of tuning: examples/results/PLAN.md
+    appendix     results in detail, from the numbers of every seed
 
 `python -m experiments COMMAND --help` lists what each takes.
 """
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "robustness")
+COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "budget", "appendix")
 
 
 def main(arguments: Sequence[str]) -> int | str | None:

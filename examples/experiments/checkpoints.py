@@ -41,13 +41,22 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> State | None:
-        """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so."""
+        """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so.
+
+        Raises:
+            CheckpointError: all are damaged, or one cannot be read for the moment; nothing is renamed then.
+        """
         for interrupted in self.folder.glob("*.tmp"):
             interrupted.unlink()
         paths = self._paths()
         for path in paths:
             try:
                 return _read(path)
+            except (OSError, MemoryError) as error:  # of the machine, and says nothing of the file
+                raise CheckpointError(
+                    f"the checkpoint {path} cannot be read for the moment ({type(error).__name__}: {error}). It may be "
+                    "whole: mend what is wrong with the machine, and go on with --resume."
+                ) from error
             except Exception as error:  # whatever a damaged file makes of its reader
                 warnings.warn(f"the checkpoint {path} is damaged and was set aside: {error}", stacklevel=2)
                 path.rename(path.with_suffix(".damaged"))
@@ -93,10 +102,20 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> State:
-    """Load a checkpoint, after a look at the checksums, which `torch.load` does not compare."""
-    with zipfile.ZipFile(path) as archive:
+    """Load a checkpoint, after a look at the checksums, which `torch.load` does not compare.
+
+    All of it is read first: an error after that is one of its content.
+    """
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as archive:
         broken = archive.testzip()
     if broken:
         raise CheckpointError(f"the checksum of {broken} is wrong")
-    state: State = torch.load(path, map_location="cpu", weights_only=True)
+    content.seek(0)
+    try:
+        state: State = torch.load(content, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # PyTorch's allocator has an error of its own
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
     return state

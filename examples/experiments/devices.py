@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +28,12 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def prepared_device(machine: MachineSettings) -> torch.device:
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor computes in bfloat16, as far as it tells."""
+    return not cpuinfo.exists() or "bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+
+
+def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.device:
     """Find the device, and set what torch has of global switches."""
     name = machine.device
     if name == "auto":
@@ -37,6 +44,11 @@ def prepared_device(machine: MachineSettings) -> torch.device:
         torch.zeros(1, device=name).item()  # refused by a device that holds no data
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if amp and device.type == "cpu" and not has_bfloat16():
+        warnings.warn(
+            "this processor has no arithmetic in bfloat16, and emulates it at a tenth of the speed: leave --amp out",
+            stacklevel=2,
+        )
     torch.backends.cudnn.benchmark = not machine.deterministic
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace

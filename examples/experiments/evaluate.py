@@ -1,13 +1,16 @@
 """Measure what trained networks withstand: `python -m experiments evaluate runs/*`.
 
-For every finished run, its network is measured on the test samples: error and calibration, accuracy when
-the running statistics are off, error when the samples are. The result is `evaluation.json` in the run's folder. Folders
-that have one are passed over. A folder that holds run folders stands for all of them.
+For every finished run, its network is measured on the test samples: error and calibration, error by exact statistics of
+the training samples, accuracy when the running statistics are off, error when the samples are. Loss and error on the
+training samples are measured in evaluation mode. The result is `evaluation.json` in the run's folder. Folders that have
+one are passed over. A folder that holds run folders stands for all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,6 +23,7 @@ import tyro
 from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from apart_func import SettingError, load_state_
@@ -36,6 +40,7 @@ from experiments.workers import run_in_workers, tell
 EVALUATION = "evaluation.json"
 BATCH_SIZE = 256
 CALIBRATION_BINS = 15
+EXACT_BATCH_SIZE = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Options:
         draws: random shifts at each radius.
         samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; all other
             figures are from all of them.
+        test_samples: the test samples themselves, at most: for sets and processors where all of them take too long.
         again: measure folders anew that have been measured.
         data_dir: where the data lies, if not where it was in training.
         processes: that measure at the same time, with one thread each.
@@ -57,6 +63,7 @@ class Options:
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     draws: int = 4
     samples: int = 1500
+    test_samples: int | None = None
     again: tyro.conf.FlagCreatePairsOff[bool] = False
     data_dir: Path | None = None
     processes: int = 2
@@ -64,13 +71,16 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse, before any run is measured, what no run can be measured with."""
         check_radii(self.radii)
-        for name, count in {"draws": self.draws, "samples": self.samples, "processes": self.processes}.items():
+        counts = {"draws": self.draws, "samples": self.samples, "processes": self.processes}
+        for name, count in {**counts, "test-samples": 1 if self.test_samples is None else self.test_samples}.items():
             if count < 1:
                 raise SettingError(f"--{name} must be 1 or more, not {count}")
 
 
 def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
     """Measure a network."""
+    if options.test_samples is not None:
+        data = data._replace(test=data.test.subset(torch.arange(min(options.test_samples, len(data.test)))))
     test_scores, labels = scores(model, data, data.test)
     few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
     held_out = data.train if data.validation is None else data.validation
@@ -89,9 +99,13 @@ def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any
         test_scores.softmax(dim=1), labels, num_classes=data.classes, n_bins=CALIBRATION_BINS
     )
     validation = None if data.validation is None else error_percent(*scores(model, data, data.validation))
+    train_scores, train_labels = scores(model, data, data.train)
     return {
         "validation_error": validation,
         "test_error": error_percent(test_scores, labels),
+        "exact_error": error_percent(*scores(with_exact_statistics(model, data), data, data.test)),
+        "train_error": error_percent(train_scores, train_labels),
+        "train_loss": F.cross_entropy(train_scores, train_labels).item(),
         "wrong": (test_scores.argmax(dim=1) != labels).nonzero().flatten().tolist(),
         "test_samples": len(labels),
         "loss": F.cross_entropy(test_scores, labels).item(),
@@ -109,6 +123,24 @@ def scores(model: nn.Module, data: DataSet, split: Split) -> tuple[Tensor, Tenso
     """Class scores of samples, (N, classes), and their labels."""
     parts = [(model(x), y) for x, y in evaluation_batches(data, split, batch_size=BATCH_SIZE)]
     return torch.cat([part for part, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+@torch.no_grad()
+def with_exact_statistics(model: nn.Module, data: DataSet) -> nn.Module:
+    """A copy of a network whose batch norm has the statistics of the training samples, as they are, for running ones.
+
+    They are means over batches of one size, at most `EXACT_BATCH_SIZE`; all other layers are as in testing.
+    """
+    model = copy.deepcopy(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a mean over batches
+        layer.train()
+    size = math.ceil(len(data.train) / math.ceil(len(data.train) / EXACT_BATCH_SIZE))
+    for samples, _ in evaluation_batches(data, data.train, batch_size=size):
+        model(samples)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -176,7 +208,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / EVALUATION
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FolderError(
             f"{path} cannot be read ({error}): python -m experiments evaluate --again {folder}"
         ) from error

@@ -9,6 +9,7 @@ chosen is measured by `evaluate`. Each data set gets its tables and the numbers 
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import tyro
 
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.figures import COLOURS, RadiusCurve, draw_radii, format_error, format_gain
+from experiments.figures import DecayCurve, draw_decays, format_error, format_gain
 from experiments.groups import (
     DECAY,
     Candidate,
@@ -34,39 +35,61 @@ from experiments.groups import (
     equal_epochs,
     find_families,
     group_runs,
-    has_zero_radius,
     plain_of,
     shared_settings,
     unconverged,
+    validation_error,
 )
-from experiments.paired import Key, Values, difference_by_key, estimate, over_images
+from experiments.paired import (
+    Key,
+    Values,
+    clear_of_zero,
+    difference_by_key,
+    estimate,
+    holm,
+    over_images,
+    welch_by_key,
+)
 from experiments.runs import FolderError, find_finished, read_run
-from experiments.tables import Cell, ResultTable, gain, markdown, show_on_page, write_results
+from experiments.tables import Cell, ResultTable, gains, write_results
 
 Figures = Mapping[str, Mapping[str, Mapping[Key, float]]]  # by label of a family, name, split and seed
 
 BOTH = ("method", "chosen", "runs", "passes", "test error %")
 OPPONENTS = {"gain on plain": 1, "gain on plain, 2× epochs": 2}  # by column: how often the epochs
-MEASURED = ("ECE %", "area, random %", "area, adversarial %", "corruption error %")
+MEASURED = (
+    "error by exact statistics %",
+    "fits %",
+    "training loss",
+    "ECE %",
+    "area, random %",
+    "area, adversarial %",
+    "corruption error %",
+)
 CHOICE_COLUMNS = ("method", "chosen from", "runs", "validation error %", "test error %")
-PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds")
+PAIR_COLUMNS = ("methods", "runs", "difference in test error, over seeds", "without pairs", "p, Holm")
 OVER_IMAGES = "over seeds and test images"
 PAIR_EXPLANATION = (
     "By how many points the test error of the first method is lower than that of the second, within seeds: Student's "
-    "95 % interval over seeds (over splits, where there are several){}. In bold where an interval excludes zero; "
-    "nothing is corrected for the number of comparisons."
+    "95 % interval over seeds (over splits, where there are several){}. Without pairs: Welch's interval, where the "
+    "errors of both do not correlate within seeds, so that pairs gain nothing. p is that of the pairs, by Holm's "
+    "procedure over the rows; in bold where it is below 0.05."
 )
 IMAGES_EXPLANATION = ", and a bootstrap over seeds and test images (and splits)"
 EXPLANATION = (
-    "Means over seeds, ± standard error. Of each method the radius of the lowest mean validation error after the last "
-    "epoch was chosen, in bold here; test data had no part in it. A gain is by how many points the test error is lower "
-    "than plain training's, within seeds, with its 95 % interval. Bold in the tables above are gains whose interval "
-    "excludes zero, and figures that differ as clearly from those of the same plain training, for better or worse. "
-    "Passes are forward-backward passes over the training data."
+    "Means over seeds, ± standard error. Of each method's candidates with the most runs (others were dropped in a "
+    "search) that of the lowest mean validation error after the last epoch, over all seeds that it has, was "
+    "chosen, in bold here; test data had no part in it. A choice at the edge of what was tried is marked: the "
+    "best may lie beyond. A gain is by how many points the test error is lower than plain training's, within "
+    "seeds, with its 95 % interval. Bold in the tables above are gains that are clear of zero by Holm's procedure "
+    "over the rows, and figures that differ as clearly from those of the same plain training, for better or "
+    "worse. Passes are forward-backward passes over the training data."
 )
 MEASURED_EXPLANATION = (
-    " ECE is the expected calibration error; an area is the mean accuracy over the radii of a shift in the running "
-    "statistics; the corruption error is the mean over all corruptions and severities."
+    " Exact statistics are those of the training samples in the place of running ones. What fits is the share of the "
+    "training samples that get their label in evaluation mode; the training loss is in this mode too. ECE is the "
+    "expected calibration error; an area is the mean accuracy over the radii of a shift in the running statistics; the "
+    "corruption error is the mean over all corruptions and severities."
 )
 
 
@@ -81,9 +104,7 @@ class Options:
         samples: test samples that accuracies under a shift are then measured on, at most.
         processes: that then measure at the same time, with one thread each.
         out: folder for tables (.md) and the numbers of every seed (.json), named after the data.
-        page: Markdown file that shows the tables too, between `<!-- digits-evidence -->` and `<!-- end -->`.
-        summary: Markdown file that shows one table of them all, between `<!-- digits-summary -->` and `<!-- end -->`.
-        picture: file for a figure of the error over the radius ε, a panel for each data set.
+        picture: file for a figure of the error over the weight decay, a panel for each data set.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -92,8 +113,6 @@ class Options:
     samples: int = Measurement.samples
     processes: int = Measurement.processes
     out: Path = Path("runs/evidence")
-    page: Path | None = None
-    summary: Path | None = None
     picture: Path | None = None
 
 
@@ -103,7 +122,8 @@ def figures_of(group: Group) -> dict[str, dict[Key, float]]:
     for key, run in group.runs.items():
         found = read_evaluation(run.folder)
         corrupted = float(np.mean(list(found["corruptions"].values())))
-        values = (found["ece"], found["area"]["random"], found["area"]["adversarial"], corrupted)
+        fits, areas = 100 - found["train_error"], found["area"]
+        values = (found["exact_error"], fits, found["train_loss"], found["ece"], *areas.values(), corrupted)
         for name, value in zip(MEASURED, values, strict=True):
             figures[name][key] = value
     return figures
@@ -121,47 +141,55 @@ def wrong_labels(group: Group) -> dict[Key, Values]:
 
 def pairs(data: str, families: Sequence[Family], errors_only: bool) -> ResultTable:
     """Every two methods, compared directly."""
-    rows = []
+    found = [
+        (first, second, keys)
+        for first, second in itertools.combinations(families, 2)
+        if len(keys := sorted(first.group.errors.keys() & second.group.errors.keys())) > 1
+    ]
+    errors = [(second.group.errors, first.group.errors) for first, second, _ in found]
+    differences = [difference_by_key(*both) for both in errors]
+    adjusted = holm([difference.p if difference else math.nan for difference in differences])
     wrong = {} if errors_only else {family.label: wrong_labels(family.group) for family in families}
-    for first, second in itertools.combinations(families, 2):
-        difference = difference_by_key(second.group.errors, first.group.errors)
-        keys = sorted(first.group.errors.keys() & second.group.errors.keys())
-        if difference is None or len(keys) < 2:
-            continue
+    rows = []
+    for (first, second, keys), both, difference, p in zip(found, errors, differences, adjusted, strict=True):
+        assert difference is not None, "they have runs in common"
+        without_pairs = welch_by_key(*both)
         cells = [Cell(f"{first.label} against {second.label}"), Cell(str(len(keys)))]
-        cells.append(Cell(format_gain(difference), difference.excludes_zero))
+        cells += [Cell(format_gain(difference), p < 0.05), Cell(format_gain(without_pairs) if without_pairs else "")]
+        cells += [Cell("" if math.isnan(p) else f"{p:.2g}")]
         if wrong:
             low, high = over_images({key: wrong[second.label][key] - wrong[first.label][key] for key in keys})
-            cells.append(Cell(f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]", low > 0 or high < 0))
+            cells.append(Cell(f"{difference.mean:+.2f} [{low:+.2f}, {high:+.2f}]"))
         rows.append(cells)
     columns = PAIR_COLUMNS if errors_only else (*PAIR_COLUMNS, OVER_IMAGES)
     notes = PAIR_EXPLANATION.format("" if errors_only else IMAGES_EXPLANATION)
     return ResultTable(f"{data}: methods compared directly", columns, rows, notes)
 
 
-def row(families: Sequence[Family], family: Family, epochs: int, figures: Figures) -> list[Cell]:
-    """A family's row of the comparison at equal epochs or equal compute."""
-    plain = plain_of(families, family, epochs)
-    cells = [*first_cells(family), gain_cell(plain, family)]
-    for name, values in figures.get(family.label, {}).items():
-        of_plain = figures[plain.label][name] if plain and plain.label in figures else {}
-        difference = difference_by_key(of_plain, values)
-        is_clear = difference is not None and difference.excludes_zero
-        cells.append(Cell(format_error(estimate(list(values.values()))), bold=is_clear))
-    return cells
+def rows_of(opponents: Sequence[Family | None], members: Sequence[Family], figures: Figures) -> list[list[Cell]]:
+    """The rows of families at equal epochs or equal compute, each against plain training of as much."""
+    columns = [gain_cells(opponents, members)]
+    for name in MEASURED if figures else ():
+        values = [figures[family.label][name] for family in members]
+        plain = [figures[each.label][name] if each and each.label in figures else {} for each in opponents]
+        clear = clear_of_zero([difference_by_key(*both) for both in zip(plain, values, strict=True)])
+        means = [format_error(estimate(list(each.values()))) for each in values]
+        columns.append([Cell(mean, is_clear) for mean, is_clear in zip(means, clear, strict=True)])
+    return [[*first_cells(family), *of_row] for family, *of_row in zip(members, *columns, strict=True)]
 
 
 def first_cells(family: Family) -> list[Cell]:
     """Cells for `BOTH`."""
     group = family.group
     error = format_error(estimate(list(group.errors.values())))
-    texts = (family.label, family.best.chosen, str(len(group.runs)), f"{group.passes:g}", error)
+    texts = (family.label, family.chosen, str(len(group.runs)), f"{group.passes:g}", error)
     return [Cell(text) for text in texts]
 
 
-def gain_cell(plain: Family | None, family: Family) -> Cell:
-    """By how many points the error is lower than plain training's."""
-    return gain(plain.group.errors, family.group.errors) if plain else Cell("")
+def gain_cells(opponents: Sequence[Family | None], members: Sequence[Family]) -> list[Cell]:
+    """A column: by how many points the errors are lower than plain training's."""
+    pairs = zip(opponents, members, strict=True)
+    return gains([(plain and plain.group.errors, family.group.errors) for plain, family in pairs])
 
 
 def choices(families: Sequence[Family]) -> list[list[Cell]]:
@@ -198,6 +226,7 @@ def numbers(families: Sequence[Family], figures: Figures) -> list[dict[str, Any]
             "is_chosen": candidate is family.best,
             "passes": candidate.test.passes,
             "settings": candidate.test.settings,
+            "at the edge": family.edges if candidate is family.best else {},
             "validation error %": by_key(candidate.validation.errors),
             "test error %": by_key(candidate.test.errors),
             **{name: by_key(values) for name, values in found.items()},
@@ -216,8 +245,8 @@ def comparisons(data: str, families: Sequence[Family], epochs: int, figures: Fig
         ("equal compute", "plain, 2× epochs", 2 * epochs, equal_compute(families, epochs)),
     ):
         columns = (*BOTH, f"gain on {opponent}", *(MEASURED if figures else ()))
-        rows = [row(families, family, plain_epochs, figures) for family in members]
-        found.append(ResultTable(f"{data}: {title}", columns, rows, ""))
+        opponents = [plain_of(families, family, plain_epochs) for family in members]
+        found.append(ResultTable(f"{data}: {title}", columns, rows_of(opponents, members, figures), ""))
     return found
 
 
@@ -227,63 +256,32 @@ def at_equal_epochs(families: Sequence[Family], epochs: int) -> list[Family]:
     return [*earlier, *equal_epochs(families, epochs)]
 
 
-def summary(data: str, families: Sequence[Family], epochs: int) -> ResultTable:
-    """All methods in one table, against plain training of as many epochs and, where there is one, of twice as many."""
-    lengths = {family.group.epochs for family in families if family.is_plain}
-    opponents = {name: factor * epochs for name, factor in OPPONENTS.items() if factor * epochs in lengths}
-    rows = [
-        [
-            *first_cells(family),
-            *(gain_cell(plain_of(families, family, length), family) for length in opponents.values()),
-        ]
-        for family in families
-    ]
-    return ResultTable(f"{data}: test error", (*BOTH, *opponents), rows, "")
-
-
 def draw(families_of: Mapping[str, Sequence[Family]], path: Path) -> None:
-    """Draw the error of APART over its radius, on every data set where it was trained at several."""
+    """Draw the error of every method over its weight decay, a panel for each data set where it was varied."""
     curves_of = {
-        data: {family.label: curve for family in families if (curve := radius_curve(families, family))}
+        data: {family.label: curve for family in families if (curve := decay_curve(family))}
         for data, families in families_of.items()
     }
     shown = [data for data, curves in curves_of.items() if curves] or list(families_of)
-    labels = dict.fromkeys(label for curves in curves_of.values() for label in curves)
-    colours = dict(zip(labels, itertools.cycle(COLOURS), strict=False))
-    size = (4.6 * len(shown), 5.2)
-    figure, panels = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 5.2), layout="constrained", squeeze=False)
     for axes, data in zip(panels[0], shown, strict=True):
-        plain = [family for family in families_of[data] if family.group.is_plain]  # with tuned weight decay, too
-        levels = {family.label: estimate(list(family.group.errors.values())).mean for family in plain}
-        draw_radii(axes, curves_of[data], levels, data, colours)
+        draw_decays(axes, curves_of[data], data)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def radius_curve(families: Sequence[Family], family: Family) -> RadiusCurve | None:
-    """The error over ε from zero radius on; None of a method that was trained at one radius, has none, or was tuned."""
-    best = rest_of(family.best)
-    if any(rest_of(each)[DECAY] != best[DECAY] for each in family.candidates):
+def decay_curve(family: Family) -> DecayCurve | None:
+    """The error over the weight decay, at each the candidate of the lowest validation error; None where it is one."""
+    best: dict[float, Candidate] = {}
+    for candidate in sorted(family.candidates, key=validation_error):
+        best.setdefault(candidate.test.settings[DECAY], candidate)
+    if len(best) < 2:
         return None
-    points = [each for each in family.candidates if "method.epsilon" in each.test.settings and rest_of(each) == best]
-    if len(points) < 2:
-        return None
-    others = [each for other in families for each in other.candidates if has_zero_radius(each.test.settings)]
-    points += [each for each in others if rest_of(each) | {"method.rule": None} == best | {"method.rule": None}]
-    points.sort(key=lambda each: float(each.test.settings["method.epsilon"]))
-    errors = [estimate(list(each.test.errors.values())) for each in points]
-    return RadiusCurve(
-        [each.test.settings["method.epsilon"] for each in points],
-        [error.mean for error in errors],
-        [error.standard_error for error in errors],
-        points.index(family.best),
-    )
-
-
-def rest_of(candidate: Candidate) -> dict[str, Any]:
-    """A candidate's settings but for the radius."""
-    return {name: value for name, value in candidate.test.settings.items() if name != "method.epsilon"}
+    decays = sorted(best)
+    errors = [estimate(list(best[decay].test.errors.values())) for decay in decays]
+    means, standard_errors = [error.mean for error in errors], [error.standard_error for error in errors]
+    return DecayCurve(decays, means, standard_errors, decays.index(family.best.test.settings[DECAY]))
 
 
 def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> list[Family]:
@@ -316,10 +314,11 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
         chosen_from,
     ]
     stem = options.out / f"{data}-evidence"
-    write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)}, options.page)
-    if options.summary is not None:
-        show_on_page(options.summary, f"{data}-summary", markdown(summary(data, shown, epochs)))
+    write_results(stem, tables, {"environment": machines, "groups": numbers(families, figures)})
     print(f"Written: {stem}.md, .json")
+    for family in shown:
+        for name, edge in family.edges.items():
+            print(f"warning: {data}, {family.label}: {name} {edge} is at the edge; the best may lie beyond")
     return shown
 
 

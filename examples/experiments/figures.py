@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -76,32 +77,27 @@ def draw_curves(axes: Axes, runs: Mapping[str, Sequence[Curve]], error_name: str
     axes.legend(frameon=False)
 
 
-class RadiusCurve(NamedTuple):
-    """The error of a method over its radius.
+class DecayCurve(NamedTuple):
+    """The error of a method over its weight decay.
 
     Attributes:
-        radii: at which it was trained, in ascending order.
+        decays: at which it was trained, in ascending order.
         errors: mean error in percent at each.
         standard_errors: of these means; not a number for a single run.
-        chosen: which of the radii was chosen.
+        chosen: which of the decays was chosen.
     """
 
-    radii: Sequence[float]
+    decays: Sequence[float]
     errors: Sequence[float]
     standard_errors: Sequence[float]
     chosen: int
 
 
-def draw_radii(
-    axes: Axes, curves: Mapping[str, RadiusCurve], levels: Mapping[str, float], title: str, colours: Mapping[str, str]
-) -> None:
-    """Draw errors over the radius, with a circle where it was chosen, and levels of what has no radius."""
-    for (label, level), grey in zip(levels.items(), ("0", "0.3", "0.5", "0.7"), strict=False):
-        axes.axhline(level, color=grey, linestyle="--", linewidth=1, label=label)
-    for label, curve in curves.items():
-        colour = colours[label]
-        axes.errorbar(curve.radii, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)
-        chosen = (curve.radii[curve.chosen], curve.errors[curve.chosen])
+def draw_decays(axes: Axes, curves: Mapping[str, DecayCurve], title: str) -> None:
+    """Draw errors over the weight decay, with a circle where validation data chose it."""
+    for (label, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        axes.errorbar(curve.decays, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)
+        chosen = (curve.decays[curve.chosen], curve.errors[curve.chosen])
         axes.plot(*chosen, "o", markersize=9, markerfacecolor="none", color=colour)
-    axes.set(title=title, xlabel="radius ε", ylabel="test error (%)")
+    axes.set(title=title, xlabel="weight decay", ylabel="test error (%)", xscale="log")
     axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))

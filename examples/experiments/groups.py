@@ -32,10 +32,10 @@ SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
 # What a method's bare name stands for; a rule of its own is in OWN_RULES.
 ORDINARY = {
     "method.rule": "sign",
-    "method.carry": "clean",
     "method.every": 1,
     "method.epsilon_schedule": "constant",
     "method.label_smoothing": 0.0,
+    "model.dropout": 0.0,
 }
 NAMED_ALONE = ("data.name", "data.train_samples", "data.augment")  # in the name of a data set
 # What is chosen on validation data. A share of smoothing that is not zero, and weight decay where it is tuned, too.
@@ -216,6 +216,17 @@ def word(setting: str) -> str:
     return SYMBOLS.get(setting) or (section if name == "name" else name.replace("_", " "))
 
 
+def edges_of(chosen: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which chosen settings are the smallest or largest that were tried, 0 aside: the best may lie beyond them."""
+    found = {}
+    for name in (*CHOSEN, DECAY):
+        values = sorted({settings[name] for settings in candidates if name in settings})
+        value = chosen.get(name)
+        if len(values) > 1 and (value == values[-1] or value == values[0] != 0):
+            found[word(name)] = f"{value:g} of {values[0]:g} to {values[-1]:g}"
+    return found
+
+
 class Candidate(NamedTuple):
     """Runs that differ in split and seed alone.
 
@@ -228,6 +239,11 @@ class Candidate(NamedTuple):
     chosen: str
     test: Group
     validation: Group
+
+
+def validation_error(candidate: Candidate) -> float:
+    """The mean over all seeds that it has."""
+    return float(np.mean(list(candidate.validation.errors.values())))
 
 
 class Family(NamedTuple):
@@ -245,15 +261,22 @@ class Family(NamedTuple):
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the lowest mean validation error over the seeds that all have; of equals the first."""
-        seeds = set.intersection(*(set(candidate.validation.runs) for candidate in self.candidates))
-        if not seeds:
-            raise FolderError(f"{self.label}: no radius can be chosen, since no seed was trained at all of them")
+        """Of the candidates with the most runs, that of the lowest mean validation error; of equals the first.
 
-        def mean_error(candidate: Candidate) -> float:
-            return float(np.mean([candidate.validation.errors[seed] for seed in sorted(seeds)]))
+        Candidates with fewer were dropped in a search: a low error of a single seed is often luck.
+        """
+        most = max(len(each.validation.runs) for each in self.candidates)
+        return min((each for each in self.candidates if len(each.validation.runs) == most), key=validation_error)
 
-        return min(self.candidates, key=mean_error)
+    @property
+    def edges(self) -> dict[str, str]:
+        """What of the choice lies at the edge of what was tried."""
+        return edges_of(self.best.test.settings, [each.test.settings for each in self.candidates])
+
+    @property
+    def chosen(self) -> str:
+        """The chosen settings, with a mark where one is at the edge of what was tried."""
+        return self.best.chosen + (f" (at the edge: {', '.join(self.edges)})" if self.edges else "")
 
     @property
     def group(self) -> Group:
@@ -265,13 +288,15 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
     """Put groups together that differ in nothing but what is chosen; zero radius is a method of its own.
 
     All methods stand at the weight decay that most of them have, plain training that they are set against included.
-    What was trained at several is a rival once more, with its weight decay among what is chosen.
+    What was trained at several is a rival once more, with its weight decay among what is chosen. Where no decay is that
+    of most, as in a grid, weight decay is chosen for all, plain training included.
     """
     varied = varied_settings([group.settings for group in test])
     told = [name for name in CHOSEN if name in RADII or name in varied]
     told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
     usual_epochs = base_epochs([group.settings for group in test])
-    usual = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(1)[0][0]
+    decays = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(2)
+    usual = decays[0][0] if len({count for _, count in decays}) == len(decays) else None
     found: dict[str, Family] = {}
     tuned: dict[str, Family] = {}
 
@@ -287,7 +312,8 @@ def find_families(test: Sequence[Group], validation: Sequence[Group]) -> list[Fa
         if group.settings[DECAY] == usual:
             family = found.setdefault(key, Family(called, [], group.is_plain))
             family.candidates.append(Candidate(", ".join(values), group, validated))
-        family = tuned.setdefault(key, Family(f"{called}, tuned weight decay", [], is_plain=False))
+        name = called if usual is None else f"{called}, tuned weight decay"
+        family = tuned.setdefault(key, Family(name, [], is_plain=usual is None and group.is_plain))
         family.candidates.append(Candidate(", ".join([*values, decay]), group, validated))
     several = [family for family in tuned.values() if len({c.test.settings[DECAY] for c in family.candidates}) > 1]
     return [*found.values(), *several]

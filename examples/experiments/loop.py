@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from apart_func import ApartError, split_state
-from apart_func.distributed import agree, described_values
 from experiments import ranks
 from experiments.checkpoints import CheckpointError, Checkpoints, State
 from experiments.datasets import DataSet, evaluation_batches, load_dataset, mix, steps_per_epoch, training_batches
@@ -43,7 +42,7 @@ from experiments.logs import (
     progress_bar,
 )
 from experiments.methods import Batch
-from experiments.networks import NetworkError, make_network
+from experiments.networks import NetworkError, drop_features, make_network
 from experiments.ranks import Share
 from experiments.runs import (
     CHECKPOINTS,
@@ -83,7 +82,7 @@ def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
     """
-    device = prepared_device(runs[0].machine)
+    device = prepared_device(runs[0].machine, runs[0].training.amp)
     with ranks.joined(device):
         resume = resume or ranks.is_restarted()
         # Each looks at its folder, and may refuse it.
@@ -145,19 +144,19 @@ def prepared(runs: Sequence[Settings], device: torch.device) -> tuple[DataSet, L
 def initial_network(settings: Settings, data: DataSet) -> nn.Module:
     """The network of a run before its first step. Torch's default generator is seeded, and goes on from there."""
     torch.manual_seed(settings.seed)
-    return make_network(settings.model.name, data, settings.model.width)
+    model = make_network(settings.model.name, data, settings.model.width)
+    return drop_features(model, settings.model.dropout) if settings.model.dropout else model
 
 
 def _agree(settings: Settings, data: DataSet, model: nn.Module) -> None:
     """Make sure that all ranks are at the same run."""
-    group = ranks.group()
-    if group is not None:
+    if ranks.count() > 1:
         decisive = {
             "the settings": repr(decisive_only(settings)),
-            "the training samples": described_values([data.train.labels]),
-            "the values of params and buffers": described_values(model.state_dict().values()),
+            "the training samples": ranks.described([data.train.labels]),
+            "the values of params and buffers": ranks.described(model.state_dict().values()),
         }
-        agree(decisive, group)
+        ranks.agree(decisive, "Start all with the same command, versions and data.")
 
 
 class _Running:

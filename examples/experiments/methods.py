@@ -33,8 +33,7 @@ from apart_func import (
     random_sign_perturbation,
     sign_perturbation,
 )
-from experiments import carry, ranks, rivals
-from experiments.rules import blended_perturbation, standardised_perturbation
+from experiments import ranks, rivals
 from experiments.settings import MethodName, MethodSettings, RuleName, SettingsError
 
 Batch = tuple[Tensor, Tensor]
@@ -62,7 +61,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "method.groups": _APART,
     "method.ascent_steps": ("apart", "apart_sam"),
     "method.clean_fraction": ("one_pass",),
-    "method.carry": ("one_pass",),
     "method.ratio": ("apart", "apart_sam"),
     "method.remainder": ("apart", "apart_sam"),
     "method.rho": ("apart_sam", "sam", "sam_on", "momentum_sam"),
@@ -79,8 +77,6 @@ ONE_GRADIENT_RULES: dict[str, Rule] = {
     "sign": sign_perturbation,
     "random_sign": random_sign_perturbation,
     "l2": l2_perturbation,
-    "blended": blended_perturbation,
-    "standardised": standardised_perturbation,
 }
 
 
@@ -116,7 +112,7 @@ def passes_of(settings: MethodSettings) -> tuple[str, ...]:
 
 def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:
     """What the first step carries: zeros for a perturbation or a momentum, and nothing for the other methods."""
-    if settings.name == "one_pass":
+    if settings.name == "one_pass" and settings.rule != "random_sign":  # which draws in every step
         return init_perturbation(model)
     if settings.name == "momentum_sam":
         trained = ((name, param) for name, param in model.named_parameters() if param.requires_grad)
@@ -163,15 +159,7 @@ def make_step(
         "process_group": ranks.group(),
     }
     if settings.name == "one_pass":
-        if settings.carry == "clean":
-            return _carrying(make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared))
-        unread = autocast_dtype is not None or settings.microbatches > 1 or settings.rule == "standardised"
-        if unread or ranks.group() is not None:
-            raise SettingsError(
-                f"carry {settings.carry} is an experiment in one process, without amp, microbatches and the rule "
-                "standardised. Leave them out."
-            )
-        return carry.make_carrying_step(model, loss_fn, settings, shared["rule"])
+        return _carrying(make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared))
     shared |= {"ratio": settings.ratio, "remainder": settings.remainder}
     if settings.name == "apart_sam":
         return _carrying_nothing(make_apart_sam_step(model, loss_fn, rho=settings.rho, **shared))
@@ -182,8 +170,8 @@ def _carrying(one_pass_step: Callable[..., StepOutput]) -> Step:
     def step(
         params: Tensors, buffers: Tensors, batch: Batch, carried: Carried, *, epsilon: Tensor | None = None
     ) -> tuple[StepOutput, Carried]:
-        out = one_pass_step(params, buffers, batch, carried, epsilon=epsilon)
-        return out, out.perturbation
+        out = one_pass_step(params, buffers, batch, *([carried] if carried else []), epsilon=epsilon)
+        return out, out.perturbation if carried else carried
 
     return step
 

@@ -51,6 +51,24 @@ def make_network(name: str, data: DataSet, width: int | None = None) -> nn.Modul
     return _from_timm(name, channels, data.classes)
 
 
+def drop_features(model: nn.Module, share: float) -> nn.Module:
+    """Put dropout before a network's last linear layer; its parameters keep their names.
+
+    Args:
+        model: the network, which is changed.
+        share: of the features that are dropped in training.
+    """
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise NetworkError("dropout comes before the last linear layer, and this network has none: leave it out")
+
+    def dropped(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (nn.functional.dropout(inputs[0], share, layer.training), *inputs[1:])
+
+    linear[-1].register_forward_pre_hook(dropped)
+    return model
+
+
 def preact_resnet18(in_channels: int = 3, classes: int = 10, width: int = 64) -> PreActResNet:
     """ResNet-18 with pre-activation (He et al., arXiv 1603.05027) in its CIFAR form.
 

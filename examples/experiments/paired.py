@@ -1,8 +1,9 @@
 """Statistics of paired runs: how far two methods lie apart when each seed was run with both.
 
-A seed fixes the initial weights and the batches, so the difference within a seed is freed of the spread between
-seeds. Intervals of differences are Student's, over the seeds; over splits of the data, where there are several, since
-seeds on one split have more in common. Those that speak of other test images too come from the bootstrap.
+A seed fixes the initial weights and the batches, so the difference within a seed is freed of the spread that both
+methods share. Intervals of differences are Student's, over the seeds; over splits of the data, where there are several,
+since seeds on one split have more in common. Where both methods share no spread, Welch's interval without pairs says
+as much. Intervals that speak of other test images too come from the bootstrap.
 """
 
 from __future__ import annotations
@@ -29,17 +30,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of first − second within pairs and the ends of its confidence interval, nan for a single pair."""
+    """The mean of first − second, the ends of its confidence interval, and p that it is zero; nan for a single pair."""
 
     mean: float
     low: float
     high: float
     confidence: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
+    p: float = math.nan
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -50,20 +47,57 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
     """The mean of first − second over one pair or more, with Student's interval."""
     difference = estimate(np.subtract(first, second).tolist())
-    half_width = float(stats.t.ppf((1 + confidence) / 2, df=len(first) - 1)) * difference.standard_error
-    return PairedDifference(difference.mean, difference.mean - half_width, difference.mean + half_width, confidence)
+    mean, error = difference.mean, difference.standard_error
+    half_width = float(stats.t.ppf((1 + confidence) / 2, df=len(first) - 1)) * error
+    p = float(mean == 0) if error == 0 else 2 * float(stats.t.sf(abs(mean) / error, df=len(first) - 1))
+    return PairedDifference(mean, mean - half_width, mean + half_width, confidence, p)
+
+
+def welch_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+    """The mean of first − the mean of second, over two values or more of each, with Welch's interval."""
+    tested = stats.ttest_ind(first, second, equal_var=False)
+    low, high = tested.confidence_interval(confidence)
+    mean = float(np.mean(first) - np.mean(second))
+    return PairedDifference(mean, float(low), float(high), confidence, float(tested.pvalue))
+
+
+def paired_values(first: Mapping[Key, float], second: Mapping[Key, float]) -> tuple[list[float], list[float]]:
+    """Values of the runs that both have: of every seed, or, where there are several splits, the mean of every split."""
+    keys = sorted(first.keys() & second.keys())
+    splits = sorted({split for split, _ in keys})
+    units = [[key] for key in keys] if len(splits) == 1 else [[k for k in keys if k[0] == split] for split in splits]
+    both = [[float(np.mean([values[key] for key in unit])) for unit in units] for values in (first, second)]
+    return both[0], both[1]
 
 
 def difference_by_key(first: Mapping[Key, float], second: Mapping[Key, float]) -> PairedDifference | None:
     """The mean of first − second over the runs that both have, with Student's interval: over seeds, or over splits."""
-    keys = sorted(first.keys() & second.keys())
-    if not keys:
+    both = paired_values(first, second)
+    return paired_difference(*both) if both[0] else None
+
+
+def welch_by_key(first: Mapping[Key, float], second: Mapping[Key, float]) -> PairedDifference | None:
+    """The same with Welch's interval, where pairs share no spread, so do not correlate above 0; None elsewhere."""
+    one, other = paired_values(first, second)
+    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0 or np.corrcoef(one, other)[0, 1] > 0:
         return None
-    splits = sorted({split for split, _ in keys})
-    if len(splits) == 1:
-        return paired_difference([first[key] for key in keys], [second[key] for key in keys])
-    means = [np.mean([first[key] - second[key] for key in keys if key[0] == split]) for split in splits]
-    return paired_difference([float(mean) for mean in means], [0.0] * len(means))
+    return welch_difference(one, other)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of several tests, by Holm's procedure; what is not a number is no test and stays."""
+    tested = sorted((p, number) for number, p in enumerate(ps) if not math.isnan(p))
+    adjusted, largest = list(ps), 0.0
+    for rank, (p, number) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        adjusted[number] = largest
+    return adjusted
+
+
+def clear_of_zero(differences: Sequence[PairedDifference | None]) -> list[bool]:
+    """Which differences of a table are not zero at the 5 % level, by Holm's procedure over its rows."""
+    adjusted = holm([math.nan if difference is None else difference.p for difference in differences])
+    return [p < 0.05 for p in adjusted]
 
 
 def over_images(differences: Mapping[Key, Values], resamples: int = 2000) -> tuple[float, float]:

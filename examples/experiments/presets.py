@@ -19,6 +19,7 @@ from experiments.settings import (
     ModelSettings,
     Settings,
     TrainingSettings,
+    as_json,
 )
 
 _CIFAR = Settings(
@@ -82,3 +83,25 @@ def preset(data: str, method: str | None = None, rule: str | None = None) -> Set
         return settings
     # Random signs want about twice the radius of the gradient's: examples/RESULTS.md
     return replace(settings, method=replace(settings.method, rule=own, epsilon=2 * settings.method.epsilon))
+
+
+NAMES = {"data.name": "data", "data.folder": "data-dir", "model.name": "model", "method.name": "method"}  # in commands
+
+
+def command_line(settings: Settings) -> list[str]:
+    """The options of train that make these settings: those that differ from where its data set and method start."""
+    options = ["--data", settings.data.name, "--method", settings.method.name]
+    start, wanted = as_json(preset(settings.data.name, settings.method.name)), as_json(settings)
+    for section, values in wanted.items():
+        pairs = values.items() if isinstance(values, dict) else [("", values)]
+        for name, value in pairs:
+            path = f"{section}.{name}".rstrip(".")
+            default = start[section][name] if name else start[section]
+            if value == default or path in ("data.name", "method.name"):
+                continue
+            option = NAMES.get(path, (name or section).replace("_", "-"))
+            if isinstance(value, bool):
+                options.append(f"--{'' if value else 'no-'}{option}")
+            else:
+                options += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    return options

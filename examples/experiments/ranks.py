@@ -6,8 +6,9 @@ of the run, so several machines need not share a disk. Without torchrun there is
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import gcd
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +21,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func import RanksError
-from apart_func.distributed import WORLD, has_world, ranks_of
 from experiments.settings import Settings, SettingsError
 
 Found = TypeVar("Found")
@@ -83,7 +83,9 @@ def joined(device: torch.device) -> Iterator[None]:
 
 def group() -> dist.ProcessGroup | None:
     """The ranks; None where there is one process."""
-    return ranks_of(WORLD) if has_world() else None
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
 
 
 def count() -> int:
@@ -139,6 +141,42 @@ def total(numbers: Tensor) -> Tensor:
         with _explained():
             dist.all_reduce(numbers)
     return numbers
+
+
+def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of every tensor over ranks, bit-equal on all, in one call for all tensors of a dtype."""
+    found = list(tensors)
+    for dtype in {tensor.dtype: None for tensor in found}:
+        places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
+        flat = total(torch.cat([found[place].reshape(-1) for place in places]) / count())
+        for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
+            found[place] = part.view(found[place].shape)
+    return found
+
+
+def agree(own: Mapping[str, str], advice: str) -> None:
+    """Make sure that all ranks have the same.
+
+    Args:
+        own: what is compared, by what it is of.
+        advice: what makes them the same.
+
+    Raises:
+        RanksError: on every rank, naming what differs and where.
+    """
+    first, *others = gathered(own)
+    for number, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                raise RanksError(f"{name} of rank {number} differ from those of rank 0. {advice}")
+
+
+def described(tensors: Iterable[Tensor]) -> str:
+    """A hash of the values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

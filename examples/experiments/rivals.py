@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -30,12 +29,11 @@ from apart_func import (
     StepOutput,
     Tensors,
     all_finite,
-    climb,
     functionalize,
     grad_and_value,
     proxy_pass,
+    sam_ascent,
 )
-from apart_func.distributed import output_over_ranks
 from experiments import ranks
 from experiments.settings import MethodSettings, SettingsError
 
@@ -53,14 +51,12 @@ class Gradient(NamedTuple):
         model: the network, in training mode.
         loss_fn: from output and labels to the loss.
         dtype: of an autocast region around the forward, or None.
-        group: the ranks; None where there is one process.
         fmodel: the network as the library has it, where its SyncBatchNorm is needed: it knows CPUs as well.
     """
 
     model: nn.Module
     loss_fn: LossFunction
     dtype: torch.dtype | None
-    group: dist.ProcessGroup | None = None
     fmodel: FunctionalModel | None = None
 
     def __call__(self, params: Tensors, buffers: Tensors, batch: Batch) -> StepOutput:
@@ -77,14 +73,12 @@ class Gradient(NamedTuple):
             adversarial_loss=torch.full_like(loss, torch.nan),
             output=output,
             stats={},
+            adversarial_stats={},
             stat_grads={},
             perturbation={},
             all_finite=all_finite([loss, *grads.values()]),
         )
-        if self.group is None:
-            return out
-        moving = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
-        return output_over_ranks(out, buffers, moving, self.group)
+        return out if ranks.count() == 1 else _over_ranks(out)
 
     def _of_torch(self, params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensor, Tensor, Tensors]:
         images, labels = batch
@@ -103,21 +97,35 @@ class Gradient(NamedTuple):
 def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | None) -> Gradient:
     """The gradient of a network, on the ranks that there are."""
     is_synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    return Gradient(model, loss_fn, dtype, ranks.group(), functionalize(model) if is_synchronised else None)
+    return Gradient(model, loss_fn, dtype, functionalize(model) if is_synchronised else None)
+
+
+def _over_ranks(out: StepOutput) -> StepOutput:
+    """The mean of gradients, losses and floating-point buffers over ranks; all are finite if they are on every rank."""
+    moved = [name for name, buffer in out.buffers.items() if buffer.is_floating_point()]
+    parts = [*out.grads.values(), *(out.buffers[name] for name in moved), out.loss, out.adversarial_loss]
+    *means, loss, adversarial_loss, finite = ranks.mean([*parts, out.all_finite.to(out.loss.dtype)])
+    return out._replace(
+        grads=dict(zip(out.grads, means, strict=False)),
+        buffers=out.buffers | dict(zip(moved, means[len(out.grads) :], strict=True)),
+        loss=loss,
+        adversarial_loss=adversarial_loss,
+        all_finite=finite > 1 - 0.5 / ranks.count(),
+    )
 
 
 def make_rival_step(gradient: Gradient, settings: MethodSettings, momentum: float) -> Step:
     """Make the step of a method that is not APART's."""
     if settings.name == "ghost_noise":
         gradient = gradient._replace(model=with_ghost_noise(gradient.model, settings.ghost_size))
-    moved = {"sam": climb, "sam_on": _normalisation_moved(gradient.model, settings.norm)}.get(settings.name)
+    moved = {"sam": sam_ascent, "sam_on": _normalisation_moved(gradient.model, settings.norm)}.get(settings.name)
 
     def step(
         params: Tensors, buffers: Tensors, batch: Batch, carried: Carried, *, epsilon: Tensor | None = None
     ) -> tuple[StepOutput, Carried]:
         at = params
         if settings.name == "momentum_sam":
-            at = climb(params, {name: -velocity for name, velocity in carried.items()}, settings.rho)
+            at = sam_ascent(params, {name: -velocity for name, velocity in carried.items()}, settings.rho)
         first = gradient(at, buffers, batch)
         if settings.name == "momentum_sam":
             carried = {name: momentum * velocity + first.grads[name] for name, velocity in carried.items()}
@@ -139,7 +147,7 @@ def _normalisation_moved(model: nn.Module, norm: str) -> Callable[[Tensors, Tens
     def moved(params: Tensors, grads: Tensors, rho: float) -> Tensors:
         at = {name: param for name, param in params.items() if name in chosen}
         if norm == "l2":
-            return params | climb(at, {name: grads[name] for name in at}, rho)
+            return params | sam_ascent(at, {name: grads[name] for name in at}, rho)
         return params | {name: param + rho * grads[name].sign() for name, param in at.items()}
 
     return moved

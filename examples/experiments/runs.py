@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -32,8 +33,17 @@ from experiments.environment import environment
 from experiments.folders import walk
 from experiments.methods import READ_BY, passes_of
 from experiments.paired import Key
+from experiments.presets import command_line
 from experiments.ranks import count, is_restarted
-from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
+from experiments.settings import (
+    MethodName,
+    MethodSettings,
+    Settings,
+    SettingsError,
+    as_json,
+    differences,
+    from_json,
+)
 
 try:
     import fcntl
@@ -151,7 +161,7 @@ def read_config(path: Path) -> Settings:
     """The settings of a run, from its `config.json`."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be used: {error}") from error
 
 
@@ -226,7 +236,7 @@ def read_run(folder: Path, split: str) -> FinishedRun:
         size = settings.training.batch_size
         waits = [(float(row["images_per_second"]), float(row["data_wait"])) for row in rows]
         step_seconds = statistics.median(size / speed * (1 - wait) for speed, wait in waits)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         problem = f"{type(error).__name__}: {error}"
         raise FolderError(f"{folder / name} is not as train writes it ({problem}): leave {folder} out") from error
     if settings.training.epochs not in errors:
@@ -261,10 +271,10 @@ def harm(settings: Settings, loss: float | None, classes: int) -> str | None:
     method = settings.method
     if method.name == "plain" or loss is None or is_fitted(loss, method.label_smoothing, classes):
         return None
-    plain = ["--data", settings.data.name, "--method", "plain", "--seed", str(settings.seed)]
-    plain += ["--epochs", str(settings.training.epochs), "--out", f"{settings.out}-plain"]
+    named = MethodSettings("plain", label_smoothing=method.label_smoothing)
+    plain = replace(settings, method=named, out=settings.out.with_name(f"{settings.out.name}-plain"))
     return (
         f"the clean training loss is still {loss:.3f}: the network or the schedule does not fit its samples under "
-        f"{method.name}, and may be harmed by it. Compare with plain training, all other options as here:\n"
-        f"  python -m experiments train {shlex.join(plain)}"
+        f"{method.name}, and plain training may be better. Compare with plain training:\n"
+        f"  python -m experiments train {shlex.join(command_line(plain))}"
     )

@@ -20,8 +20,7 @@ from tyro.conf import arg
 
 DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
 MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
-RuleName = Literal["sign", "random_sign", "l2", "multi_step", "blended", "standardised"]
-CarryName = Literal["clean", "all", "average"]
+RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
 RadiusSchedule = Literal["constant", "rising", "falling", "late"]
 
 
@@ -72,10 +71,18 @@ class ModelSettings:
         name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
             wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm.
         width: channels of its first stage, where it has a choice.
+        dropout: share of the features that training drops before the classifier.
     """
 
     name: Annotated[str, arg(name="model")] = "small_resnet"
     width: Annotated[int | None, arg(metavar="CHANNELS")] = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a share that leaves no features."""
+        _at_least(0, dropout=self.dropout)
+        if self.dropout >= 1:
+            raise SettingsError(f"dropout is {self.dropout}; expected a share below 1.")
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,10 @@ class MethodSettings:
         epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
             late: plain steps for two thirds of the run, then the method's.
         rule: which way APART moves the statistics: by the sign of their gradient, at random, along the gradient, to
-            where several steps lead, or as `rules.py` has it. Where none is said, one pass takes random signs.
+            where several steps lead. Where none is said, one pass takes random signs.
         ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.
-        carry: what one pass finds the next perturbation from: the clean groups, all of them, or an average over steps.
         ratio: share of the batch that goes through APART's adversarial pass.
         remainder: where the groups do not divide that share: an error, or drop a few samples.
         rho: radius of the weight perturbation of APART-SAM, SAM, SAM-ON and Momentum-SAM.
@@ -111,7 +117,6 @@ class MethodSettings:
     ascent_steps: int = 3
     groups: int = 16
     clean_fraction: float = 0.5
-    carry: CarryName = "clean"
     ratio: float = 1.0
     remainder: Literal["error", "drop"] = "error"
     rho: float = 0.1
@@ -226,8 +231,13 @@ class Settings:
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
 
     def __post_init__(self) -> None:
-        """Refuse a seed that no generator takes."""
+        """Refuse a seed that no generator takes, and folders that no text can name."""
         _at_least(0, seed=self.seed)
+        for name, folder in {"--out": self.out, "--data-dir": self.data.folder}.items():
+            try:
+                str(folder).encode()
+            except UnicodeEncodeError:
+                raise SettingsError(f"{name} {str(folder)!a} is not valid UTF-8: rename the folder.") from None
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

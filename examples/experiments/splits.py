@@ -7,6 +7,7 @@ that generator holds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def locate(folder: Path, official: str, parts: Sequence[str]) -> Path:
     """Find the official folder of a data set."""
     inner = folder / official
     root = inner if inner.is_dir() else folder
-    missing = [part for part in parts if not (root / part).exists()]
+    missing = [part for part in parts if not ((root / part).is_file() or (root / part).is_dir())]
     if missing:
         raise DataError(f"no {', '.join(missing)} in {root}" + ("" if root == inner else f", and no folder {inner}"))
     return root
@@ -169,6 +170,8 @@ def divided(split: Self, count: int, seed: int) -> tuple[Self, Self]:
 
 def read_image(path: str) -> Tensor:
     """Decode an image file."""
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise DataError(f"{path} is no file with an image: take it away")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF":

@@ -1,8 +1,7 @@
-"""Tables of results: the same cells are printed, written as Markdown, and put in their place on a page."""
+"""Tables of results: the same cells are printed and written as Markdown."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.figures import format_gain, write_json
-from experiments.paired import Key, difference_by_key
-from experiments.runs import FolderError
+from experiments.paired import Key, clear_of_zero, difference_by_key
 
 FILE_WIDTH = 180  # of the printed table where there is no terminal
 
@@ -35,19 +33,26 @@ class ResultTable(NamedTuple):
     notes: str
 
 
-def gain(plain: Mapping[Key, float], other: Mapping[Key, float]) -> Cell:
-    """By how many points an error lies below that of plain training, over the runs that both have.
+Errors = Mapping[Key, float]
+
+
+def gains(rows: Sequence[tuple[Errors | None, Errors]]) -> list[Cell]:
+    """A column: by how many points the error of a row lies below that of plain training, over the runs that both have.
+
+    Args:
+        rows: of each, the errors of plain training, if there is one to set it against, and its own.
 
     Returns:
-        The difference and its interval, and the number of pairs where it is not that of the seeds; nothing without
-        pairs.
+        Differences and intervals, and the number of pairs where it is not that of the seeds; nothing without pairs. In
+        bold what is clear of zero by Holm's procedure over the rows.
     """
-    difference = difference_by_key(plain, other)
-    if difference is None:
-        return Cell("")
-    pairs = len(plain.keys() & other.keys())
-    missing = "" if pairs == len(other) else f" ({pairs} run{'s' * (pairs > 1)})"
-    return Cell(format_gain(difference) + missing, bold=difference.excludes_zero)
+    differences = [difference_by_key(plain, own) if plain else None for plain, own in rows]
+    cells = []
+    for (plain, own), difference, is_clear in zip(rows, differences, clear_of_zero(differences), strict=True):
+        pairs = len((plain or {}).keys() & own.keys())
+        missing = "" if pairs == len(own) else f" ({pairs} run{'s' * (pairs > 1)})"
+        cells.append(Cell(format_gain(difference) + missing if difference else "", is_clear))
+    return cells
 
 
 def print_table(results: ResultTable) -> None:
@@ -73,22 +78,10 @@ def markdown(results: ResultTable) -> str:
     return "\n\n".join(part for part in (f"**{results.title}**", table, results.notes) if part) + "\n"
 
 
-def write_results(stem: Path, tables: Sequence[ResultTable], numbers: Mapping[str, Any], page: Path | None) -> None:
-    """Print tables, and write them: as Markdown, on a page, and the numbers that they are made of as JSON."""
+def write_results(stem: Path, tables: Sequence[ResultTable], numbers: Mapping[str, Any]) -> None:
+    """Print tables, and write them as Markdown, and the numbers that they are made of as JSON."""
     for table in tables:
         print_table(table)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(table) for table in tables)
-    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    stem.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
     write_json(stem.with_suffix(".json"), numbers)
-    if page is not None:
-        show_on_page(page, stem.name, text)
-
-
-def show_on_page(page: Path, name: str, table: str) -> None:
-    """Replace a table on a page."""
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    if not place.search(text):
-        raise FolderError(f"{page} has no place for the table: expected the lines <!-- {name} --> and <!-- end -->")
-    page.write_text(place.sub(lambda _: f"\n{table}\n", text, count=1), encoding="utf-8")

@@ -554,6 +554,13 @@ def test_annotations_that_make_no_sense_are_refused_by_their_line(annotations, m
         load_dataset("tiny-imagenet", folder)
 
 
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    path = tmp_path / "image.png"
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=r"image\.png is no file with an image: take it away"):
+        read_image(str(path))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_named_when_it_is_met_also_by_a_worker(workers, tmp_path):
     folder = write_tiny_imagenet(tmp_path)

@@ -1,4 +1,4 @@
-"""What trained networks withstand: the corruptions, what is measured and written for a run, and the figure of it."""
+"""What trained networks withstand: the corruptions, and what is measured and written for a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments import robustness
 from experiments.corruptions import (
     COLOUR_CORRUPTIONS,
     CORRUPTIONS,
@@ -30,15 +29,14 @@ from experiments.evaluate import (
     load_network,
     read_evaluation,
     scores,
+    with_exact_statistics,
 )
-from experiments.groups import group_runs
 from experiments.loop import train
 from experiments.presets import PRESETS
-from experiments.runs import FolderError, find_finished, read_config, read_run
+from experiments.runs import FolderError, read_config
 from experiments.settings import DataSettings, ModelSettings
 from folders_on_disk import write_cifar10
-from PIL import Image
-from test_report import method, write_run
+from test_report import write_run
 
 from apart_func import SettingError
 
@@ -161,6 +159,25 @@ def test_curves_begin_with_the_accuracy_on_the_test_samples(measured):
         assert measured["area"][kind] == pytest.approx(np.trapezoid(measured[kind], measured["radii"]) / RADII[-1])
 
 
+def test_loss_and_error_on_the_training_samples_are_those_of_evaluation_mode(run, measured):
+    model = network(run)
+    found, labels = scores(model, DIGITS, DIGITS.train)
+    assert measured["train_loss"] == pytest.approx(torch.nn.functional.cross_entropy(found, labels).item())
+    assert measured["train_error"] == pytest.approx(100 * (found.argmax(1) != labels).double().mean().item())
+
+
+def test_exact_statistics_are_those_of_all_training_samples(run):
+    model = network(run)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exact = with_exact_statistics(model, DIGITS)
+    ((samples, _),) = evaluation_batches(DIGITS, DIGITS.train, batch_size=len(DIGITS.train))
+    entered = model.stem[0](samples)  # what the first layer of batch norm sees
+    torch.testing.assert_close(exact.stem[1].running_mean, entered.mean((0, 2, 3)))
+    torch.testing.assert_close(exact.stem[1].running_var, entered.var((0, 2, 3)))
+    assert not exact.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_images_with_a_wrong_label_are_listed(run, measured):
     ((samples, labels),) = evaluation_batches(DIGITS, DIGITS.test, batch_size=len(DIGITS.test))
     with torch.no_grad():
@@ -251,6 +268,14 @@ def test_corrupted_samples_are_the_test_samples(run, measured):
     assert measured["corruptions"]["noise"][2] == pytest.approx(100 * wrong.double().mean().item())
 
 
+def test_fewer_test_samples_are_those_that_errors_are_measured_on(run):
+    assert evaluate_run(run, Options((run,), radii=RADII, draws=1, samples=50, test_samples=100, again=True)) is None
+    found = read_evaluation(run)
+    given, labels = scores(network(run), DIGITS, DIGITS.test)
+    assert found["test_samples"] == 100
+    assert found["test_error"] == pytest.approx((given[:100].argmax(1) != labels[:100]).double().mean().item() * 100)
+
+
 def test_fewer_samples_shorten_the_curves_data_alone(run, measured):
     assert evaluate_run(run, Options((run,), radii=RADII, samples=100)) is None
     fewer = read_evaluation(run)
@@ -286,66 +311,3 @@ def test_settings_that_fit_no_run_are_refused_at_once():
 def test_a_run_that_was_not_measured_is_named_with_the_command(tmp_path):
     with pytest.raises(FolderError, match=r"experiments evaluate --again .*nothing"):
         read_evaluation(tmp_path / "nothing")
-
-
-# the figure
-
-
-def write_measured(folder: Path, level: float, radii=(0, *RADII), **options) -> None:
-    """A finished run and its evaluation, with curves that fall from `level`."""
-    write_run(folder, **options)
-    curve = [level - 50 * radius for radius in radii]
-    content = {
-        "test_error": 100 - level,
-        "ece": 1.0,
-        "radii": radii,
-        "random": curve,
-        "adversarial": curve,
-        "area": {"random": level, "adversarial": level},
-        "corruptions": {name: [100 - level + severity for severity in SEVERITIES] for name in CORRUPTIONS},
-        "layers": {"stem.1": curve, "head.1": curve},
-    }
-    (folder / EVALUATION).write_text(json.dumps(content))
-
-
-@pytest.fixture
-def folders(tmp_path) -> Path:
-    for seed in (0, 1):
-        write_measured(tmp_path / f"runs/plain{seed}", 90 + seed, seed=seed)
-        write_measured(tmp_path / f"runs/weak{seed}", 93, seed=seed, **method("apart", epsilon=0.05))
-        write_measured(tmp_path / f"runs/firm{seed}", 95, seed=seed, **method("apart", epsilon=0.2))
-    return tmp_path / "runs"
-
-
-def groups_of(folders: Path) -> list[robustness.Measured]:
-    return robustness.measured_groups(group_runs(read_run(folder, "test") for folder in find_finished([folders])))
-
-
-def test_runs_that_differ_in_their_seed_alone_are_one_line(folders):
-    groups = groups_of(folders)
-    assert [group.label for group in groups] == ["plain", "APART, ε 0.05", "APART, ε 0.2"]
-    assert groups[0].values("test_error").tolist() == [10, 9]
-    assert groups[0].values("corruptions", "blur").shape == (2, 5)
-
-
-def test_heat_maps_show_plain_training_and_what_stands_firmest(folders):
-    assert [group.label for group in robustness.heat_map_groups(groups_of(folders))] == ["plain", "APART, ε 0.2"]
-
-
-def test_runs_that_were_measured_at_different_radii_are_refused(folders):
-    write_measured(folders / "other", 90, radii=(0, 0.4), seed=7)
-    with pytest.raises(FolderError, match=r"different radii, \(0, 0.1, 0.3\) and \(0, 0.4\).*--again"):
-        groups_of(folders)
-
-
-def test_the_figure_is_made_from_run_folders(folders, tmp_path, capsys):
-    robustness.main([str(folders), "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out/digits-robustness.png") as image:
-        assert image.size[0] > 800
-    assert "digits-robustness.png" in capsys.readouterr().out
-
-
-def test_a_single_run_is_drawn_too(tmp_path):
-    write_measured(tmp_path / "runs/only", 90, **method("apart"))
-    robustness.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out/digits-robustness.png").exists()

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from experiments import evaluate, evidence
+from experiments import appendix, evaluate, evidence
 from experiments.corruptions import CORRUPTIONS, SEVERITIES
 from experiments.figures import format_error
-from experiments.paired import estimate, paired_difference
+from experiments.paired import estimate, holm, paired_difference, welch_difference
 from experiments.runs import FolderError
-from test_report import PAGE, epochs, method, read_table, write_run
+from test_report import epochs, method, read_table, write_run
 
+RESULTS = Path(evidence.__file__).parents[1] / "results"
 RADII = (0, 0.1, 0.3)
 SPLITS = ("test", "validation")
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}
@@ -33,6 +34,9 @@ def write_measured(folder: Path, error: float, level: float | None = None, **opt
         "test_error": error,
         "wrong": list(range(round(10 * error))),
         "test_samples": 1000,
+        "exact_error": level + 1,
+        "train_error": level,
+        "train_loss": level / 10,
         "ece": level / 2,
         "radii": RADII,
         "random": curve,
@@ -132,7 +136,7 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
     ):
         write_measured(runs / f"other{number}", 5, validation_error=number, **options)
     tables = make(runs)
-    chosen = {label: row["chosen"] for label, row in tables["equal epochs"].items()}
+    chosen = {label: row["chosen"].partition(" (")[0] for label, row in tables["equal epochs"].items()}
     assert chosen == {
         "plain": "",
         "zero radius": "ε 0",
@@ -151,24 +155,43 @@ def test_zero_radius_other_rules_and_other_lengths_are_methods_of_their_own(runs
     ]
 
 
-def test_radii_are_compared_on_the_seeds_that_all_have(runs):
-    write_measured(runs / "a0", 5, seed=0, validation_error=4, **method("apart", epsilon=0.05))
-    write_measured(runs / "a1", 5, seed=1, validation_error=90, **method("apart", epsilon=0.05))
-    write_measured(runs / "b0", 5, seed=0, validation_error=5, **method("apart", epsilon=0.1))
-    assert make(runs)["equal epochs"]["APART"]["chosen"] == "ε 0.05"
+def test_a_candidate_is_judged_by_all_seeds_that_it_has(runs):
+    """On seed 0 alone, which both have, the first would be the better one."""
+    for epsilon, errors in ((0.05, {0: 4, 1: 9}), (0.1, {0: 5, 2: 6})):
+        for seed, error in errors.items():
+            options = method("apart", epsilon=epsilon)
+            write_measured(runs / f"{epsilon}-{seed}", 5, seed=seed, validation_error=error, **options)
+    assert make(runs)["equal epochs"]["APART"]["chosen"].startswith("ε 0.1")
 
 
-def test_radii_without_a_seed_in_common_are_refused(runs):
-    write_measured(runs / "a", 5, seed=0, **method("apart", epsilon=0.05))
-    write_measured(runs / "b", 5, seed=1, **method("apart", epsilon=0.1))
-    with pytest.raises(FolderError, match=r"APART: no radius can be chosen.* no seed was trained at all of them"):
-        make(runs)
+def test_what_a_search_has_dropped_is_not_chosen_for_the_luck_of_a_single_seed(runs):
+    write_all(runs, {0: 5.0, 1: 6.0}, **method("apart", epsilon=0.05))
+    write_all(runs, {0: 4.0}, **method("apart", epsilon=0.1))
+    assert make(runs)["equal epochs"]["APART"]["chosen"].startswith("ε 0.05")
+
+
+def test_a_choice_at_the_edge_of_what_was_tried_is_named_in_table_and_terminal(runs, capsys):
+    for epsilon, validation in ((0.1, 6), (0.2, 5), (0.4, 4)):
+        write_measured(runs / f"a{epsilon}", 5, validation_error=validation, **method("apart", epsilon=epsilon))
+    assert make(runs)["equal epochs"]["APART"]["chosen"] == "ε 0.4 (at the edge: ε)"
+    assert "warning: digits, APART: ε 0.4 of 0.1 to 0.4 is at the edge" in capsys.readouterr().out
+
+
+def test_a_choice_inside_its_range_and_a_zero_that_nothing_lies_beyond_are_not_named(runs, capsys):
+    for epsilon, validation in ((0.1, 6), (0.2, 3), (0.4, 5)):
+        write_measured(runs / f"a{epsilon}", 5, validation_error=validation, **method("apart", epsilon=epsilon))
+    for decay, error in ((0.0, 4), (0.1, 5)):
+        write_all(runs, dict.fromkeys(PLAIN, error), training={"epochs": 2, "weight_decay": decay})
+    table = make(runs)["equal epochs"]
+    assert table["APART"]["chosen"] == "ε 0.2"
+    assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0"
+    assert "is at the edge" not in capsys.readouterr().out
 
 
 def test_groups_are_chosen_like_the_radius(runs):
     write_measured(runs / "a", 5, validation_error=4, **method("one_pass", epsilon=0.1, groups=4))
     write_measured(runs / "b", 5, validation_error=3, **method("one_pass", epsilon=0.2, groups=8))
-    assert make(runs)["equal epochs"]["APART in one pass"]["chosen"] == "ε 0.2, groups 8"
+    assert make(runs)["equal epochs"]["APART in one pass"]["chosen"].startswith("ε 0.2, groups 8")
 
 
 # comparison
@@ -179,8 +202,8 @@ def test_at_equal_epochs_plain_training_of_as_many_is_the_opponent(grid):
     assert list(table) == ["plain", "APART", "APART in one pass"]
     assert [row["passes"] for row in table.values()] == ["2", "4", "2"]
     assert table["plain"]["gain on plain"] == ""
-    assert table["APART"]["gain on plain"] == f"**{difference(PLAIN, TWO_PASSES)}**"
-    assert table["APART in one pass"]["gain on plain"] == f"**{difference(PLAIN, ONE_PASS)}**"
+    assert table["APART"]["gain on plain"].strip("*") == difference(PLAIN, TWO_PASSES)
+    assert table["APART in one pass"]["gain on plain"].strip("*") == difference(PLAIN, ONE_PASS)
 
 
 def test_at_equal_compute_plain_training_of_twice_the_epochs_is_the_opponent(grid):
@@ -196,17 +219,6 @@ def test_plain_training_that_stopped_earlier_is_a_rival_at_equal_epochs(grid):
     table = make(grid)["equal epochs"]
     assert list(table) == ["plain, 1 epochs", "plain", "APART", "APART in one pass"]
     assert table["plain, 1 epochs"]["gain on plain"] == f"**{difference(PLAIN, dict.fromkeys(PLAIN, 5.0))}**"
-
-
-def test_a_summary_sets_all_methods_against_plain_training_of_both_lengths(grid, tmp_path):
-    page = tmp_path / "summary.md"
-    page.write_text("<!-- digits-summary -->\n<!-- end -->\n")
-    make(grid, summary=page)
-    table = read_tables(page.read_text(encoding="utf-8"))["test error"]
-    assert list(table) == ["plain", "plain, 2× epochs", "APART", "APART in one pass", "APART in one pass, 2× epochs"]
-    one_pass = table["APART in one pass"]
-    assert one_pass["gain on plain"].strip("*") == difference(PLAIN, ONE_PASS)
-    assert one_pass["gain on plain, 2× epochs"].strip("*") == difference(TWICE, ONE_PASS)
 
 
 def test_measured_figures_are_means_over_seeds_bold_where_they_differ_from_plain(runs):
@@ -231,7 +243,28 @@ def test_every_two_methods_are_compared_directly_over_seeds_and_over_images(grid
     assert over_seeds == difference(ONE_PASS, TWO_PASSES)
     low, high = (float(end) for end in re.search(r"\[(.*), (.*)\]", row["over seeds and test images"]).groups())
     assert low < 0.12 < high
-    assert table["plain against APART"]["over seeds and test images"].startswith("**-2.12 [")
+    assert table["plain against APART"]["over seeds and test images"].startswith("-2.12 [")
+
+
+def test_p_is_that_of_the_pairs_by_holms_procedure_over_the_rows_and_decides_what_is_bold(grid):
+    table = make(grid)["methods compared directly"]
+    pairs = {"plain against APART": (PLAIN, TWO_PASSES), "plain against APART in one pass": (PLAIN, ONE_PASS)}
+    pairs["APART against APART in one pass"] = (TWO_PASSES, ONE_PASS)
+    raw = [paired_difference(list(one.values()), list(other.values())).p for one, other in pairs.values()]
+    for row, p in zip(table.values(), holm(raw), strict=True):
+        assert float(row["p, Holm"]) == pytest.approx(p, rel=0.05)  # two digits are written
+        assert row["difference in test error, over seeds"].startswith("**") == (p < 0.05)
+
+
+def test_where_pairs_gain_nothing_the_interval_without_them_stands_beside(runs):
+    against, along = {0: 5.0, 1: 7.0, 2: 5.5, 3: 6.0}, {0: 6.0, 1: 4.0, 2: 5.5, 3: 5.0}
+    write_all(runs, against, **method("apart"))
+    write_all(runs, along, **method("one_pass"))
+    table = make(runs)["methods compared directly"]
+    found = welch_difference(list(against.values()), list(PLAIN.values()))
+    row = table["plain against APART"]  # seeds correlate by −0.9
+    assert row["without pairs"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    assert table["plain against APART in one pass"]["without pairs"] == ""
 
 
 def test_smoothing_and_weight_decay_are_chosen_as_rivals_and_plain_training_stays_what_it_was(grid):
@@ -243,7 +276,7 @@ def test_smoothing_and_weight_decay_are_chosen_as_rivals_and_plain_training_stay
     assert table["plain"]["test error %"].startswith("7.12")
     assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0.001"
     assert table["plain, tuned weight decay"]["gain on plain"].strip("*").startswith("+2.12")
-    assert table["plain, label smoothing"]["chosen"] == "label smoothing 0.2"
+    assert table["plain, label smoothing"]["chosen"] == "label smoothing 0.2 (at the edge: label smoothing)"
     assert table["plain, label smoothing"]["gain on plain"].strip("*").startswith("+3.12")
 
 
@@ -258,29 +291,40 @@ def test_a_method_of_several_weight_decays_stays_what_it_was_and_is_a_rival_with
     assert table["APART in one pass, tuned weight decay"]["gain on plain"].strip("*").startswith("+4.12")
 
 
-def test_ways_to_carry_are_methods_of_their_own(grid):
-    write_all(grid, {0: 6.5, 1: 4.5, 2: 6.0, 3: 6.0}, **method("one_pass", carry="average"))
-    row = make(grid)["equal epochs"]["APART in one pass, carry average"]
-    assert row["gain on plain"] == "**+1.38 [+0.98, +1.77]**"
+def test_in_a_grid_of_decays_that_of_every_method_is_chosen_plain_training_included(tmp_path):
+    runs = tmp_path / "runs"
+    for decay, plain, other in ((0.001, 7, 4), (0.002, 5, 6), (0.004, 6, 5)):
+        training = {"epochs": 2, "weight_decay": decay}
+        write_all(runs, {0: plain, 1: plain + 1}, training=training)
+        write_all(runs, {0: other, 1: other}, training=training, **method("one_pass"))
+    table = make(runs)["equal epochs"]
+    assert {label: row["chosen"] for label, row in table.items()} == {
+        "plain": "weight decay 0.002",
+        "APART in one pass": "ε 0.1, weight decay 0.001 (at the edge: weight decay)",
+    }
+    assert table["APART in one pass"]["gain on plain"].strip("*") == difference({0: 5, 1: 6}, {0: 4, 1: 4})
 
 
-def test_the_error_over_the_radius_starts_at_zero_radius_and_marks_what_was_chosen(runs, tmp_path):
-    for epsilon, error in ((0, 6), (0.1, 5), (0.2, 4), (0.4, 7)):
-        write_all(runs, {0: error, 1: error + 1}, **method("one_pass", epsilon=epsilon))
+def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each_and_marks_what_was_chosen(runs, tmp_path):
+    for decay, epsilon, error in ((0.001, 0.1, 6), (0.001, 0.2, 5), (0.002, 0.1, 4), (0.002, 0.2, 7), (0.004, 0.1, 6)):
+        training = {"epochs": 2, "weight_decay": decay}
+        write_all(runs, {0: error, 1: error + 1}, training=training, **method("one_pass", epsilon=epsilon))
     families = evidence.report(
         "digits",
         *(evidence.group_runs(map(partial(evidence.read_run, split=split), runs.iterdir())) for split in SPLITS),
         evidence.Options((runs,), out=tmp_path),
     )
-    (curve,) = (found for family in families if (found := evidence.radius_curve(families, family)))
-    assert curve.radii == [0, 0.1, 0.2, 0.4]
-    assert curve.errors == [6.5, 5.5, 4.5, 7.5]
-    assert curve.chosen == 2
+    curves = {family.label: curve for family in families if (curve := evidence.decay_curve(family))}
+    curve = curves["APART in one pass"]
+    assert curve.decays == [0.001, 0.002, 0.004]
+    assert curve.errors == [5.5, 4.5, 6.5]
+    assert curve.chosen == 1
 
 
 def test_a_picture_is_drawn_where_it_is_asked_for(grid, tmp_path):
-    make(grid, picture=tmp_path / "pictures/radii.png")
-    assert (tmp_path / "pictures/radii.png").stat().st_size > 10_000
+    write_all(grid, PLAIN, training={"epochs": 2, "weight_decay": 0.01})
+    make(grid, picture=tmp_path / "pictures/decays.png")
+    assert (tmp_path / "pictures/decays.png").stat().st_size > 10_000
 
 
 # evaluations
@@ -288,13 +332,15 @@ def test_a_picture_is_drawn_where_it_is_asked_for(grid, tmp_path):
 
 def test_what_was_not_measured_is_told_with_the_command_and_only_chosen_runs_count(grid):
     for epsilon, validation in ((0.2, 1), (0.3, 99)):
-        folder = grid / f"more{epsilon}"
-        write_measured(folder, 5, seed=0, validation_error=validation, **method("apart", epsilon=epsilon))
-        (folder / evaluate.EVALUATION).unlink()
+        for seed in PLAIN:
+            folder = grid / f"more{epsilon}-{seed}"
+            write_measured(folder, 5, seed=seed, validation_error=validation, **method("apart", epsilon=epsilon))
+            if seed == 0:
+                (folder / evaluate.EVALUATION).unlink()
     with pytest.raises(FolderError) as caught:
         make(grid)
-    assert "1 of 17 chosen runs on digits have not been measured" in str(caught.value)
-    assert str(caught.value).endswith(f"\n  python -m experiments evaluate {grid}/more0.2")
+    assert "1 of 20 chosen runs on digits have not been measured" in str(caught.value)
+    assert str(caught.value).endswith(f"\n  python -m experiments evaluate {grid}/more0.2-0")
 
 
 def test_the_chosen_runs_are_measured_where_asked_for(grid, monkeypatch):
@@ -323,12 +369,9 @@ def test_runs_without_plain_training_are_refused(tmp_path):
 # what is written
 
 
-def test_the_numbers_of_every_seed_and_the_page_are_written(grid, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("<!-- digits-evidence -->\n<!-- end -->\n")
-    make(grid, page=page)
+def test_the_numbers_of_every_seed_are_written(grid, tmp_path):
+    make(grid)
     stem = tmp_path / "evidence/digits-evidence"
-    assert written(grid) in page.read_text(encoding="utf-8")
     check_numbers(stem.with_suffix(".json"))
     (one,) = (
         entry for entry in json.loads(stem.with_suffix(".json").read_text())["groups"]
@@ -336,6 +379,8 @@ def test_the_numbers_of_every_seed_and_the_page_are_written(grid, tmp_path):
     )  # fmt: skip
     assert one["test error %"] == {str(seed): error for seed, error in ONE_PASS.items()}
     assert one["ECE %"] == {str(seed): error / 2 for seed, error in ONE_PASS.items()}
+    assert one["fits %"] == {str(seed): 100 - error for seed, error in ONE_PASS.items()}
+    assert one["training loss"] == {str(seed): error / 10 for seed, error in ONE_PASS.items()}
 
 
 def check_numbers(path: Path) -> None:
@@ -347,20 +392,24 @@ def check_numbers(path: Path) -> None:
         for label, row in tables[title].items():
             assert row["chosen"] == chosen[label]["chosen"]
             for name in ("test error %", *evidence.MEASURED):
-                if name not in chosen[label]:  # of the oldest runs, not all were measured
-                    assert row.get(name, "") == ""
-                    continue
                 assert row[name].strip("*") == format_error(estimate(list(chosen[label][name].values())))
 
 
-RESULTS = PAGE.parent
+def test_the_appendix_is_what_the_numbers_beside_it_say(tmp_path):
+    for path in RESULTS.glob("*-evidence.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    appendix.main([str(tmp_path)])
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("table", sorted(RESULTS.glob("*-evidence.md")), ids=lambda path: path.stem)
-def test_the_page_of_results_shows_the_tables_as_they_were_written(table):
-    assert table.read_text(encoding="utf-8") in PAGE.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("numbers", sorted(RESULTS.glob("*-evidence.json")), ids=lambda path: path.stem)
-def test_the_tables_of_the_page_follow_from_the_numbers_beside_them(numbers):
-    check_numbers(numbers)
+def test_the_appendix_sets_every_method_against_the_plain_training_that_validation_chose(grid, tmp_path):
+    tuned = {0: 5.0, 1: 6.0, 2: 5.5, 3: 5.0}
+    write_all(grid, tuned, training={"epochs": 2, "weight_decay": 0.01})
+    make(grid)
+    appendix.main([str(tmp_path / "evidence")])
+    text = (tmp_path / "evidence/README.md").read_text(encoding="utf-8")
+    table = read_table(text.partition("**digits: test error**")[2].partition("\n\n**")[0])
+    assert table["plain, tuned weight decay"]["chosen"] == "weight decay 0.01 (at the edge: weight decay)"
+    assert table["plain, tuned weight decay"]["gain"] == ""
+    assert table["APART in one pass"]["gain"].strip("*") == difference(tuned, ONE_PASS)
+    assert "| APART in one pass | 6.12 ± 0.31 |" in text.partition("withstand**")[2]  # the first figure measured there

@@ -117,6 +117,7 @@ def test_the_paired_interval_is_that_of_the_paired_t_test():
     expected = stats.ttest_rel(first, second).confidence_interval(0.95)
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert result.mean == pytest.approx((first - second).mean(), rel=1e-12)
+    assert result.p == pytest.approx(stats.ttest_rel(first, second).pvalue, rel=1e-9)
 
 
 def test_the_standard_error_is_that_of_the_mean():
@@ -124,7 +125,7 @@ def test_the_standard_error_is_that_of_the_mean():
 
 
 def test_equal_runs_differ_by_nothing():
-    assert paired_difference([5.0, 6.0], [5.0, 6.0]) == PairedDifference(0, 0, 0, 0.95)
+    assert paired_difference([5.0, 6.0], [5.0, 6.0]) == PairedDifference(0, 0, 0, 0.95, p=1)
 
 
 # scripts
@@ -143,17 +144,21 @@ def run_compare(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_demo_trains_pairs_and_writes_a_table_with_measured_time(tmp_path):
     printed = run_compare("--seeds", "2", "--epochs", "2", "--out", str(tmp_path)).stdout
-    assert "plain, 2× epochs" in printed
+    assert "2× epochs" in printed
     assert "time a step" in printed
     groups = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["groups"]
     assert [(group["label"], len(group["errors"])) for group in groups] == [
-        ("plain", 2),
-        ("plain, 2× epochs", 2),
-        ("APART", 2),
+        ("plain, weight decay 0.0005", 2),
+        ("plain, weight decay 0.016", 2),
+        ("plain, weight decay 0.0005, 2× epochs", 2),
+        ("APART, weight decay 0.0005", 2),
+        ("APART, weight decay 0.016", 2),
     ]
     lines = (tmp_path / "compare.md").read_text(encoding="utf-8").splitlines()
-    (row,) = (line for line in lines if "| APART |" in line)
-    assert float(row.split("|")[4].replace("×", "")) > 1  # two passes take longer than one
+    (head,) = (line.split("|") for line in lines if "| method |" in line)
+    (row,) = (line.split("|") for line in lines if "| APART, weight decay 0.0005 |" in line)
+    assert float(row[4].replace("×", "")) > 1  # two passes take longer than one
+    assert row[head.index(" gain on plain, weight decay 0.016 ")].strip()
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from experiments.datasets import DataSet
-from experiments.networks import ANY_WIDTH, NetworkError, make_network
+from experiments.networks import ANY_WIDTH, NetworkError, drop_features, make_network
 from experiments.splits import InMemory
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -199,3 +199,23 @@ def test_without_timm_its_names_are_refused_with_how_to_get_it(monkeypatch):
     assert parameters(make_network("small_resnet", data_of(1, 8, 8))) == 5122
     with pytest.raises(NetworkError, match=r"'mobilenetv3_small_050' is none of .*need timm.*pip install timm"):
         make_network("mobilenetv3_small_050", data_of(3, 32, 32))
+
+
+def test_dropout_drops_a_share_of_the_features_before_the_classifier_in_training_alone():
+    """Of 2¹² features with dropout 0.25, a share of 0.25 ± 0.007 is dropped; six deviations either way pass."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4096, 1, bias=False))
+    names = list(model.state_dict())
+    drop_features(model, 0.25)
+    classifier = model[1]
+    nn.init.ones_(classifier.weight)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model[0](torch.ones(1, 4)), nn.functional.linear(torch.ones(1, 4), *model[0].parameters()))
+    kept = 0.75 * classifier(torch.ones(1, 4096)).item() / 4096  # what is kept is scaled by 1/0.75
+    assert abs(kept - 0.75) < 0.042
+    assert kept != 1
+    assert classifier.eval()(torch.ones(1, 4096)).item() == 4096
+
+
+def test_dropout_in_a_network_without_a_linear_layer_is_refused():
+    with pytest.raises(NetworkError, match="has none: leave it out"):
+        drop_features(nn.Conv2d(3, 3, 1), 0.5)

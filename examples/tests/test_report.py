@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,12 @@ import torch
 from experiments import report
 from experiments.__main__ import main as program
 from experiments.methods import OWN_RULES
-from experiments.paired import difference_by_key, estimate, over_images, paired_difference
+from experiments.paired import difference_by_key, holm, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
-PAGE = Path(report.__file__).parents[1] / "results/README.md"
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5}
 TWICE = {0: 7.0, 1: 5.5, 2: 7.5}
 APART = {0: 5.5, 1: 4.0, 2: 5.0}
@@ -185,6 +185,16 @@ def test_a_method_is_set_against_plain_training_and_against_twice_its_epochs(gri
     assert row["gain on plain, 2× epochs"].strip("*") == difference(TWICE, APART)
 
 
+def test_every_row_is_set_against_plain_training_of_a_tuned_weight_decay_too(grid):
+    tuned = {0: 5.0, 1: 4.5, 2: 5.5}
+    write_runs(grid, tuned, training={"epochs": 2, "weight_decay": 0.01})
+    rows = make(grid)
+    column = "gain on plain, weight decay 0.01"
+    assert rows["APART, weight decay 0.0005"][column].strip("*") == difference(tuned, APART)
+    assert rows["plain, weight decay 0.0005"][column].strip("*") == difference(tuned, PLAIN)
+    assert rows["plain, weight decay 0.01"][column] == ""
+
+
 def test_longer_plain_training_is_set_against_the_shortest(grid):
     rows = make(grid)
     assert rows["plain, 2× epochs"]["gain on plain"] == difference(PLAIN, TWICE)
@@ -192,7 +202,7 @@ def test_longer_plain_training_is_set_against_the_shortest(grid):
     assert rows["plain"]["gain on plain, 2× epochs"] == difference(TWICE, PLAIN)
 
 
-def test_bold_are_the_intervals_that_exclude_zero(grid):
+def test_bold_is_what_is_clear_of_zero_by_holms_procedure_over_the_rows(grid):
     rows = make(grid)
     assert rows["APART"]["gain on plain"].startswith("**+2.33")
     assert "*" not in rows["plain, 2× epochs"]["gain on plain"]
@@ -230,6 +240,20 @@ def test_over_several_splits_the_interval_is_that_of_their_means(runs):
     assert row["runs"] == "6"
     assert row["gain on plain"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     assert difference_by_key(errors, better) == found
+
+
+def test_holm_multiplies_the_smallest_p_by_all_tests_and_keeps_their_order():
+    """Worked by hand: 0.01 × 4, 0.02 × 3, then 0.03 × 2 which is no more, and 0.5; what is no test stays."""
+    adjusted = holm([0.5, 0.01, math.nan, 0.03, 0.02])
+    assert adjusted[:2] + adjusted[3:] == pytest.approx([0.5, 0.04, 0.06, 0.06])
+    assert math.isnan(adjusted[2])
+
+
+def test_p_is_below_the_level_where_the_interval_excludes_zero():
+    inside, outside = paired_difference([1.0, 2.0, 3.0], [0.0] * 3), paired_difference([2.0, 2.5, 3.0], [0.0] * 3)
+    assert inside.low < 0 < outside.low
+    assert inside.p > 0.05 > outside.p
+    assert math.isnan(paired_difference([1.0], [0.0]).p)
 
 
 def test_an_interval_over_images_speaks_of_images_where_all_seeds_agree():
@@ -368,43 +392,6 @@ def test_a_run_given_twice_counts_once(runs):
     assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["runs"] == "1"
 
 
-def test_a_page_shows_the_table_in_its_place_and_keeps_the_rest(runs, tmp_path):
-    page = tmp_path / "page.md"
-    other = "after\n<!-- mnist1d-test -->\nkept\n<!-- end -->\n"
-    page.write_text(f"before\n<!-- digits-test -->\nstale\n<!-- end -->\n{other}")
-    write_run(runs / "a", error=5)
-    for _ in range(2):  # the same again changes nothing
-        make(runs, page=page)
-        text = page.read_text(encoding="utf-8")
-        assert (tmp_path / "report/digits-test.md").read_text(encoding="utf-8") in text
-        assert text.startswith("before\n")
-        assert text.endswith(other)
-        assert text.count("digits: test error") == 1
-        assert "stale" not in text
-
-
-def test_an_empty_place_is_filled_and_what_follows_it_is_kept(runs, tmp_path):
-    page = tmp_path / "page.md"
-    other = "after\n<!-- mnist1d-test -->\n<!-- end -->\n"
-    page.write_text(f"<!-- digits-test -->\n<!-- end -->\n{other}")
-    write_run(runs / "a", error=5)
-    make(runs, page=page)
-    table = (tmp_path / "report/digits-test.md").read_text(encoding="utf-8")
-    assert page.read_text(encoding="utf-8") == f"<!-- digits-test -->\n\n{table}\n<!-- end -->\n{other}"
-
-
-def test_a_page_without_a_place_for_the_table_is_refused_and_kept(runs, tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("text\n")
-    write_run(runs / "a")
-    with pytest.raises(FolderError, match=r"page\.md has no place for the table: .* <!-- digits-test -->"):
-        make(runs, page=page)
-    assert page.read_text() == "text\n"
-
-
-# errors
-
-
 def test_two_runs_of_the_same_settings_and_seed_are_refused(runs):
     write_run(runs / "a", seed=4)
     write_run(runs / "b", seed=4)
@@ -436,24 +423,3 @@ def test_a_damaged_file_is_named(runs, name, content):
     (write_run(runs / "a") / name).write_text(content)
     with pytest.raises(FolderError, match=f"runs/a/{name} is not as train writes it .*: leave .*a out"):
         make(runs)
-
-
-# the page of results
-
-
-@pytest.mark.parametrize("table", sorted(PAGE.parent.glob("*-test.md")), ids=lambda path: path.stem)
-def test_the_page_of_results_shows_each_table_and_the_figures_that_are_there(table):
-    page = PAGE.read_text(encoding="utf-8")
-    assert table.read_text(encoding="utf-8") in page
-    assert not table.with_suffix(".png").exists() or f"({table.stem}.png)" in page
-
-
-@pytest.mark.parametrize("errors", sorted(PAGE.parent.glob("*-test.json")), ids=lambda path: path.stem)
-def test_the_tables_of_the_page_follow_from_the_errors_beside_them(errors):
-    table = read_table(errors.with_suffix(".md").read_text(encoding="utf-8"))
-    groups = json.loads(errors.read_text(encoding="utf-8"))["groups"]
-    assert [group["label"] for group in groups] == list(table)
-    for group in groups:
-        found = estimate(list(group["errors"].values()))
-        spread = f" ± {found.standard_error:.2f}" if len(group["errors"]) > 1 else ""  # one seed has none
-        assert table[group["label"]]["error %"] == f"{found.mean:.2f}{spread}"

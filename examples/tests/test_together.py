@@ -99,7 +99,6 @@ METHODS = {
     "micro-batches": {"name": "one_pass", "microbatches": 2},
     "sam_on": {"name": "sam_on"},
     "momentum_sam": {"name": "momentum_sam"},
-    "average carried": {"name": "one_pass", "carry": "average"},
     "every other": {"name": "sam", "every": 2},
     "falling": {"name": "apart", "epsilon_schedule": "falling"},
     "label smoothing": {"name": "plain", "label_smoothing": 0.1},

@@ -82,10 +82,6 @@ def on_rank(rank: int, folder: Path) -> None:
         found: dict[str, Any] = {}
         for name, method in METHODS.items():
             found[name] = three_steps(nn.SyncBatchNorm.convert_sync_batchnorm(convolutional()), method, share)
-        try:
-            make_step(convolutional(), MethodSettings("one_pass", groups=GROUPS, carry="all"))
-        except SettingsError as error:
-            found["carry"] = str(error)
         found["gathered"] = ranks.gathered(rank), ranks.most(rank, -rank), ranks.total(torch.ones(2))
         try:
             ranks.from_first(lambda: [][0])
@@ -113,10 +109,6 @@ def test_with_synchronised_batch_norm_every_method_is_that_of_one_process(name, 
 def test_ranks_have_the_same_bits(name, found):
     one, other = (of_rank[name] for of_rank in found)
     assert all(torch.equal(one[key].nan_to_num(), other[key].nan_to_num()) for key in one)
-
-
-def test_an_experiment_with_what_is_carried_is_refused_on_several_ranks(found):
-    assert "carry all is an experiment in one process" in found[1]["carry"]
 
 
 def test_ranks_tell_each_other_what_they_have(found):

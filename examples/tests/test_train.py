@@ -7,6 +7,7 @@ import json
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -247,7 +248,6 @@ EXACT = {
     "several steps": {"rule": "multi_step", "ascent_steps": 2},
     "momentum": {"name": "momentum_sam"},
     "ghost noise": {"name": "ghost_noise"},
-    "average carried": {"name": "one_pass", "carry": "average"},
     "every other": {"every": 2, "epsilon_schedule": "rising"},
     "bfloat16": {"amp": "bf16", "channels_last": True},
     "clipped": {"clip": 0.5},
@@ -427,9 +427,23 @@ def test_a_high_training_loss_under_a_perturbation_names_the_plain_run_to_compar
     train(tiny(tmp_path, epochs=1), None)
     said = capsys.readouterr().err
     assert "warning: the clean training loss is still 2." in said
-    assert (
-        f"python -m experiments train --data digits --method plain --seed 0 --epochs 1 --out {tmp_path}-plain" in said
-    )
+    (command,) = (line for line in said.splitlines() if line.startswith("  python -m experiments train"))
+    plain = command_line.parse(shlex.split(command)[4:]).settings
+    assert (plain.method.name, plain.out) == ("plain", tmp_path.with_name(f"{tmp_path.name}-plain"))
+    alike = replace(tiny(tmp_path, epochs=1), method=plain.method, out=plain.out)
+    assert plain == alike  # all other options are those of the run
+
+
+@pytest.mark.parametrize("option", ["--out", "--data-dir"])
+def test_a_folder_whose_name_is_not_utf8_is_named(option, tmp_path):
+    with pytest.raises(SettingsError, match=rf"{option} '.*udcff' is not valid UTF-8: rename the folder"):
+        command_line.parse(["--data", "folder", option, f"{tmp_path}/\udcff"])
+
+
+def test_stored_settings_that_are_nested_without_end_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(SettingsError, match=r"config\.json cannot be used: .*recursion"):
+        read_config(tmp_path / "config.json")
 
 
 def test_a_low_loss_and_plain_training_are_no_harm():

@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments import interrupts
+from experiments import devices, interrupts
 from experiments.checkpoints import CheckpointError, Checkpoints, write_whole
 from experiments.datasets import NAMES
 from experiments.interrupts import noted_signals
@@ -21,11 +23,11 @@ from experiments.learner import Learner
 from experiments.logs import learning_rate
 from experiments.methods import PASSES, initially_carried, make_step, passes_of
 from experiments.nonfinite import NonFiniteError, Start, first_nonfinite
-from experiments.presets import PRESETS
-from experiments.rules import blended_perturbation, standardised_perturbation
+from experiments.presets import PRESETS, command_line, preset
 from experiments.settings import (
     DataName,
     DataSettings,
+    MachineSettings,
     MethodName,
     MethodSettings,
     Settings,
@@ -34,12 +36,11 @@ from experiments.settings import (
     as_json,
     from_json,
 )
+from experiments.train import parse
 from torch import Tensor, nn
 
 from apart_func import (
     ApartError,
-    BatchStats,
-    StatGrads,
     StepOutput,
     assign_grads_,
     init_perturbation,
@@ -213,23 +214,6 @@ def test_a_rule_is_the_library_s(rule, function):
         outs.append(step(*split_state(model), batch))
     for layer, shift in outs[1].perturbation.items():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs[0].perturbation[layer], shift, strict=True))
-
-
-def test_half_of_the_blended_signs_are_random():
-    grads = {"norm": StatGrads(torch.ones(20_000), -torch.ones(20_000))}
-    torch.manual_seed(0)
-    found = blended_perturbation({}, grads, torch.tensor(0.3))["norm"]
-    for shift, g in zip(found, grads["norm"], strict=True):
-        assert shift.abs().unique().tolist() == pytest.approx([0.3])
-        assert (shift.sign() == g).float().mean().item() == pytest.approx(0.75, abs=0.02)  # 6 standard errors
-
-
-def test_standardised_radii_are_those_of_standard_errors():
-    stats = {"norm": BatchStats(torch.tensor([[2.0, -0.5, 0.001]]), torch.tensor([[1.0, 4.0, 4.0]]))}
-    grads = {"norm": StatGrads(torch.tensor([1.0, -3.0, 2.0]), torch.tensor([-1.0, 5.0, 0.0]))}
-    found = standardised_perturbation(stats, grads, torch.tensor(0.1))["norm"]
-    assert found.mean.tolist() == pytest.approx([0.1 / 2, -0.1 * 4, 0.1 * 10])  # s/|μ|, and no more than 10
-    assert found.scale.tolist() == pytest.approx([-0.1 / 2**0.5, 0.1 / 2**0.5, 0.0])
 
 
 def test_one_pass_refuses_a_rule_of_several_steps():
@@ -414,6 +398,26 @@ def test_a_damaged_checkpoint_is_set_aside_with_a_warning(damage, tmp_path):
     assert (tmp_path / "step-000000002.damaged").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("can't allocate memory")]
+)
+@pytest.mark.parametrize("reader", ["torch.load", "pathlib.Path.read_bytes"])
+def test_a_checkpoint_that_cannot_be_read_for_the_moment_is_left_alone(reader, error, tmp_path, monkeypatch):
+    if reader != "torch.load" and isinstance(error, RuntimeError):
+        pytest.skip("that is an error of PyTorch's allocator")
+
+    def fail(*_, **__):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(reader, fail)
+        with pytest.raises(CheckpointError, match=r"cannot be read for the moment .* go on with --resume"):
+            checkpoints.load()
+    assert checkpoints.load()["step"] == 1
+
+
 def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {})
@@ -567,3 +571,40 @@ def test_stored_settings_that_are_no_object_are_refused(stored):
 def test_radii_are_finite_and_not_negative(value):
     with pytest.raises(SettingsError, match="rho is"):
         MethodSettings(rho=value)
+
+
+# the processor
+
+
+def test_a_processor_without_bfloat16_is_named_where_amp_asks_for_it(tmp_path, monkeypatch):
+    flags = tmp_path / "cpuinfo"
+    flags.write_text("flags : sse avx2 avx512f")
+    assert not devices.has_bfloat16(flags)
+    flags.write_text("flags : avx512f avx512_bf16")
+    assert devices.has_bfloat16(flags)
+    assert devices.has_bfloat16(tmp_path / "elsewhere")  # a system that does not tell
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="emulates it at a tenth of the speed: leave --amp out"):
+        devices.prepared_device(MachineSettings(device="cpu"), "bf16")
+    devices.prepared_device(MachineSettings(device="cpu"))  # warnings are errors
+
+
+# commands
+
+
+@pytest.mark.parametrize("data", PRESETS)
+@pytest.mark.parametrize("method", ["plain", "one_pass", "sam"])
+def test_a_command_line_makes_the_settings_that_it_was_made_of(data, method):
+    start = preset(data, method)
+    other = replace(
+        start,
+        data=replace(start.data, folder=Path("a folder/with blanks"), augment=False, train_samples=700),
+        model=replace(start.model, width=4, dropout=0.25),
+        method=replace(start.method, name=method, epsilon=0.3),
+        training=replace(start.training, lr=0.03, compile=True, amp="bf16", milestones=(0.2, 0.4), clip=None),
+        machine=replace(start.machine, tensorboard=False),
+        seed=7,
+        out=Path("runs/one"),
+    )
+    for settings in (replace(start, method=replace(start.method, name=method)), other):
+        assert parse(command_line(settings)).settings == settings

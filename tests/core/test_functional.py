@@ -3,17 +3,18 @@
 import copy
 import gc
 import threading
+import warnings
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small import convolutional, images
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
-from apart_func import assign_grads_, functionalize, load_state_, make_apart_step, split_state
+from apart_func import assign_grads_, functionalize, load_state_, make_apart_step, proxy_pass, split_state
 
 
 def test_what_requires_gradients_is_params_and_everything_else_buffers() -> None:
@@ -128,7 +129,7 @@ def test_a_functional_model_owns_no_tensor_before_and_after_it_was_used() -> Non
 class Alarm(nn.Module):
     """Raises when the module of a user is run, and not when a copy is."""
 
-    users: set[int] = set()
+    users: ClassVar[set[int]] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         assert id(self) not in self.users, "the user's own model was run"
@@ -180,15 +181,45 @@ def parametrized() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("make", [Sequence, parametrized])
-def test_models_that_keep_or_compute_their_weights_elsewhere(make: type[nn.Module]) -> None:
+def with_hooks() -> nn.Module:
+    """Old-style norms of weights and pruning, which compute a weight in a hook before each forward."""
+    layers = [nn.Conv1d(5, 4, 3), nn.Conv1d(4, 4, 2), nn.Linear(4, 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch advises parametrizations
+        nn.utils.weight_norm(layers[0])
+        nn.utils.spectral_norm(layers[1])
+    prune.l1_unstructured(layers[2], "weight", 0.5)
+    return nn.Sequential(layers[0], nn.BatchNorm1d(4), layers[1], nn.AdaptiveAvgPool1d(1), nn.Flatten(), layers[2])
+
+
+class Shared(nn.Module):
+    """Two layers with the same running statistics, which both move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 4)
+        self.second._buffers.update(self.first._buffers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()).mean(2))
+
+
+@pytest.mark.parametrize("make", [Sequence, parametrized, with_hooks, Shared])
+def test_models_that_keep_or_compute_their_tensors_elsewhere(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().double()
     x, y = torch.randn(6, 5, 7).double(), torch.randint(4, (6,))
-    params, buffers = split_state(model)
-    out = make_apart_step(model, F.cross_entropy, epsilon=0.0)(params, buffers, (x, y))
+    fmodel, (params, buffers) = functionalize(model), split_state(model)
+    buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+    # The second pass begins with the buffers that the first one left, as spectral_norm's vectors.
+    whole = make_apart_step(fmodel, F.cross_entropy, epsilon=0.0)(params, buffers, (x, y))
+    first = proxy_pass(fmodel, F.cross_entropy, params, buffers, (x, y))
+    second = proxy_pass(fmodel, F.cross_entropy, params, first.buffers, (x, y))
     F.cross_entropy(model(x), y).backward()
-    torch.testing.assert_close(out.grads, {name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(first.grads, {name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(first.buffers, split_state(model)[1])
+    torch.testing.assert_close(whole.grads, {n: (g + second.grads[n]) / 2 for n, g in first.grads.items()})
+    torch.testing.assert_close(whole.buffers, first.buffers)
 
 
 class Counter(nn.Module):

@@ -12,21 +12,19 @@ PACKAGE = Path(apart_func.__file__).parent
 # From the top down. A module may import what stands on the lines above its own.
 LAYERS = [
     {"errors", "_torch"},
-    {"summary"},
-    {"trees", "layer.formula"},
-    {"layer.native", "layer.affine"},
-    {"layer.kernels"},
-    {"layer"},
-    {"layer.rows", "intercept", "autodiff", "rules", "distributed"},
-    {"running", "settings"},
-    {"functional", "layers"},
-    {"layers"},
+    {"summary", "batch_norm", "checks", "snapshot", "intercept"},
+    {"trees", "kernels"},
+    {"groups", "running", "autodiff", "rules", "ranks"},
+    {"functional", "layers", "settings"},
     {"passes", "robustness"},
     {"step"},
     {"one_pass"},
     {"dropin"},
     {""},
 ]
+# What makes the method safe and useful. The method itself knows of these two alone, and of errors.
+EDGE = {"checks", "ranks", "dropin", "robustness"}
+KNOWN_EDGE = {"checks", "ranks"}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RUN_TIME = {"torch", "einops"}
 # Below all of them: a module for each package, which it is named after, and which it may import.
@@ -44,16 +42,26 @@ FILES = {name: path for name, path in ALL.items() if not name.startswith("integr
 every_module = pytest.mark.parametrize("module", sorted(FILES))
 
 
-def imported(module: str) -> set[str]:
-    """Every dotted name that a module imports, wherever in the file."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(ALL[module].read_text())):
+def imports(module: str) -> list[tuple[str, str]]:
+    """Every dotted name that a module imports, wherever in the file, and what it takes from there; "" for all."""
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(ast.parse(ALL[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module} imports relatively; name the module in full"
-            names.add(node.module or "")
-    return names
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def imported(module: str) -> set[str]:
+    """The dotted names alone."""
+    return {name for name, _ in imports(module)}
+
+
+def ours(module: str) -> set[str]:
+    """The modules of the library that one imports, named inside the package."""
+    return {name.partition(".")[2] for name in imported(module) if name.partition(".")[0] == "apart_func"}
 
 
 def test_every_module_has_its_place() -> None:
@@ -62,9 +70,19 @@ def test_every_module_has_its_place() -> None:
 
 @every_module
 def test_a_module_imports_only_from_above(module: str) -> None:
-    ours = {name.partition(".")[2] for name in imported(module) if name.partition(".")[0] == "apart_func"}
-    wrong = {name for name in ours if LEVEL[name] >= LEVEL[module]}
+    wrong = {name for name in ours(module) if LEVEL[name] >= LEVEL[module]}
     assert not wrong, f"{module} imports {sorted(wrong)}, which stand beside or below it"
+
+
+@pytest.mark.parametrize("module", sorted(FILES.keys() - EDGE - {""}))
+def test_the_method_imports_nothing_of_the_edge_but_checks_and_ranks(module: str) -> None:
+    assert ours(module) & EDGE <= KNOWN_EDGE
+
+
+@every_module
+def test_a_module_imports_public_names_of_others_alone(module: str) -> None:
+    private = [name for source, name in imports(module) if source.startswith("apart_func") and name.startswith("_")]
+    assert not private
 
 
 @every_module
@@ -74,7 +92,7 @@ def test_the_library_depends_on_torch_and_einops_alone(module: str) -> None:
 
 
 def test_integrations_import_the_library_and_their_package_alone() -> None:
-    assert {name for name in ALL if name not in FILES} == {"integrations", *INTEGRATIONS}
+    assert ALL.keys() - FILES.keys() == {"integrations", *INTEGRATIONS}
     assert imported("integrations") == set()
     for module, packages in INTEGRATIONS.items():
         names = imported(module)

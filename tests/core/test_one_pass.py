@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from test_against_oracle import TOLERANCE, flatten, relative_error
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import stack_module_state, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from apart_func import (
@@ -31,7 +30,6 @@ from apart_func import (
     SettingError,
     StateError,
     StepOutput,
-    UsageError,
     functionalize,
     init_perturbation,
     make_one_pass_step,
@@ -189,13 +187,15 @@ def drawing(model: nn.Module) -> OnePassStep:
     return make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
 
 
-def test_random_signs_need_no_perturbation_of_the_step_before() -> None:
+def test_random_signs_need_no_perturbation_of_the_step_before_and_no_statistic_gradients() -> None:
     model = convolutional()
     out = drawing(model)(*split_state(model), BATCH)
+    assert out.stat_grads == {}
     for shift in out.perturbation.values():
         assert all((part.abs() == 0.3).all() for part in shift)
     again = drawing(model)(*split_state(model), BATCH, out.perturbation)
-    assert_same(out, again._replace(perturbation=out.perturbation))  # it was the δ of this step
+    assert again.stat_grads.keys() == out.perturbation.keys()  # of a δ that was given there are some
+    assert_same(out, again._replace(stat_grads={}))  # it was the δ of this step
 
 
 def test_a_step_of_random_signs_is_what_the_definition_says_at_those_that_it_drew() -> None:
@@ -207,7 +207,7 @@ def test_a_step_of_random_signs_is_what_the_definition_says_at_those_that_it_dre
     assert relative_error(out.buffers, expected.buffers) < TOLERANCE[torch.float64]
 
 
-def test_random_signs_are_drawn_anew_in_every_step_from_the_default_generator() -> None:
+def test_random_signs_are_drawn_again_in_every_step_from_the_default_generator() -> None:
     model = convolutional()
     torch.manual_seed(0)
     first, second = (drawing(model)(*split_state(model), BATCH).perturbation for _ in range(2))
@@ -242,6 +242,51 @@ def test_a_radius_given_in_the_call_is_that_of_the_next_perturbation() -> None:
     assert_same(out, take_step(model, perturbation=shifts, epsilon=float(torch.tensor(0.3))))
 
 
+# The loss of the batch.
+
+
+def of_pairs(output: Tensor, target: Tensor) -> Tensor:
+    """Draws outputs of a class together: a loss that knows every sample by the others."""
+    alike = (target[:, None] == target).to(output.dtype)
+    return F.binary_cross_entropy_with_logits(output @ output.T, alike)
+
+
+def first_ignored(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, ignore_index=0)
+
+
+def weighted(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, weight=torch.tensor([0.2, 1.0, 3.0], dtype=output.dtype))
+
+
+def summed(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="sum")
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed, weighted, first_ignored, of_pairs])
+def test_the_loss_of_the_whole_batch_is_differentiated_and_those_of_the_parts_are_reported(loss_fn: Any) -> None:
+    """As in the drop-in, whatever kind of mean it is; a loss that couples samples has no parts."""
+    model, twin = convolutional(), convolutional()
+    apart = APART(twin, 0.2, 4)
+    with apart.one_pass():
+        expected = loss_fn(twin(BATCH[0]), BATCH[1])
+        expected.backward()
+    step = make_one_pass_step(model, loss_fn, epsilon=0.2, groups=4)
+    out = step(*split_state(model), BATCH, apart.perturbation)
+    torch.testing.assert_close(out.grads, gradients(twin), **ROUNDING)
+    clean = torch.arange(8) % 4 < 2
+    reported = [loss_fn(out.output[part], BATCH[1][part]) for part in (clean, ~clean)]
+    if loss_fn is of_pairs:
+        reported = [expected.detach()] * 2
+    torch.testing.assert_close([out.loss, out.adversarial_loss], reported, **ROUNDING)
+
+    arguments = functionalize(model), loss_fn, *split_state(model), BATCH, apart.perturbation
+    mixed = mixed_pass(*arguments, groups=4, clean=2, stat_grads=False)
+    torch.testing.assert_close(mixed.batch_loss, expected.detach(), **ROUNDING)
+    torch.testing.assert_close([mixed.loss, mixed.adversarial_loss], reported, **ROUNDING)
+    assert mixed.stat_grads == {}
+
+
 # Promises.
 
 
@@ -261,7 +306,7 @@ def test_outputs_have_the_dtype_shape_and_keys_of_what_came_in(dtype: torch.dtyp
     for actual, expected in ((out.grads, params), (out.buffers, buffers), (out.perturbation, shifts)):
         look = {key: (leaf.shape, leaf.dtype, leaf.device) for key, leaf in flatten(actual).items()}
         assert look == {key: (leaf.shape, leaf.dtype, leaf.device) for key, leaf in flatten(expected).items()}
-    assert not any(leaf.requires_grad for leaf in flatten(out._asdict()).values())
+    assert not any(leaf.requires_grad for leaf in tree_leaves(tuple(out)))
 
 
 def test_after_a_step_that_is_not_finite_buffers_and_perturbation_are_as_before() -> None:
@@ -424,22 +469,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: param.grad.clone() for name, param in model.named_parameters()}
 
 
-def test_the_drop_in_takes_the_steps_of_the_function() -> None:
-    model = convolutional()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=4, rule=sign_perturbation)
-    (params, buffers), perturbation = split_state(copy.deepcopy(model)), init_perturbation(model)
-    apart = APART(model, epsilon=0.1, groups=4, rule=sign_perturbation)
-    for seed in range(3):
-        batch = images(seed=seed)
-        out = step(params, buffers, batch, perturbation)
-        drop_in_pass(apart, batch)
-        torch.testing.assert_close(gradients(model), out.grads, **ROUNDING)
-        torch.testing.assert_close(split_state(model)[1], out.buffers, **ROUNDING)
-        torch.testing.assert_close(apart.perturbation, perturbation, rtol=0, atol=0)
-        torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
-        buffers, perturbation = out.buffers, out.perturbation
-
-
 def test_the_drop_in_draws_the_signs_that_the_function_draws() -> None:
     model = convolutional()
     params, buffers = split_state(copy.deepcopy(model))
@@ -476,145 +505,52 @@ def test_a_new_radius_is_that_of_the_next_signs() -> None:
     assert all((part.abs() == 0.4).all() for shift in apart.perturbation.values() for part in shift)
 
 
-def test_random_signs_leave_nothing_to_save() -> None:
-    apart = APART(convolutional(), 0.1, 4)
-    optimizer = torch.optim.AdamW(apart.model.parameters())
-    before = optimizer.state_dict()
-    apart.save_with(optimizer)
-    drop_in_pass(apart)
-    assert optimizer.state_dict() == before
-    optimizer.load_state_dict(before)
-
-
 def test_backward_may_come_after_the_context() -> None:
-    inside, after = (
-        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
-        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
-    )
+    inside, after = (APART(convolutional(), 0.1, 4) for _ in range(2))
+    torch.manual_seed(0)
     drop_in_pass(inside)
+    torch.manual_seed(0)
     with after.one_pass():
         loss = F.cross_entropy(after.model(BATCH[0]), BATCH[1])
     loss.backward()
-    torch.testing.assert_close(after.state_dict(), inside.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(gradients(after.model), gradients(inside.model), rtol=0, atol=0)
 
 
-def test_micro_batches_in_one_context_add_up() -> None:
-    apart = APART(convolutional(), 0.1, 2, rule=sign_perturbation)
+def test_micro_batches_in_one_context_add_up_and_have_one_perturbation() -> None:
+    apart = APART(convolutional(), 0.1, 2)
     with apart.one_pass():
         for start in (0, 4):
             loss = F.cross_entropy(apart.model(BATCH[0][start : start + 4]), BATCH[1][start : start + 4])
             (loss / 2).backward()
-    out = take_step(convolutional(), perturbation=init_perturbation(apart.model), groups=2, microbatches=2)
+    out = take_step(convolutional(), perturbation=apart.perturbation, groups=2, microbatches=2)
     torch.testing.assert_close(gradients(apart.model), out.grads, **ROUNDING)
-    apart.state_dict()
-    torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
 
 
-def test_a_state_dict_goes_on_where_it_was_taken() -> None:
-    first, second = (
-        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
-        APART(convolutional(), 0.1, 4, rule=sign_perturbation),
-    )
-    drop_in_pass(first)
-    state = first.state_dict()
-    second.load_state_dict(state)
-    second.model.load_state_dict(first.model.state_dict())
-    for apart in (first, second):
-        drop_in_pass(apart, images(seed=5))
-    torch.testing.assert_close(gradients(second.model), gradients(first.model), rtol=0, atol=0)
-
-
-def trained(apart: APART, optimizer: torch.optim.Optimizer, steps: range) -> nn.Module:
-    """The model after so many steps of a loop."""
-    for seed in steps:
-        optimizer.zero_grad()
-        drop_in_pass(apart, images(seed=seed))
-        optimizer.step()
-    return apart.model
-
-
-def saved_with(model: nn.Module) -> tuple[APART, torch.optim.Optimizer]:
-    """A drop-in whose state is in that of an optimizer."""
-    apart, optimizer = APART(model, 0.1, 4, rule=sign_perturbation), torch.optim.AdamW(model.parameters(), lr=0.01)
-    apart.save_with(optimizer)
-    return apart, optimizer
-
-
-with_hooks = pytest.mark.skipif(
-    not hasattr(torch.optim.Optimizer, "register_state_dict_post_hook"),
-    reason="PyTorch before 2.1: no hooks for states",
-)
-
-
-@with_hooks
-def test_with_its_state_in_the_optimizers_a_resumed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    undisturbed, (apart, optimizer) = trained(*saved_with(convolutional()), range(6)), saved_with(convolutional())
-    stopped = trained(apart, optimizer, range(3))
-    torch.save({"model": stopped.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
-
-    checkpoint = torch.load(tmp_path / "checkpoint.pt")
-    apart, optimizer = saved_with(convolutional())
-    apart.model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    resumed = trained(apart, optimizer, range(3, 6))
-    torch.testing.assert_close(dict(resumed.state_dict()), dict(undisturbed.state_dict()), rtol=0, atol=0)
-
-
-@with_hooks
-def test_an_optimizers_state_without_a_perturbation_is_refused_once_it_should_have_one() -> None:
-    plain = torch.optim.AdamW(convolutional().parameters(), lr=0.5)
-    _, optimizer = saved_with(convolutional())
-    with pytest.raises(StateError, match="no perturbation"):
-        optimizer.load_state_dict(plain.state_dict())
-    assert optimizer.param_groups[0]["lr"] == 0.01
-
-
-def test_what_is_no_optimizer_keeps_no_state() -> None:
-    with pytest.raises(UsageError, match=r"expected a torch\.optim\.Optimizer"):
-        APART(convolutional(), 0.1, 4, rule=sign_perturbation).save_with(nn.Linear(1, 1))  # type: ignore[arg-type]
-
-
-def test_gradients_that_overflowed_leave_the_perturbation() -> None:
-    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
-    drop_in_pass(apart)
-    kept = apart.state_dict()
-    drop_in_pass(apart, scale=torch.inf)
-    torch.testing.assert_close(apart.state_dict(), kept, rtol=0, atol=0)
-
-
-def test_a_forward_without_backward_leaves_the_perturbation() -> None:
-    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
-    drop_in_pass(apart)
-    kept = apart.state_dict()
-    with apart.one_pass(), torch.no_grad():
-        apart.model(BATCH[0])
-    torch.testing.assert_close(apart.state_dict(), kept, rtol=0, atol=0)
-
-
-def test_it_goes_on_from_the_perturbation_of_two_passes() -> None:
-    """Two passes every k-th step refresh what one pass carries."""
-    apart = APART(convolutional(), 0.1, 4, rule=sign_perturbation)
-    with apart.to_proxy():
-        F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
-    with apart.to_adver():
-        F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
-    found = apart.perturbation
-    drop_in_pass(apart)
-    torch.testing.assert_close(apart.perturbation, found, rtol=0, atol=0)
+def test_the_drop_in_refuses_a_rule_that_needs_gradients_of_the_step_before() -> None:
+    for rule in (sign_perturbation, partial(sign_perturbation), lambda *_: {}):
+        apart = APART(convolutional(), 0.1, 4, rule=rule)
+        with pytest.raises(SettingError, match=r"one_pass\(\) draws.*make_one_pass_step"), apart.one_pass():
+            pytest.fail("entered")
 
 
 def test_the_model_is_as_before_outside_the_context() -> None:
     model = convolutional()
-    apart = APART(model, 0.1, 4, rule=sign_perturbation)
-    drop_in_pass(apart)
+    drop_in_pass(APART(model, 0.1, 4))
     expected = float64_copy(model)(BATCH[0])
     torch.testing.assert_close(model(BATCH[0]), expected, rtol=0, atol=0)
 
 
-def test_the_drop_in_needs_a_number_of_groups() -> None:
-    for groups in (0, 1, -1):
-        with pytest.raises(SettingError, match=f"groups={groups}"), APART(convolutional(), 0.1, groups).one_pass():
-            pass
+def test_the_drop_in_needs_groups_of_both_kinds() -> None:
+    for groups in (0, 1):
+        with (
+            pytest.raises(SettingError, match=f"groups={groups} makes one"),
+            APART(convolutional(), 0.1, groups).one_pass(),
+        ):
+            pytest.fail("entered")
+    apart = APART(convolutional(), 0.1, -1)  # a group of every sample
+    drop_in_pass(apart)
+    expected = take_step(convolutional(), perturbation=apart.perturbation, groups=-1)
+    torch.testing.assert_close(gradients(apart.model), expected.grads, **ROUNDING)
 
 
 def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
@@ -628,21 +564,6 @@ def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
         with apart.one_pass():
             F.cross_entropy(run(x), y).backward()
         torch.testing.assert_close(gradients(model), step(apart.perturbation).grads, **ROUNDING)
-    assert counter.frame_count == 1
-
-
-def test_a_compiled_model_is_one_graph() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    plain, compiled = convolutional(), convolutional()
-    ours, theirs = APART(compiled, 0.1, 4, rule=sign_perturbation), APART(plain, 0.1, 4, rule=sign_perturbation)
-    run = torch.compile(compiled, backend=counter, fullgraph=True, dynamic=False)
-    for seed in range(4):
-        x, y = images(seed=seed)
-        compiled.zero_grad()
-        with ours.one_pass():
-            F.cross_entropy(run(x), y).backward()
-        drop_in_pass(theirs, (x, y))
-        torch.testing.assert_close(gradients(compiled), gradients(plain), **ROUNDING)
     assert counter.frame_count == 1
 
 
@@ -671,7 +592,7 @@ def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name()
     message = r"layer '4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
         make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2, rule=sign_perturbation).one_pass():
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
         pytest.fail("entered")
 
 
@@ -690,5 +611,5 @@ def test_a_layer_that_a_forward_makes_mix_clean_and_perturbed_samples_is_refused
     message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
         step(*split_state(model), BATCH, init_perturbation(model))
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2, rule=sign_perturbation).one_pass():
+    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
         model(BATCH[0])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import drop_in_step
+from loops import drop_in_step, gradients
 from oracle import oracle_one_pass_step, oracle_sam_step, oracle_step
 from test_against_oracle import Comparison, assert_agree, relative_error, take_step
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def sample_of_points(layer: str, x: Tensor) -> Tensor:
 
 WAYS: dict[str, Any] = {
     "consecutive": "consecutive",
-    "interleaved": "in_turn",
+    "interleaved": "interleaved",
     "function": sample_of_points,
     "uneven": sample_of_nodes,
 }
@@ -146,14 +146,22 @@ def test_one_pass_groups_rows_by_sample_as_the_definition_says(way: str, groups:
         assert relative_error(getattr(out, field), getattr(expected, field)) < 1e-9, field
 
     apart = APART(model, 0.2, groups, rows=WAYS[way])
-    apart.load_state_dict({"perturbation": {name: tuple(shift) for name, shift in far(model).items()}})
     with apart.one_pass(clean / groups):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
-    assert relative_error(apart.stats, expected.stats) < 1e-9
-    assert relative_error(dict(model.named_buffers()), expected.buffers) < 1e-9
+    drawn = oracle_one_pass_step(network(way), F.cross_entropy, batch, apart.perturbation, clean=clean, **options)
+    for found, expected in (
+        (gradients(model), drawn.grads),
+        (apart.stats, drawn.stats),
+        (buffers(model), drawn.buffers),
+    ):
+        assert relative_error(found, expected) < 1e-9
 
 
-@pytest.mark.parametrize("way", ["consecutive", "interleaved", "function", "uneven"])
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers())
+
+
+@every_way
 def test_rows_are_grouped_under_a_transform_as_eagerly(way: str) -> None:
     model, batch = network(way), batch_for(way)
     step = make_apart_step(model, F.cross_entropy, groups=2, rows=WAYS[way])
@@ -239,10 +247,10 @@ def test_a_function_that_names_no_samples_is_refused(form: str, rows: Any, messa
 
 
 @pytest.mark.parametrize("rows", ["by sample", 3, True, ("consecutive",)])
-def test_a_setting_that_is_none_is_refused(rows: Any) -> None:
+def test_a_setting_that_is_not_valid_is_refused(rows: Any) -> None:
     model = network("consecutive")
     for make in (make_apart_step, make_one_pass_step):
-        with pytest.raises(SettingError, match=r"rows=.*expected 'consecutive', 'in_turn', a function"):
+        with pytest.raises(SettingError, match=r"rows=.*expected 'consecutive', 'interleaved', or a function"):
             make(model, F.cross_entropy, epsilon=0.1, groups=2, rows=rows)
     with pytest.raises(ApartError, match=r"rows=.*expected 'consecutive'"):
         APART(model, rows=rows)
@@ -256,3 +264,47 @@ def test_every_sample_can_be_a_group_where_it_has_several_rows() -> None:
 
     for way in ("consecutive", "interleaved", "function"):
         assert_agree(take_step(OfPoints(way).double(), batch_for(way), groups=-1, rows=WAYS[way]))
+
+
+def test_the_order_in_turn_is_interleaved_by_its_old_name() -> None:
+    old, new = (
+        functional(network("interleaved"), batch_for("interleaved"), groups=2, rows=r)
+        for r in ("in_turn", "interleaved")
+    )
+    torch.testing.assert_close(old._asdict(), new._asdict(), rtol=0, atol=0)
+
+
+# A batch in chunks.
+
+
+class Chunked(nn.Module):
+    """Calls its layer once for every few samples, as models that spare memory do; the last rows may be left out."""
+
+    def __init__(self, size: int, rows: int = SAMPLES) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.size, self.rows = size, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0])
+        seen = torch.cat([self.norm(chunk) for chunk in x[: self.rows].split(self.size)])
+        return self.head(torch.cat([seen, x[self.rows :]]).tanh())
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -> None:
+    """Group g of a chunk is its rows g, g + 2, …, with statistics of its own."""
+    model, (x, y) = Chunked(size).double(), clouds()
+    out = functional(model, (x, y), groups=2, epsilon=0.0)
+    with torch.no_grad():
+        rows = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
+    means = rows.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
+    torch.testing.assert_close(out.adversarial_stats["norm"].mean, means, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "rows", "seen"), [(4, 4, 4), (6, 8, 6)])
+def test_chunks_that_are_not_all_of_the_batch_or_not_alike_are_refused(size: int, rows: int, seen: int) -> None:
+    for form in (functional, one_pass, drop_in_step, drop_in_one_pass):
+        with pytest.raises(BatchError, match=rf"layer 'norm' sees {seen} rows of 8 samples"):
+            form(Chunked(size, rows).double(), clouds(), groups=2)

@@ -43,14 +43,14 @@ def test_the_functional_step_is_what_the_definition_says_over_several_steps() ->
 
 
 class SAM:
-    """A two-phase optimizer as they are written: sam_ascent by what `backward()` has left so far, come back, and step."""
+    """A two-phase optimizer as they are written: up by what `backward()` has left so far, back, and a step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, rho: float) -> None:
         self.optimizer, self.rho = optimizer, rho
         self.before: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def sam_ascent(self) -> None:
+    def ascend(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.stack([p.grad.norm() for p in params]).norm()
         for p in params:
@@ -76,7 +76,7 @@ def test_the_drop_in_around_a_two_phase_optimizer_is_what_the_definition_says_ov
         sam.optimizer.zero_grad()
         with apart.to_proxy():
             (r * F.cross_entropy(model(x), y)).backward()
-        sam.sam_ascent()
+        sam.ascend()
         with apart.to_adver():
             (rest * F.cross_entropy(model(x[:half]), y[:half])).backward()
         grads = gradients(model)

@@ -25,8 +25,7 @@ from apart_func import (
     proxy_pass,
     split_state,
 )
-from apart_func.layer import SMALL
-from apart_func.layer.kernels import MANY
+from apart_func.kernels import FAST_MOMENTS_MIN_NUMEL
 
 EPSILON = 0.2
 # Of the whole gradient: rounding, which a second derivative divides by a deviation once more.
@@ -78,9 +77,9 @@ def functional_step(model: nn.Module, batch: Any, **options: Any) -> StepOutput:
     return make_apart_step(model, options.pop("loss_fn"), **options)(*split_state(model), batch)
 
 
-def test_the_sizes_are_on_both_sides_of_every_choice() -> None:
+def test_the_sizes_are_on_both_sides_of_the_choice() -> None:
     few, many = (4 * 8 * side**2 for side in SIDES.values())
-    assert few < SMALL < MANY < many
+    assert few < FAST_MOMENTS_MIN_NUMEL < many
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

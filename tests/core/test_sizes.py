@@ -1,4 +1,4 @@
-"""Layers of all sizes in one network: each has the form of the layer that is best for it, and all agree."""
+"""Layers of all sizes in one network: each has the moments that are fastest for it, and all agree."""
 
 import torch
 from test_against_oracle import assert_agree, take_step

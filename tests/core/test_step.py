@@ -1,5 +1,8 @@
 """What the step decides by itself: how many samples, which dtype, what is kept."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,10 +11,12 @@ import torch.nn.functional as F
 from oracle import oracle_step
 from small import convolutional, images
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
 from apart_func import (
     APART,
+    ModelError,
     Perturbation,
     SettingError,
     adversarial_pass,
@@ -24,6 +29,7 @@ from apart_func import (
     multi_step,
     perturbed_stats,
     random_sign_perturbation,
+    random_signs,
     sign_perturbation,
     split_state,
 )
@@ -90,12 +96,114 @@ def test_buffers_that_nothing_moves_come_back_as_they_were() -> None:
     assert not torch.equal(out.buffers["1.running_mean"], buffers["1.running_mean"])
 
 
-def test_the_modes_are_those_that_the_layers_had_when_the_step_was_made() -> None:
+# What the caller changes on the model.
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a mode": lambda model: model[1].eval(),
+    "a momentum": lambda model: setattr(model[1], "momentum", 0.5),
+    "eps": lambda model: setattr(model[4], "eps", 0.1),
+    "a hook": lambda model: model[3].register_forward_hook(lambda layer, args, output: 2 * output),
+    "a layer": lambda model: model.__setitem__(2, nn.Tanh()),
+    "a batch norm": lambda model: model.__setitem__(4, nn.BatchNorm2d(5, eps=0.1).double()),
+    "requires_grad": lambda model: model[8].weight.requires_grad_(False),
+}
+MAKERS: dict[str, Callable[[nn.Module], Any]] = {
+    "two passes": lambda model: make_apart_step(model, F.cross_entropy, groups=2),
+    "one pass": lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_step_sees_what_the_caller_changes_on_the_model_and_its_copies_do_not(change: Any, make: Any) -> None:
     model = convolutional()
-    step = make_apart_step(model, F.cross_entropy)
-    before = step(*split_state(model), images())
+    step, state = make(model), split_state(model)
+    shifts = random_signs(init_perturbation(model), 0.1)
+
+    def taken(step: Any) -> Any:
+        layers = functionalize(model).layers
+        return step(*split_state(model), images(), perturbation={n: shifts[n] for n in layers})._asdict()
+
+    before = taken(step)
+    copies = copy.deepcopy(step), pickle.loads(pickle.dumps(step))
+    change(model)
+    for other in copies:
+        found = other(*state, images(), perturbation=shifts)._asdict()
+        torch.testing.assert_close(found, before, rtol=0, atol=0)
+    after = taken(step)
+    torch.testing.assert_close(after, taken(make(model)), rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_model_that_was_put_in_evaluation_mode_is_refused_until_it_trains_again(make: Any) -> None:
+    model = convolutional()
+    step = make(model)
+    twin = copy.deepcopy(step)
     model.eval()
-    torch.testing.assert_close(step(*split_state(model), images())._asdict(), before._asdict(), rtol=0, atol=0)
+    with pytest.raises(ModelError, match=r"Call model\.train\(\)"):
+        step(*split_state(model), images())
+    assert twin(*split_state(model), images()).all_finite
+    model.train()
+    assert step(*split_state(model), images()).all_finite
+
+
+# What is reported.
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_the_statistics_of_ghost_groups_at_the_perturbation_are_what_layers_normalised_by(make: Any) -> None:
+    """Also in the second layer, which sees what the first one changed."""
+    model = convolutional()
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in ("1", "4"):
+        model.get_submodule(name).register_forward_hook(
+            lambda layer, args, y, name=name: seen.update({name: (args[0].detach(), y.detach().clone())})
+        )
+    out = make(model)(*split_state(model), images())
+    used = perturbed_stats(out.adversarial_stats, out.perturbation)
+    first = 2 - len(used["1"].mean)  # in one pass, group 0 is clean
+    for name, (x, y) in seen.items():
+        assert used[name].mean.shape == (2 - first, x.shape[1])
+        for group, (mean, std) in enumerate(zip(*used[name], strict=True), first):
+            expected = (x[group::2] - mean[:, None, None]) / std[:, None, None]  # γ = 1, β = 0
+            torch.testing.assert_close(y[group::2], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_loss_function_returns_besides_the_loss_comes_back() -> None:
+    def with_more(output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = F.cross_entropy(output, target, reduction="none")
+        return losses.mean(), {"losses": losses, "hits": (output.argmax(1) == target).sum()}
+
+    model = convolutional()
+    for make in (make_apart_step, make_one_pass_step):
+        options: dict[str, Any] = {"epsilon": 0.1, "groups": 2}
+        out = make(model, with_more, **options)(*split_state(model), images())
+        torch.testing.assert_close(out.aux["losses"], F.cross_entropy(out.output, images()[1], reduction="none"))
+        assert out.aux["hits"].shape == ()
+        assert not out.aux["losses"].requires_grad
+        parts = make(model, with_more, microbatches=2, **options)(*split_state(model), images())
+        assert parts.aux["losses"].shape == (8,)
+        assert parts.aux["hits"].shape == (2,)
+        assert make(model, F.cross_entropy, **options)(*split_state(model), images()).aux == ()
+
+
+def test_a_perturbation_that_is_given_takes_the_place_of_the_rules() -> None:
+    model, batch = convolutional(), images()
+    params, buffers = split_state(model)
+    step = make_apart_step(model, F.cross_entropy, groups=2)
+    shifts = random_signs(init_perturbation(model), 0.2, torch.Generator().manual_seed(0))
+    out = step(params, buffers, batch, perturbation=shifts)
+    torch.testing.assert_close(out.perturbation, shifts, rtol=0, atol=0)
+    expected = oracle_step(model, F.cross_entropy, batch, epsilon=0.2, groups=2, ratio=1.0, perturbation=shifts)
+    torch.testing.assert_close(out.grads, expected.grads, rtol=1e-9, atol=1e-12)
+    many = {name: Perturbation(*(torch.stack([part, -part]) for part in shift)) for name, shift in shifts.items()}
+    mapped = vmap(lambda shifts: step(params, buffers, batch, perturbation=shifts).adversarial_loss)(many)
+    torch.testing.assert_close(mapped[0], out.adversarial_loss, rtol=1e-9, atol=1e-12)
+    assert mapped[0] != mapped[1]
+    with pytest.raises(SettingError, match=r"missing \['4'\]"):
+        step(params, buffers, batch, perturbation={"1": shifts["1"]})
 
 
 @pytest.mark.parametrize("rule", [sign_perturbation, random_sign_perturbation, multi_step(2)])
@@ -202,7 +310,10 @@ def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> No
     given = with_a_graph(model, leaf)
     two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *_: given)
     one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=lambda *_: given)
-    for out in (two_passes(*split_state(model), batch), one_pass(*split_state(model), batch, given)):
+    state, infinite = split_state(model), (batch[0] * float("inf"), batch[1])
+    outs = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
+    outs.append(one_pass(*state, infinite, given))  # which returns the one that came in
+    for out in outs:
         assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
     assert leaf.grad is None

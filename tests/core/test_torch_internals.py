@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from apart_func import _torch
-from apart_func.functional import HOOKS
+from apart_func.snapshot import HOOKS
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,13 @@ def test_functorch_says_whether_a_transform_is_active() -> None:
     assert peek() is None, "_functorch.peek_interpreter_stack() remembers a transform that has ended"
 
 
-def test_functorch_tells_mapped_tensors_from_others() -> None:
-    look = _torch.is_mapped
-    assert not look([torch.ones(3)]), "_functorch.is_batchedtensor takes a plain tensor for a mapped one"
-    assert seen_under(vmap, lambda x: look([None, x])), "_functorch.is_batchedtensor does not know vmap's tensors"
-    assert not seen_under(grad, lambda x: look([x])), "_functorch.is_batchedtensor takes grad's tensors for vmap's"
+def test_functorch_tells_transforms_that_differentiate_from_those_that_map() -> None:
+    assert not _torch.is_differentiated(), "_functorch.get_interpreter_stack() has transforms outside of any"
+    assert not seen_under(vmap, lambda x: _torch.is_differentiated()), (
+        "a vmap is taken for a transform that differentiates"
+    )
+    for transform in (grad, lambda f: vmap(grad(lambda x: f(x).sum()))):
+        assert seen_under(transform, lambda x: _torch.is_differentiated()), "TransformType.Vmap is that of grad too"
 
 
 @pytest.mark.parametrize("transform", [vmap, grad, lambda f: vmap(grad(lambda x: f(x).sum()))])
@@ -92,14 +94,23 @@ def test_functorch_unwraps_to_the_plain_tensor(transform: Any) -> None:
 # Backward and checkpoints.
 
 
-def test_autograd_says_that_a_backward_runs() -> None:
-    seen: list[bool] = []
+def test_autograd_numbers_the_backward_that_runs() -> None:
+    seen: list[int] = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda g: seen.append(_torch.is_recomputing()))
-    assert not _torch.is_recomputing(), "_current_graph_task_id() is not -1 outside of a backward"
+
+    def backward_inside(g: Tensor) -> None:
+        seen.append(_torch.backward_task())
+        y = torch.ones(2, requires_grad=True)
+        y.register_hook(lambda g: seen.append(_torch.backward_task()))
+        with torch.enable_grad():
+            y.sum().backward()
+
+    x.register_hook(backward_inside)
+    assert _torch.backward_task() == -1, "_current_graph_task_id() is not -1 outside of a backward"
     x.sum().backward()
-    assert seen == [True], "_current_graph_task_id() is -1 during a backward: checkpointed layers would count twice"
-    assert not _torch.is_recomputing(), "_current_graph_task_id() remembers a backward that has ended"
+    assert -1 not in seen, "_current_graph_task_id() is -1 during a backward: checkpointed layers would count twice"
+    assert len(set(seen)) == 2, "a backward inside of another has its number: it would be taken for a recomputation"
+    assert _torch.backward_task() == -1, "_current_graph_task_id() remembers a backward that has ended"
 
 
 def test_checkpointing_is_seen_by_its_saved_tensor_hooks() -> None:
@@ -116,6 +127,17 @@ def test_checkpointing_is_seen_by_its_saved_tensor_hooks() -> None:
     assert seen == [True], (
         "_top_saved_tensors_default_hooks no longer shows hooks from torch.utils.checkpoint inside a checkpoint"
     )
+
+
+def test_a_mode_that_sees_every_operator_is_seen_as_that_of_selective_checkpointing() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert not _torch.has_dispatch_mode(), "_len_torch_dispatch_stack() counts a mode where there is none"
+    with Watch():
+        assert _torch.has_dispatch_mode(), "_len_torch_dispatch_stack() no longer counts modes"
+    assert not _torch.has_dispatch_mode(), "_len_torch_dispatch_stack() remembers a mode that has ended"
 
 
 # Dynamo.
@@ -151,42 +173,18 @@ def test_numbers_on_a_module_are_constants_of_a_graph() -> None:
     assert not symbols, "Dynamo makes symbols of numbers on a module: settings would no longer be constants"
 
 
-def test_einops_is_an_operation_to_dynamo_and_is_not_traced() -> None:
-    _torch.register_einops()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graphs.append(graph)
-        return graph
-
-    def function(x: Tensor) -> Tensor:
-        return einops.repeat(einops.rearrange(x, "(b g) c -> b g c", g=2), "b g c -> b g c k", k=2)
-
-    x = torch.arange(12.0).view(6, 2)
-    assert torch.equal(torch.compile(function, backend=backend, fullgraph=True)(x), function(x))
-    called = {node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
-    assert called == {einops.rearrange, einops.repeat}, f"Dynamo traced into einops: the graph calls {called}"
-
-
 # Operators.
 
 
 def test_unsafe_view_shares_memory_and_is_no_view_to_autograd() -> None:
     x = torch.arange(6.0).requires_grad_()
-    y = _torch.as_shaped(x * 1, torch.Size([2, 3]))
+    y = _torch.unsafe_view(x * 1, torch.Size([2, 3]))
     assert y.shape == (2, 3)
     assert y._base is None, "aten._unsafe_view makes a view: an in-place activation after it would copy gradients"
     plain = torch.zeros(6)
-    assert _torch.as_shaped(plain, torch.Size([2, 3])).data_ptr() == plain.data_ptr(), "aten._unsafe_view copies"
+    assert _torch.unsafe_view(plain, torch.Size([2, 3])).data_ptr() == plain.data_ptr(), "aten._unsafe_view copies"
     (slope,) = torch.autograd.grad(y.relu_().sum(), x)
     assert torch.equal(slope, (x > 0).float()), "aten._unsafe_view is no longer differentiated as a reshape"
-
-
-def test_foreach_lerp_interpolates_lists_of_tensors() -> None:
-    starts, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 3.0)]
-    found = _torch.lerp_all(starts, ends, 0.25)
-    expected = [torch.lerp(start, end, 0.25) for start, end in zip(starts, ends, strict=True)]
-    torch.testing.assert_close(found, expected, msg=lambda m: f"torch._foreach_lerp computes something else: {m}")
 
 
 def test_the_kernels_of_batch_norm_take_and_return_what_they_did() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from apart_func import (
-    APART,
+    BatchError,
     Perturbation,
     StatGrads,
     StepOutput,
@@ -29,7 +30,7 @@ from apart_func import (
     sign_perturbation,
     split_state,
 )
-from apart_func.trees import FEW
+from apart_func.trees import SMALL_NUMEL
 
 X, Y = images()
 
@@ -160,6 +161,41 @@ def test_no_container_that_the_caller_passes_is_changed() -> None:
     assert target.classes is Y
 
 
+class Names:
+    """What nobody knows how to cut."""
+
+
+def with_first_name(output: Tensor, target: Any) -> Tensor:
+    """Needs the name of every sample, at its place."""
+    classes, names = target
+    assert [int(name) for name in names] == classes.tolist()
+    return F.cross_entropy(output, classes)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_lists_and_arrays_with_an_entry_a_sample_are_cut_like_tensors(kind: Any, microbatches: int) -> None:
+    names = kind([str(int(y)) for y in Y])
+    expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
+    found = both_steps(convolutional(), (X, (Y, names)), with_first_name, microbatches=microbatches)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(numbers(one), numbers(other))
+
+
+def test_an_object_that_cannot_be_cut_is_refused_if_it_must_be() -> None:
+    model, batch = convolutional(), (X, (Y, Names()))
+
+    def loss(output: Tensor, target: Any) -> Tensor:
+        return F.cross_entropy(output, target[0])
+
+    for options in ({"ratio": 0.5}, {"microbatches": 2}):
+        with pytest.raises(BatchError, match="holds a Names, of which only some samples are wanted"):
+            make_apart_step(model, loss, **options)(*split_state(model), batch)
+    with pytest.raises(BatchError, match="holds a Names"):
+        make_one_pass_step(model, loss, epsilon=0.1, groups=2)(*split_state(model), batch)
+    assert make_apart_step(model, loss)(*split_state(model), batch).all_finite
+
+
 # Outputs.
 
 
@@ -262,7 +298,8 @@ def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> 
 def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatches: int) -> None:
     model = Skipping().double()
     given = carried(model)
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=microbatches)
+    options: dict[str, Any] = {"epsilon": 0.3, "groups": 2, "rule": sign_perturbation}
+    step = make_one_pass_step(model, F.cross_entropy, microbatches=microbatches, **options)
     out = step(*split_state(model), (X.abs(), Y), given)
     assert_equal(out.perturbation["b"], given["b"])
     assert torch.equal(out.perturbation["a"].scale.abs(), torch.full((2,), 0.3, dtype=torch.float64))
@@ -276,18 +313,6 @@ def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y), carried(model))
     for name in ("a", "b"):
         assert torch.equal(out.perturbation[name].scale, 0.3 * out.stat_grads[name].scale.sum(0).sign())
-
-
-def test_the_drop_in_keeps_the_perturbation_of_a_layer_that_one_pass_does_not_call() -> None:
-    model = Skipping().double()
-    apart = APART(model, 0.3, 2, rule=sign_perturbation)
-    given = carried(model)
-    apart.load_state_dict({"perturbation": {name: tuple(shift) for name, shift in given.items()}})
-    with apart.one_pass():
-        F.cross_entropy(model(X.abs()), Y).backward()
-    after = apart.state_dict()["perturbation"]
-    assert_equal(after["b"], tuple(given["b"]))
-    assert torch.equal(after["a"][1].abs(), torch.full((2,), 0.3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
@@ -326,14 +351,14 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("size", [1, 7, FEW, FEW + 1])
+@pytest.mark.parametrize("size", [1, 7, SMALL_NUMEL, SMALL_NUMEL + 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
     bad: float, size: int, dtype: torch.dtype
 ) -> None:
     for place in {0, size // 2, size - 1}:
         tensor = torch.ones(size, dtype=dtype)
-        others = [torch.ones(3), torch.ones(FEW + 3, dtype=torch.float64)]
+        others = [torch.ones(3), torch.ones(SMALL_NUMEL + 3, dtype=torch.float64)]
         assert all_finite([others[0], tensor, others[1]])
         tensor[place] = complex(0, bad) if dtype.is_complex else bad
         assert not all_finite([others[0], tensor, others[1]])
@@ -343,12 +368,12 @@ def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
 def test_the_largest_numbers_of_a_dtype_are_finite() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         limit = torch.finfo(dtype).max
-        for size in (2, FEW + 2):
+        for size in (2, SMALL_NUMEL + 2):
             assert all_finite([torch.full((size,), limit, dtype=dtype), torch.full((size,), -limit, dtype=dtype)])
 
 
 def test_of_tensors_with_both_infinities_neither_hides_the_other() -> None:
-    for size in (2, FEW + 2):
+    for size in (2, SMALL_NUMEL + 2):
         tensor = torch.zeros(size)
         tensor[0], tensor[1] = float("inf"), float("-inf")
         assert not all_finite([tensor])
@@ -458,23 +483,6 @@ def replace_mean(shift: Perturbation, value: float) -> Perturbation:
 
 def bad_pair(value: float) -> Perturbation:
     return Perturbation(torch.full((5,), value).double(), torch.zeros(5).double())
-
-
-def test_the_drop_in_carries_no_perturbation_that_is_not_finite() -> None:
-    model = convolutional()
-    wrong = [False]
-
-    def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
-        found = sign_perturbation(stats, stat_grads, epsilon)
-        return {**found, "4": replace_mean(found["4"], float("nan"))} if wrong[0] else found
-
-    apart = APART(model, 0.1, 2, rule=rule)
-    for seed in range(4):
-        wrong[0] = seed in (1, 2)
-        with apart.one_pass():
-            F.cross_entropy(model(images(seed=seed)[0]), images(seed=seed)[1]).backward()
-        apart.state_dict()  # finds the perturbation
-        assert all_finite(part for shift in apart.perturbation.values() for part in shift)
 
 
 # Radii of which some are none.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.parametrizations import spectral_norm
 
-from apart_func import APART, ApartError, Perturbation, make_apart_step, split_state
+from apart_func import APART, ApartError, Perturbation, StepOutput, make_apart_step, split_state
 
 # Rounding of float64 in another order, through two layers.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-14}
@@ -36,6 +36,12 @@ def compare(model: nn.Module, batch: Any, *, tolerance: float = TOLERANCE[torch.
     options = {"epsilon": 0.1, "groups": 0, "ratio": 1.0, "loss_fn": F.cross_entropy} | options
     definition = oracle_step(untouched, batch=batch, perturbation=library.perturbation, **options)
     return Comparison(library, definition, options["epsilon"], tolerance)
+
+
+def assert_same_step(drop_in: StepOutput, functional: StepOutput) -> None:
+    """The drop-in does not keep the statistics of its second pass."""
+    found, expected = ({**out._asdict(), "adversarial_stats": {}} for out in (drop_in, functional))
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def test_the_drop_in_and_the_functional_step_do_the_same() -> None:
     model, batch = convolutional(momentum=None), images()
     functional = make_apart_step(model, F.cross_entropy, **options)(*split_state(copy.deepcopy(model)), batch)
     drop_in = drop_in_step(model, batch, **options)
-    torch.testing.assert_close(drop_in._asdict(), functional._asdict(), **ROUNDING)
+    assert_same_step(drop_in, functional)
 
 
 class Reordered(nn.Module):
@@ -134,7 +140,7 @@ def test_layers_may_be_called_in_another_order_than_they_are_registered_in() -> 
     functional = make_apart_step(model, F.cross_entropy, groups=3)(*split_state(copy.deepcopy(model)), batch)
     step = compare(model, batch, groups=3)
     assert_agree(step)
-    torch.testing.assert_close(functional._asdict(), step.library._asdict(), **ROUNDING)
+    assert_same_step(step.library, functional)
 
 
 def one_step(backward_inside: bool) -> tuple[dict[str, Tensor], dict[str, Perturbation]]:
@@ -286,6 +292,7 @@ def fail(model: nn.Module, x: Tensor | None = None) -> None:
     raise UserError
 
 
+@pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
 @pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(5), BatchNormAct2d(5, apply_act=False)])
@@ -423,6 +430,10 @@ def proxy(apart: APART, samples: int = 8) -> None:
         F.cross_entropy(apart.model(x), y).backward()
 
 
+# What an adversarial pass refuses leaves its proxy pass unused, which the next to_proxy() says.
+unused = pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
+
+
 @pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.zeros(2)])
 def test_a_radius_that_is_none(epsilon: float | Tensor) -> None:
     with pytest.raises(ApartError, match=r"epsilon.*expected"):
@@ -431,11 +442,6 @@ def test_a_radius_that_is_none(epsilon: float | Tensor) -> None:
     with pytest.raises(ApartError, match=r"epsilon.*expected"):
         apart.set_epsilon(epsilon)
     assert apart.epsilon == 0.1
-
-
-def test_fewer_than_minus_one_groups() -> None:
-    with pytest.raises(ApartError, match=r"groups=-2; expected a positive number, 0 for one group, or -1"):
-        APART(convolutional(), groups=-2)
 
 
 def test_an_adversarial_pass_with_no_proxy_pass() -> None:
@@ -447,6 +453,7 @@ def test_an_adversarial_pass_with_no_proxy_pass() -> None:
         pytest.fail("entered")
 
 
+@unused
 def test_an_adversarial_pass_after_a_proxy_pass_that_failed() -> None:
     apart = APART(convolutional())
     proxy(apart)
@@ -458,13 +465,13 @@ def test_an_adversarial_pass_after_a_proxy_pass_that_failed() -> None:
 
 def test_an_adversarial_pass_with_no_backward_since_the_proxy_pass() -> None:
     apart = APART(convolutional())
-    proxy(apart)
     with apart.to_proxy():
         apart.model(images()[0])
     with pytest.raises(ApartError, match=r"no backward\(\) since the proxy pass.*Call backward\(\)"), apart.to_adver():
         pytest.fail("entered")
 
 
+@unused
 @pytest.mark.parametrize("outer", ["to_proxy", "to_adver"])
 @pytest.mark.parametrize("inner", ["to_proxy", "to_adver"])
 def test_nested_contexts(outer: str, inner: str) -> None:
@@ -489,6 +496,7 @@ def test_a_context_inside_that_of_another_object() -> None:
         make_apart_step(model, F.cross_entropy)
 
 
+@unused
 def test_a_model_whose_structure_changes_between_the_passes() -> None:
     model = convolutional()
     apart = APART(model)
@@ -498,32 +506,13 @@ def test_a_model_whose_structure_changes_between_the_passes() -> None:
         pytest.fail("entered")
     proxy(apart)
     model[1].eval()
-    with pytest.raises(ApartError, match=r"\['1'\] came, went, or were replaced"), apart.to_adver():
-        pytest.fail("entered")
-
-
-@pytest.mark.parametrize("context", ["to_proxy", "to_adver"])
-def test_a_model_in_evaluation_mode(context: str) -> None:
-    apart = APART(convolutional())
-    proxy(apart)
-    apart.model.eval()
-    with (
-        pytest.raises(ApartError, match=r"none of the 2 batch-norm layers.*model.train\(\)"),
-        getattr(apart, context)(),
-    ):
+    with pytest.raises(ApartError, match=r"in training mode are not those.*\['1'\] came or went"), apart.to_adver():
         pytest.fail("entered")
 
 
 def test_a_model_without_batch_norm() -> None:
     with pytest.raises(ApartError, match="Linear has no batch-norm layer"), APART(nn.Linear(2, 2)).to_proxy():
         pytest.fail("entered")
-
-
-def test_groups_that_do_not_divide_the_samples_of_the_adversarial_pass() -> None:
-    apart = APART(convolutional(), groups=3)
-    proxy(apart)
-    with pytest.raises(ApartError, match=r"layer '1' sees 8 rows, which groups=3 does not divide"), apart.to_adver():
-        apart.model(images()[0])
 
 
 def test_a_layer_that_sees_one_value_a_channel() -> None:

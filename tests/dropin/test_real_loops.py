@@ -351,6 +351,7 @@ def test_reentrant_checkpoints_work_in_the_drop_in() -> None:
     torch.testing.assert_close(list(own.model.buffers()), list(plain.model.buffers()), **ROUNDING)
 
 
+@pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
 def test_the_backward_of_checkpointed_layers_outside_the_context_is_an_error(failing: str) -> None:
     model, (x, y) = checkpointed(), images()

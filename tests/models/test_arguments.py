@@ -20,7 +20,6 @@ from apart_func import (
     adversarial_pass,
     assign_grads_,
     clean_stat_grads,
-    sam_ascent,
     functionalize,
     grad_and_value,
     gradients_at,
@@ -33,6 +32,8 @@ from apart_func import (
     multi_step,
     perturbed_stats,
     proxy_pass,
+    random_signs,
+    sam_ascent,
     sign_flips,
     sign_perturbation,
     split_state,
@@ -114,14 +115,6 @@ CALLS = {
     ),
     "APART.set_epsilon": Call(lambda epsilon: APART(MODEL).set_epsilon(epsilon), {"epsilon": 0.1}, {}),
     "APART.one_pass": Call(one_pass_context, {"clean_fraction": 0.5}, {}),
-    "APART.load_state_dict": Call(
-        lambda state: APART(MODEL).load_state_dict(state), {"state": APART(MODEL).state_dict()}, {}
-    ),
-    "APART.save_with": Call(
-        lambda optimizer: APART(MODEL).save_with(optimizer),
-        {"optimizer": torch.optim.SGD(convolutional().parameters(), 0.1)},
-        {},
-    ),
     "functionalize": Call(functionalize, {"model": MODEL}, {}),
     "FunctionalModel": Call(lambda params, buffers: FMODEL(params, buffers, images()[0]), STATE, {}),
     "split_state": Call(split_state, {"model": MODEL}, {"model": {"a module"}}),
@@ -150,8 +143,8 @@ CALLS = {
     ),
     "ApartStep": Call(
         step,
-        {**STATE, "batch": images(), "epsilon": 0.1, "loss_scale": 2.0},
-        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}},
+        {**STATE, "batch": images(), "epsilon": 0.1, "loss_scale": 2.0, "perturbation": ZERO},
+        {"epsilon": NOTHING, "loss_scale": NOTHING | {"a number"}, "perturbation": NOTHING},
     ),
     "OnePassStep": Call(
         one_pass_step,
@@ -171,6 +164,9 @@ CALLS = {
         {"rows": NOTHING | CALLABLE, "loss_fn": CALLABLE},
     ),
     "gradients_at": Call(gradients_at, {**PASS, "perturbation": ZERO}, {"loss_fn": CALLABLE}),
+    "random_signs": Call(
+        random_signs, {"layers": ZERO, "epsilon": 0.1, "generator": torch.Generator()}, {"generator": NOTHING}
+    ),
     "clean_stat_grads": Call(clean_stat_grads, {"stat_grads": MIXED.stat_grads, "clean": 1}, {}),
     "sam_ascent": Call(sam_ascent, {"params": PARAMS, "grads": PROXY.grads, "rho": 0.1}, {"rho": {"a number"}}),
     "grad_and_value": Call(
@@ -218,6 +214,7 @@ ELSEWHERE = {
     "all_finite": "takes whatever can be iterated over",
     "l2_perturbation": "a rule: called by a step, with what it has made",
     "random_sign_perturbation": "a rule",
+    "rule_kind": "a decorator that takes flags",
     "sign_perturbation": "a rule",
     "OnePassStep": "made by make_one_pass_step",
 }
@@ -245,5 +242,6 @@ def test_every_argument_of_a_function_is_here(name: str) -> None:
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     # of another library's type, a record, or a flag
-    known = {"self", "process_group", "precision", "training", "rho", "ratio", "remainder", "clean_fraction"}
+    flags = {"accumulate", "stat_grads", "training"}
+    known = {"self", "process_group", "precision", "rho", "ratio", "remainder", "clean_fraction", *flags}
     assert taken - known <= CALLS[name].arguments.keys()

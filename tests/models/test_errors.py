@@ -1,24 +1,24 @@
 """Bad input is told what was given, what was expected, where, and how to mend it; and it changes nothing."""
 
 from collections.abc import Callable
+from functools import partial
 from math import nan
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small import convolutional, images
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm, weight_norm
 
 from apart_func import (
     APART,
     ApartError,
     Perturbation,
     adversarial_pass,
-    assign_grads_,
     functionalize,
-    load_state_,
+    init_perturbation,
     make_apart_step,
     make_one_pass_step,
     multi_step,
@@ -98,7 +98,47 @@ def test_a_rule_of_several_steps_where_there_are_no_further_passes() -> None:
         multi_step(3)({}, {}, torch.tensor(0.1))
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = step(epsilon=np.float64(0.2), groups=np.int64(2), ratio=np.float32(0.5), microbatches=np.int32(2))
+    expected = step(epsilon=0.2, groups=2, ratio=0.5, microbatches=2)
+    torch.testing.assert_close(found._asdict(), expected._asdict(), rtol=0, atol=0)
+
+
+def one_pass(batch: Any, **options: Any) -> Any:
+    model = convolutional()
+    options = {"epsilon": 0.1, "groups": 4} | options
+    return make_one_pass_step(model, F.cross_entropy, **options)(*split_state(model), batch)
+
+
+def test_one_pass_advises_what_it_has() -> None:
+    with pytest.raises(
+        ApartError, match=r"groups=4 does not divide the 6 samples.*drop_last=True in the data loader\.$"
+    ):
+        one_pass(images(6))
+    with pytest.raises(ApartError, match=r"clean_fraction=1.0 make all of the groups clean"):
+        one_pass(images(), clean_fraction=1.0)
+
+
 # The batch.
+
+
+class OfOne(nn.Module):
+    """Takes one argument that is a dict or a list of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutional()
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.body(inputs["x"] if isinstance(inputs, dict) else inputs[0] + 0 * inputs[1])
+
+
+@pytest.mark.parametrize("inputs", [{"x": images()[0], "mask": images()[0]}, [images()[0]] * 2])
+def test_one_argument_that_is_a_container_is_refused_with_the_spelling_that_is_taken(inputs: Any) -> None:
+    model, y = OfOne(), images()[1]
+    with pytest.raises(ApartError, match=r"wrap it:\s+batch = \(\(input,\), target\)"):
+        step(model, (inputs, y))
+    torch.testing.assert_close(step(model, ((inputs,), y)).loss, step().loss)
 
 
 def test_groups_that_do_not_divide_the_adversarial_samples() -> None:
@@ -159,6 +199,12 @@ def test_a_layer_with_input_of_another_rank_or_width() -> None:
 # The loss.
 
 
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss, "mse", None])
+def test_a_loss_that_is_no_function_of_output_and_target(loss_fn: Any) -> None:
+    with pytest.raises(ApartError, match=r"loss_fn is .*expected a function \(output, target\) -> scalar"):
+        step(loss_fn=loss_fn)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "given"),
     [
@@ -207,26 +253,6 @@ def test_buffers_that_do_not_fit_the_model(changes: dict[str, Any]) -> None:
         functionalize(model)(params, changed(buffers, **changes), images()[0])
 
 
-def test_a_state_that_does_not_fit_is_not_loaded_in_part() -> None:
-    model, other = convolutional(), convolutional()
-    params, buffers = split_state(other)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    doubled = {name: 2 * tensor for name, tensor in params.items()}
-    with pytest.raises(ApartError, match=r"'8.bias' has shape"):
-        load_state_(model, {**doubled, "8.bias": torch.zeros(99)}, buffers)
-    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-
-
-def test_gradients_that_do_not_fit_are_not_assigned_in_part() -> None:
-    model = convolutional()
-    params, _ = split_state(model)
-    with pytest.raises(ApartError, match=r"unexpected \['nobody'\]"):
-        assign_grads_(model, {**params, "nobody": torch.zeros(1)})
-    with pytest.raises(ApartError, match=r"'8.bias' has shape \(99,\)"):
-        assign_grads_(model, {**params, "8.bias": torch.zeros(99)})
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 # The model.
 
 
@@ -238,24 +264,6 @@ def test_a_model_without_batch_norm() -> None:
 def test_a_model_with_no_batch_norm_in_training_mode() -> None:
     with pytest.raises(ApartError, match=r"none of the 2 batch-norm layers.*model.train\(\)"):
         step(convolutional().eval())
-
-
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_a_model_with_old_style_weight_norm_cannot_be_copied() -> None:
-    model = convolutional()
-    model[0] = weight_norm(model[0])
-    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
-        make_apart_step(model, F.cross_entropy)
-
-
-@pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated")
-def test_a_model_with_old_style_spectral_norm_cannot_be_copied_after_a_forward() -> None:
-    model = convolutional()
-    model[0] = spectral_norm(model[0])
-    model(images()[0])
-    with pytest.raises(ApartError, match=r"Sequential cannot be copied.*torch.nn.utils.parametrizations"):
-        make_apart_step(model, F.cross_entropy)
 
 
 def test_a_lazy_model_before_its_first_forward() -> None:
@@ -339,6 +347,15 @@ def test_a_perturbation_that_does_not_fit_the_layers(shifts: dict[str, tuple[int
     tree = {name: Perturbation(torch.zeros(shape), torch.zeros(shape)) for name, shape in shifts.items()}
     with pytest.raises(ApartError, match=message):
         adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), images(), tree, groups=2)
+
+
+@pytest.mark.parametrize("change", [lambda p: (p.mean,), lambda p: (*p, p.scale), lambda p: p.mean, lambda p: None])
+def test_a_layers_perturbation_that_is_no_pair(change: Callable[..., Any]) -> None:
+    model = convolutional()
+    shifts = {name: change(shift) for name, shift in init_perturbation(model).items()}
+    for make in (make_apart_step, partial(make_one_pass_step, epsilon=0.1, groups=4)):
+        with pytest.raises(ApartError, match=r"the perturbation of layer '1' is .*expected \(mean, scale\)"):
+            make(model, F.cross_entropy)(*split_state(model), images(), perturbation=shifts)
 
 
 def test_statistics_without_a_perturbation() -> None:

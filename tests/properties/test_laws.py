@@ -1,5 +1,6 @@
 """Laws of the method, for any numbers: the radius first, then what must not matter."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,20 +17,24 @@ from apart_func import (
     BatchStats,
     Perturbation,
     Rule,
+    RuleKind,
     SettingError,
     StatGrads,
     adversarial_pass,
     functionalize,
     l2_perturbation,
     make_apart_step,
+    make_one_pass_step,
     multi_step,
     perturbed_stats,
     proxy_pass,
     random_sign_perturbation,
+    random_signs,
+    rule_kind,
     sign_perturbation,
     split_state,
 )
-from apart_func.rules import perturbation_by
+from apart_func.rules import kind_of, perturbation_by
 
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("laws")
@@ -190,6 +195,34 @@ def test_random_signs_are_as_often_plus_as_minus_in_both_parts() -> None:
     torch.manual_seed(0)
     for delta in tree_leaves(random_sign_perturbation({}, gradients, torch.tensor(0.1))):
         assert (delta > 0).double().mean().item() == pytest.approx(0.5, abs=0.025)
+
+
+@given(seed=SEEDS, epsilon=st.floats(0.01, 0.99), dtype=DTYPES)
+def test_random_signs_of_a_key_are_those_of_the_key_alone(seed: int, epsilon: float, dtype: torch.dtype) -> None:
+    layers = random_tree(seed, dtype, 64)
+    one, same, other = (random_signs(layers, epsilon, torch.Generator().manual_seed(seed + k)) for k in (0, 0, 1))
+    radius = torch.tensor(epsilon, dtype=dtype)
+    assert all(torch.equal(delta.abs(), radius.expand(64)) for delta in tree_leaves(one))
+    torch.testing.assert_close(one, same, rtol=0, atol=0)
+    assert not torch.equal(one["a"].mean, other["a"].mean)
+
+
+def test_what_a_step_has_to_know_of_a_rule_is_known_of_one_whose_arguments_are_fixed() -> None:
+    @rule_kind(is_bounded=True, needs_gradients=False)
+    def own(stats: Any, stat_grads: Any, epsilon: Tensor, sign: float = 1.0) -> Any:
+        return {layer: Perturbation(sign * epsilon + 0 * g.mean, 0 * g.scale) for layer, g in stat_grads.items()}
+
+    assert kind_of(own) == RuleKind(is_bounded=True, draws=True, needs_gradients=False)
+    assert kind_of(lambda *_: {}) == RuleKind() == RuleKind(is_bounded=False, draws=True, needs_gradients=True)
+    for rule in (own, *RULES.values()):
+        assert kind_of(partial(partial(rule), {})) == kind_of(rule)
+    generator = torch.Generator().manual_seed(0)
+    for rule in (partial(own, sign=-1.0), partial(random_sign_perturbation, generator=generator)):
+        model = convolutional()
+        step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
+        assert step(*split_state(model), images()).all_finite  # with no perturbation of a step before
+        with pytest.raises(SettingError, match=r"epsilon=1\.5"):
+            make_apart_step(model, F.cross_entropy, epsilon=1.5, rule=rule)
 
 
 def test_random_signs_of_mapped_models_are_different_or_the_same_as_one_says() -> None:

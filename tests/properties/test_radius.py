@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apart_func import (
     APART,
+    BatchStats,
     Perturbation,
     init_perturbation,
     l2_perturbation,
@@ -51,7 +52,7 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
     "large images": (64, 32),
     "large channels_last": (64, 32),
     "points: consecutive": (),
-    "points: in_turn": (),
+    "points: interleaved": (),
     "points: function": (),
     "nodes: function": (),
 }
@@ -84,7 +85,7 @@ class Case:
         """The sample of every row of a layer's input."""
         if self.layout.startswith("nodes"):
             return sample_of_nodes("", torch.empty(rows))
-        if self.layout == "points: in_turn":
+        if self.layout == "points: interleaved":
             return torch.arange(rows) % samples
         return torch.arange(rows) // (rows // samples)
 
@@ -127,7 +128,7 @@ class Network(nn.Module):
         if self.case.layout.startswith("nodes"):
             return x[torch.arange(x.shape[1]) < NODES[: len(x), None]]
         if self.case.layout.startswith("points"):
-            return (x.transpose(0, 1) if self.case.layout.endswith("in_turn") else x).flatten(0, 1)
+            return (x.transpose(0, 1) if self.case.layout.endswith("interleaved") else x).flatten(0, 1)
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,7 @@ class Network(nn.Module):
 
 def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
     """The probes are zero, and what was seen is a constant, so only their own gradients know of them."""
-    return F.cross_entropy(output[0], target) + output[1].sum()
+    return F.cross_entropy(output[0], target) + output[1].mean()
 
 
 def batch_of(case: Case) -> tuple[Tensor, Tensor]:
@@ -175,9 +176,9 @@ class Call(NamedTuple):
     y: Tensor
 
 
-def calls_of(model: Network, grads: dict[str, Tensor], rows: int | None = None) -> list[Call]:
-    """What the layers saw, from the gradients of a loss by the probes."""
-    seen = [grads[f"probes.{i}"].double()[:rows] for i in range(len(model.probes))]
+def calls_of(model: Network, grads: dict[str, Tensor], samples: int, rows: int | None = None) -> list[Call]:
+    """What the layers saw, from the gradients of a mean over samples by the probes."""
+    seen = [grads[f"probes.{i}"].double()[:rows] * samples for i in range(len(model.probes))]
     return [Call(norm, *seen[2 * i : 2 * i + 2]) for i, norm in enumerate(model.calls)]
 
 
@@ -226,6 +227,23 @@ def assert_normalised_by(
             assert (off_std <= slack)[told].all()
 
 
+def assert_statistics(
+    case: Case, calls: list[Call], samples: int, stats: dict[str, BatchStats], clean: int = 0
+) -> None:
+    """The statistics that a step returns are those of the groups that it pushed."""
+    groups, rounding = groups_of(case, samples), 1e-9 if case.dtype == torch.float64 else 1e-4
+    for norm in (0, 1):
+        own = [call for call in calls if call.norm == norm]
+        shape = len(own), groups - clean, CHANNELS
+        returned = (part.double().reshape(shape) for part in stats[f"norms.{norm}"])
+        for call, mean, var in zip(own, *returned, strict=True):
+            group = case.sample_of_rows(len(call.x), samples) % groups
+            for g in range(clean, groups):
+                x = call.x[group == g].movedim(1, -1).flatten(0, -2)
+                torch.testing.assert_close(mean[g - clean], x.mean(0), rtol=rounding, atol=rounding)
+                torch.testing.assert_close(var[g - clean], x.var(0, unbiased=False), rtol=rounding, atol=rounding)
+
+
 def assert_on_the_radius(case: Case, perturbation: Any, stat_grads: Any = None) -> None:
     """A rule of signs uses all of the radius, but where the gradient has no sign."""
     for layer, shift in perturbation.items():
@@ -249,11 +267,11 @@ def two_passes(case: Case, call: Callable[..., Any] = lambda step, *state: step(
 
 
 def check_two_passes(case: Case, model: Network, out: Any) -> None:
-    """The second pass, which alone tells, has 1 − r = N / (M + N) of the weight."""
+    """The second pass, which alone tells, is a mean over N with a weight of N / (M + N)."""
     samples = int(case.ratio * SAMPLES)
-    rows = len(model.rows_of(batch_of(case)[0][:samples]))
-    grads = {name: grad * (SAMPLES + samples) / samples for name, grad in out.grads.items()}
-    assert_normalised_by(case, model, calls_of(model, grads, rows), samples, out.perturbation)
+    calls = calls_of(model, out.grads, SAMPLES + samples, len(model.rows_of(batch_of(case)[0][:samples])))
+    assert_normalised_by(case, model, calls, samples, out.perturbation)
+    assert_statistics(case, calls, samples, out.adversarial_stats)
 
 
 def one_pass(
@@ -268,23 +286,25 @@ def one_pass(
 
 
 def check_one_pass(case: Case, model: Network, out: Any, perturbation: Any) -> None:
-    """Half of the groups are clean, and either half of the samples has half of the weight."""
-    calls = calls_of(model, {name: 2 * grad for name, grad in out.grads.items()})
-    assert_normalised_by(case, model, calls, SAMPLES, perturbation, clean=groups_of(case, SAMPLES) // 2)
+    """Half of the groups are clean."""
+    calls, clean = calls_of(model, out.grads, SAMPLES), groups_of(case, SAMPLES) // 2
+    assert_normalised_by(case, model, calls, SAMPLES, perturbation, clean)
+    assert_statistics(case, calls, SAMPLES, out.adversarial_stats, clean)
 
 
 def drop_in(case: Case, compiled: bool = False) -> APART:
     """Run two passes of the user's own."""
     model, batch = Network(case), batch_of(case)
-    method = APART(model, case.epsilon, case.groups, rows=case.rows)
+    method = APART(model, case.epsilon / 2, case.groups, rows=case.rows)
     forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
     with method.to_proxy():
-        calls = calls_of(model, backward(model, forward, batch))
+        calls = calls_of(model, backward(model, forward, batch), SAMPLES)
+    method.set_epsilon(case.epsilon)
     assert_normalised_by(replace(case, groups=1), model, calls, SAMPLES, init_perturbation(model))
     samples = int(case.ratio * SAMPLES)
     part = batch[0][:samples], batch[1][:samples]
     with method.to_adver():
-        calls = calls_of(model, backward(model, forward, part), len(model.rows_of(part[0])))
+        calls = calls_of(model, backward(model, forward, part), samples, len(model.rows_of(part[0])))
     assert_normalised_by(case, model, calls, samples, method.perturbation)
     return method
 
@@ -295,7 +315,7 @@ def one_pass_drop_in(case: Case, compiled: bool = False) -> APART:
     method = APART(model, case.epsilon, case.groups, rows=case.rows)
     forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
     with method.one_pass():
-        calls = calls_of(model, backward(model, forward, batch))
+        calls = calls_of(model, backward(model, forward, batch), SAMPLES)
     assert_normalised_by(case, model, calls, SAMPLES, method.perturbation, clean=groups_of(case, SAMPLES) // 2)
     return method
 
@@ -330,7 +350,7 @@ def cases(draw: Any, layout: str, *, one_pass: bool = False, trained: bool = Tru
 
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-few = settings(max_examples=8)
+few = settings(max_examples=8)  # of every layout
 
 
 @every_layout

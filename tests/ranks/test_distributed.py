@@ -46,7 +46,7 @@ from apart_func import (
     sign_perturbation,
     split_state,
 )
-from apart_func.distributed import data_parallel_group, mean_over_ranks
+from apart_func.ranks import data_parallel_group, mean_over_ranks
 
 RANKS, STEPS, LEARNING_RATE = 2, 3, 0.1
 EPSILON, GROUPS, RATIO = 0.2, 2, 0.5
@@ -153,9 +153,10 @@ def train_by_rule(rank: int) -> Any:
 
 
 def train_one_pass(rank: int) -> list[dict[str, Any]]:
-    """One context around a wrapped model."""
+    """One context around a wrapped model, from generators that differ."""
     model = DistributedDataParallel(convolutional())
-    apart = APART(model, EPSILON, GROUPS, rule=sign_perturbation)
+    apart = APART(model, EPSILON, GROUPS)
+    torch.manual_seed(rank)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     seen = []
     for t in range(STEPS):
@@ -164,9 +165,8 @@ def train_one_pass(rank: int) -> list[dict[str, Any]]:
         optimizer.zero_grad()
         with apart.one_pass():
             F.cross_entropy(model(x), y).backward()
-        used = without_prefix(apart.perturbation)
-        found = {name: Shift(*shift) for name, shift in without_prefix(apart.state_dict()["perturbation"]).items()}
-        seen.append({"before": before, "grads": gradients(model.module), "used": used, "found": found})
+        drawn = without_prefix(apart.perturbation)
+        seen.append({"before": before, "grads": gradients(model.module), "perturbation": drawn})
         optimizer.step()
     return seen
 
@@ -241,7 +241,7 @@ def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module 
 def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bool = False) -> Any:
     """The drop-in; DistributedDataParallel takes SyncBatchNorm on GPUs alone, so gradients are averaged by hand."""
     model = synchronised()
-    apart = APART(model, EPSILON, groups, rule=sign_perturbation, process_group=group)
+    apart = APART(model, EPSILON, groups, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     for t in range(LONG):
         optimizer.zero_grad()
@@ -256,8 +256,8 @@ def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bo
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
         optimizer.step()
-    found = apart.state_dict()["perturbation"]
-    return {name: p.detach().clone() for name, p in model.state_dict().items()}, apart.stats, apart.stat_grads, found
+    state = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    return state, apart.stats, apart.stat_grads, apart.perturbation
 
 
 def all_forms(batches: Callable[[int], Batches], group: Any) -> dict[str, Any]:
@@ -336,7 +336,6 @@ def draw(rank: int) -> Any:
     apart = APART(model, rule=random_sign_perturbation, process_group="world")
     found = [
         two(*split_state(model), shard(rank, 0)).perturbation,
-        one(*split_state(model), shard(rank, 0), init_perturbation(model)).perturbation,
         one(*split_state(model), shard(rank, 0)).perturbation,
     ]
     both_passes(apart, shard(rank, 0))
@@ -363,7 +362,8 @@ class Sometimes(nn.Module):
 
 def called_sometimes(rank: int) -> Any:
     model = Sometimes()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
+    options: dict[str, Any] = {"epsilon": EPSILON, "groups": 2, "rule": sign_perturbation, "process_group": "world"}
+    step = make_one_pass_step(model, F.cross_entropy, **options)
     carried = {name: type(shift)(shift.mean + 0.05, shift.scale) for name, shift in init_perturbation(model).items()}
     generator = torch.Generator().manual_seed(rank)
     batch = torch.randn(8, 3, generator=generator).double(), torch.randint(3, (8,), generator=generator)
@@ -378,9 +378,9 @@ def not_finite(rank: int) -> Any:
     if rank:
         x[0] = torch.inf
     found = []
-    for make, more in ((make_apart_step, ()), (make_one_pass_step, (init_perturbation(model),))):
+    for make in (make_apart_step, make_one_pass_step):
         step = make(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
-        out = step(params, buffers, (x, y), *more)
+        out = step(params, buffers, (x, y))
         found.append((bool(out.all_finite), all(torch.equal(out.buffers[k], b) for k, b in buffers.items())))
     return found
 
@@ -470,7 +470,7 @@ def disagree(rank: int) -> dict[str, str]:
         "settings": step_of(model, epsilon=0.1 + 0.1 * rank),
         "form": lambda: (
             make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, process_group="world")(
-                *split_state(model), batch, init_perturbation(model)
+                *split_state(model), batch
             )
             if rank
             else step_of(model)()
@@ -484,7 +484,7 @@ def disagree(rank: int) -> dict[str, str]:
         "subclass": step_of(nn.Sequential(Activated(2).double(), *model)),
         "rows": lambda: make_one_pass_step(
             tokens, F.cross_entropy, epsilon=0.1, groups=2, rows=lambda layer, x: torch.arange(len(x)) // 2
-        )(*split_state(tokens), of_tokens, init_perturbation(tokens)),
+        )(*split_state(tokens), of_tokens),
     }
     return {name: refusal(call) for name, call in tried.items()}
 
@@ -701,6 +701,7 @@ def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dic
     check_definition(ranks, way)
 
 
+@pytest.mark.slow
 def test_every_step_of_four_ranks_is_that_of_the_definition_on_averaged_shards(
     four_ranks: list[dict[str, Any]],
 ) -> None:
@@ -724,10 +725,12 @@ def check_definition(ranks: list[dict[str, Any]], way: str) -> None:
         model.load_state_dict(params | found["buffers"])
 
 
-def test_one_pass_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
+def test_one_pass_draws_one_perturbation_for_all_ranks_and_another_in_every_step(ranks: list[dict[str, Any]]) -> None:
     for first, second in zip(*(results["one_pass"] for results in ranks), strict=True):
-        for key in ("used", "found", "grads"):
+        for key in ("perturbation", "grads"):
             torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+    drawn = [step["perturbation"]["4"].mean for step in ranks[0]["one_pass"]]
+    assert not all(torch.equal(drawn[0], later) for later in drawn[1:])
 
 
 def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: list[dict[str, Any]]) -> None:
@@ -736,15 +739,11 @@ def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: l
         model.load_state_dict(seen["before"])
         steps = [
             oracle_one_pass_step(
-                model, F.cross_entropy, shard(rank, t), seen["used"], epsilon=EPSILON, groups=GROUPS, clean=1
+                model, F.cross_entropy, shard(rank, t), seen["perturbation"], epsilon=EPSILON, groups=GROUPS, clean=1
             )
             for rank in range(RANKS)
         ]
         torch.testing.assert_close(seen["grads"], averaged([step.grads for step in steps]), **ROUNDING)
-        for layer, g in averaged([step.stat_grads for step in steps]).items():
-            for shift, part in zip(seen["found"][layer], g, strict=True):
-                clear = part.abs() > 1e-12  # where the sign is no matter of rounding
-                assert torch.equal(shift[clear], EPSILON * part.sign()[clear])
 
 
 def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(
@@ -889,7 +888,7 @@ def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
             "two passes": [statistics, bucket],
             "micro-batches": [statistics, statistics, bucket],
             "ascent": [statistics, trained, bucket],
-            "one pass": [2 * channels, bucket, statistics],  # signs of the first rank
+            "one pass": [2 * channels, bucket],  # signs of the first rank
             "carried": [bucket, statistics],
         }
 
@@ -997,6 +996,7 @@ def lose(rank: int, folder: Path, how: str) -> None:
             os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gone", "hangs"])
 def test_a_rank_that_is_lost_ends_the_others_with_an_error(how: str, tmp_path: Path) -> None:
     processes = [get_context("spawn").Process(target=lose, args=(rank, tmp_path, how)) for rank in range(RANKS)]

@@ -1,0 +1,322 @@
+"""Arms with equal budgets of tuning: `python -m experiments budget --data-dir cifar-10-batches-py --out runs/budget`.
+
+The plan, with its rules of decision, is examples/results/PLAN.md.
+
+    search   the same draws of learning rate and weight decay for every arm, and its own knobs    one split, one seed
+    refine   each arm's best three with two seeds more
+    test     each arm's lowest mean validation error, trained again                               fresh splits and seeds
+
+Every finished run is a line of `--results`. The same command goes on where it was stopped, on any machine that has this
+file; several may run side by side on one machine. What is tested is measured when every arm has been chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+from scipy.stats import qmc
+
+from experiments.budget_table import search_table, test_tables
+from experiments.environment import environment
+from experiments.evaluate import Options as Measurement
+from experiments.evaluate import evaluate_run, read_evaluation
+from experiments.loop import train
+from experiments.nonfinite import NonFiniteError
+from experiments.runs import FolderError, RunError, is_finished, read_run
+from experiments.tables import markdown
+from experiments.train import parse
+
+DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
+REFINED, REFINE_SEEDS = 3, (1, 2)
+
+
+class Range(NamedTuple):
+    """What a setting is drawn from: uniform, or uniform in the logarithm. A value below 0 becomes 0: it is off."""
+
+    low: float
+    high: float
+    is_log: bool = True
+    is_whole: bool = False
+
+    def at(self, share: float) -> float:
+        """The value at a share of the range, to four digits."""
+        value = self.low * (self.high / self.low) ** share if self.is_log else self.low + share * (self.high - self.low)
+        return round(value) if self.is_whole else max(0.0, float(f"{value:.4g}"))
+
+
+class Arm(NamedTuple):
+    """A method, with what is tuned for it alone: at most two knobs."""
+
+    options: str
+    knobs: Mapping[str, Range]
+
+
+class Study(NamedTuple):
+    """What all arms share."""
+
+    options: str
+    shared: Mapping[str, Range]
+    arms: Mapping[str, Arm]
+    draws: int = 20
+    test_splits: int = 8
+
+
+def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
+    """The arms, all of the same compute: two passes have half the epochs."""
+    smoothing, dropout = Range(-0.2, 0.2, is_log=False), Range(-0.5, 0.5, is_log=False)
+    once, twice = f"--epochs {epochs}", f"--epochs {epochs // 2}"
+    return {
+        "plain": Arm(f"--method plain {once}", {"label-smoothing": smoothing, "dropout": dropout}),
+        "ghost_noise": Arm(f"--method ghost_noise {once}", {"ghost-size": ghost_sizes}),
+        "one_pass": Arm(f"--method one_pass --groups {groups} {once}", {"epsilon": Range(0.05, 0.5)}),
+        "apart": Arm(f"--method apart --groups {groups} {twice}", {"epsilon": Range(0.025, 0.4)}),
+        "sam": Arm(f"--method sam {twice}", {"rho": Range(0.02, 0.5)}),
+    }
+
+
+_CIFAR = (
+    "--data cifar10 --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 --schedule cosine "
+    "--compile --channels-last --batch-size"
+)
+_DIGITS = "--data digits --schedule cosine --batch-size"
+_DECAYS = Range(5e-4, 5e-2)
+_LARGE = {"lr": Range(0.03, 0.6), "weight-decay": _DECAYS}
+_SMALL = {"lr": Range(0.01, 0.3), "weight-decay": _DECAYS}
+_FEW = Range(2, 16, is_whole=True)
+STUDIES = {
+    "cifar10": Study(f"{_CIFAR} 128", _LARGE, arms_of(120, 4, Range(4, 64, is_whole=True))),
+    "cifar10-batch16": Study(f"{_CIFAR} 16", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "cifar10-batch8": Study(f"{_CIFAR} 8", _SMALL, arms_of(30, 2, _FEW), draws=12),
+    "digits-batch16": Study(f"{_DIGITS} 16", _SMALL, arms_of(60, 2, _FEW), draws=12, test_splits=20),
+    "digits-batch8": Study(f"{_DIGITS} 8", _SMALL, arms_of(30, 2, _FEW), draws=12, test_splits=20),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run.
+
+    Attributes:
+        study: which one.
+        arms: of it; all have the same draws, so that one can be added later.
+        data_dir: where its data lie, if they do not come with a package.
+        out: folder of the run folders.
+        results: file of the finished runs, a line each; OUT/results.jsonl where none is named.
+        test_at_edge: test even what lies at the edge of its range.
+    """
+
+    study: str = "cifar10"
+    arms: tuple[str, ...] = ("plain", "ghost_noise", "one_pass", "apart")
+    data_dir: Path | None = None
+    out: Path = Path("runs/budget")
+    results: Path | None = None
+    test_at_edge: tyro.conf.FlagCreatePairsOff[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is not there."""
+        if self.study not in STUDIES:
+            raise ValueError(f"there is no study {self.study!r}: choose one of {', '.join(STUDIES)}")
+        if unknown := set(self.arms) - set(STUDIES[self.study].arms):
+            raise ValueError(
+                f"{self.study} has no arm {', '.join(sorted(unknown))}: choose of its arms "
+                f"{', '.join(STUDIES[self.study].arms)}"
+            )
+
+
+class Trial(NamedTuple):
+    """A run of the plan."""
+
+    stage: str
+    arm: str
+    draw: int
+    split: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.stage}-draw{self.draw:02d}-{self.arm}-split{self.split}-seed{self.seed}"
+
+
+Results = dict[Trial, dict[str, Any]]
+
+
+def shares_of(study: Study) -> list[list[float]]:
+    """Where in its range each setting of each draw lies: a Latin hypercube, the same for all arms."""
+    hypercube = qmc.LatinHypercube(d=4, rng=np.random.default_rng(0))
+    return hypercube.random(study.draws).tolist()  # type: ignore[no-any-return]  # scipy has no types
+
+
+def ranges_of(study: Study, arm: str) -> dict[str, Range]:
+    """What the settings of an arm are drawn from, those that all arms share first."""
+    return {**study.shared, **study.arms[arm].knobs}
+
+
+def drawn(study: Study, arm: str, draw: int) -> dict[str, float]:
+    """The settings of a draw."""
+    pairs = zip(ranges_of(study, arm).items(), shares_of(study)[draw], strict=False)
+    return {name: each.at(share) for (name, each), share in pairs}
+
+
+def arguments(options: Options, trial: Trial) -> list[str]:
+    """The command line of a run, as train takes it."""
+    study = STUDIES[options.study]
+    values = drawn(study, trial.arm, trial.draw)
+    where = ["--data-dir", str(options.data_dir)] if options.data_dir else []
+    command = [*study.options.split(), *study.arms[trial.arm].options.split(), *where, "--no-tensorboard"]
+    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    command += ["--split-seed", str(trial.split), "--seed", str(trial.seed), "--workers", "0"]
+    return [*command, "--evaluate-every", "1000000", "--out", str(options.out / trial.name)]
+
+
+def search(options: Options, _: Results) -> list[Trial]:
+    """Every draw of every arm; all arms advance together, so that what has finished can be compared."""
+    draws = range(STUDIES[options.study].draws)
+    return [Trial("search", arm, draw, 0, 0) for draw in draws for arm in options.arms]
+
+
+def refine(options: Options, results: Results) -> list[Trial]:
+    """The best of each arm, with further seeds."""
+    best = {arm: ranked(results, arm)[:REFINED] for arm in options.arms}
+    return [
+        Trial("refine", arm, best[arm][place], 0, seed)
+        for seed in REFINE_SEEDS
+        for place in range(REFINED)
+        for arm in options.arms
+    ]
+
+
+def test(options: Options, results: Results) -> list[Trial]:
+    """What each arm has chosen, on fresh splits and seeds."""
+    chosen = {arm: choice(results, arm) for arm in options.arms}
+    splits = range(1, 1 + STUDIES[options.study].test_splits)
+    return [Trial("test", arm, chosen[arm], split, 10 + split) for split in splits for arm in options.arms]
+
+
+def ranked(results: Results, arm: str) -> list[int]:
+    """The draws of an arm by the validation error of its search, the best first; of equals the earlier draw."""
+    errors = {
+        trial.draw: line["validation_error"]
+        for trial, line in results.items()
+        if (trial.stage, trial.arm) == ("search", arm)
+    }
+    return sorted(errors, key=lambda draw: (errors[draw], draw))
+
+
+def choice(results: Results, arm: str) -> int:
+    """The draw of the lowest mean validation error over search and refinement, among those that were refined."""
+    errors: dict[int, list[float]] = {}
+    for trial, line in results.items():
+        if trial.arm == arm and trial.stage in ("search", "refine"):
+            errors.setdefault(trial.draw, []).append(line["validation_error"])
+    means = {draw: np.mean(each) for draw, each in errors.items() if len(each) == 1 + len(REFINE_SEEDS)}
+    return min(sorted(means), key=lambda draw: float(means[draw]))
+
+
+def edges(study: Study, arm: str, draw: int) -> list[str]:
+    """Which settings of a draw are the smallest or largest of all draws, so that the best may lie beyond; not 0."""
+    found = []
+    for (name, each), share in zip(ranges_of(study, arm).items(), shares_of(study)[draw], strict=False):
+        if share > 1 - 1 / study.draws or (share < 1 / study.draws and each.low > 0):
+            found.append(f"{name} {each.at(share):g} of {each.low:g} to {each.high:g}")
+    return found
+
+
+def read_results(path: Path) -> Results:
+    """The finished runs."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    stored = [json.loads(line) for line in lines if line.strip()]
+    return {Trial(*(line[name] for name in Trial._fields)): line for line in stored}
+
+
+def run(options: Options, trial: Trial, path: Path) -> None:
+    """Train a run from where it stands, and add its line; a run that another process is at is left to it."""
+    settings = parse(arguments(options, trial)).settings
+    line = trial._asdict() | {"settings": drawn(STUDIES[options.study], trial.arm, trial.draw)}
+    try:
+        train([settings], show=lambda _: None)
+        found = read_run(settings.out, "validation")
+        line |= {"validation_error": found.errors[settings.training.epochs], "train_loss": found.losses[-1]}
+    except RunError as error:
+        if "another process" not in str(error):
+            raise
+        return print(f"  {error}", flush=True)
+    except NonFiniteError as error:
+        line |= {"validation_error": DIVERGED, "diverged": str(error).splitlines()[0]}
+    if trial.stage == "test":
+        line |= _measured(settings.out, options)
+    line["machine"] = environment()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _measured(folder: Path, options: Options) -> dict[str, Any]:
+    """What a tested network withstands."""
+    if not is_finished(folder):
+        return {"test_error": DIVERGED}
+    problem = evaluate_run(folder, Measurement((folder,), samples=10_000, data_dir=options.data_dir))
+    if problem:
+        raise FolderError(f"{folder} could not be measured: {problem}")
+    return read_evaluation(folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Go on with a study."""
+    options = tyro.cli(Options, args=argv, prog="python -m experiments budget", description=__doc__)
+    path = options.results or options.out / "results.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stage in (search, refine, test):
+        if stage is test and not is_settled(options, read_results(path)):
+            return
+        trials = stage(options, read_results(path))
+        for number, trial in enumerate(trials, start=1):
+            if trial not in read_results(path):
+                print(f"{number} of {len(trials)}: {trial.name}", flush=True)
+                run(options, trial, path)
+                write_tables(options, path)
+        write_tables(options, path)
+        if not set(trials) <= set(read_results(path)):
+            print(
+                "Other processes are at the last runs of this stage; the same command goes on when they have finished."
+            )
+            return
+
+
+def write_tables(options: Options, path: Path) -> None:
+    """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
+    results = read_results(path)
+    lines, arms = list(results.values()), list(dict.fromkeys(trial.arm for trial in results))
+    tables = [search_table(options.study, arms, lines)]
+    tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
+    if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
+        tables += test_tables(options.study, list(options.arms), lines)
+    else:
+        planned = len(options.arms) * (STUDIES[options.study].draws + REFINED * len(REFINE_SEEDS))
+        planned += len(options.arms) * STUDIES[options.study].test_splits
+        notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
+        tables = [tables[0]._replace(notes=notes)]
+    path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
+
+
+def is_settled(options: Options, results: Results) -> bool:
+    """Whether what was chosen can be tested; tells what each arm has chosen, and what lies at an edge."""
+    are_inside = True
+    for arm in options.arms:
+        draw = choice(results, arm)
+        at_edge = edges(STUDIES[options.study], arm, draw)
+        are_inside &= not at_edge
+        print(f"{arm}: draw {draw}, {drawn(STUDIES[options.study], arm, draw)}")
+        for each in at_edge:
+            print(f"  at the edge: {each}")
+    if not (are_inside or options.test_at_edge):
+        print("Extend the ranges as the plan says before anything is tested, or add --test-at-edge.")
+    return are_inside or options.test_at_edge

@@ -1,0 +1,202 @@
+"""The drop-in's one pass: the step of the function at signs that it draws, in a context around the user's loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import gradients
+from small import convolutional, images
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from apart_func import (
+    APART,
+    BatchError,
+    ModelError,
+    SettingError,
+    StepOutput,
+    make_one_pass_step,
+    sign_flips,
+    sign_perturbation,
+    split_state,
+)
+
+BATCH = images()
+# The compared computations differ in the order of float64 sums only.
+ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
+
+
+def drop_in_pass(apart: APART, batch: Any = BATCH, loss_fn: Any = F.cross_entropy) -> None:
+    apart.model.zero_grad()
+    with apart.one_pass():
+        loss_fn(apart.model(batch[0]), batch[1]).backward()
+
+
+def functional_pass(model: nn.Module, batch: Any = BATCH, loss_fn: Any = F.cross_entropy, **options: Any) -> StepOutput:
+    options = {"epsilon": 0.3, "groups": 4} | options
+    return make_one_pass_step(model, loss_fn, **options)(*split_state(model), batch)
+
+
+def assert_same_pass(apart: APART, out: StepOutput) -> None:
+    torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(apart.model), out.grads, **ROUNDING)
+    torch.testing.assert_close(dict(apart.model.named_buffers()), out.buffers, **ROUNDING)
+    torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
+
+
+def test_it_takes_the_steps_of_the_function_from_the_same_seed() -> None:
+    model = convolutional()
+    apart = APART(model, 0.3, 4)
+    for seed in range(3):
+        batch = images(seed=seed)
+        torch.manual_seed(seed)
+        out = functional_pass(copy.deepcopy(model), batch)
+        torch.manual_seed(seed)
+        drop_in_pass(apart, batch)
+        assert_same_pass(apart, out)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(reduction="sum"),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0]).double()),
+        nn.CrossEntropyLoss(ignore_index=int(BATCH[1][0])),
+    ],
+    ids=["sum", "class weights", "ignore_index"],
+)
+def test_it_and_the_function_differentiate_the_loss_of_the_whole_batch_whatever_mean_it_is(loss_fn: Any) -> None:
+    apart, twin = APART(convolutional(), 0.3, 4), convolutional()
+    torch.manual_seed(0)
+    out = functional_pass(twin, loss_fn=loss_fn)
+    torch.manual_seed(0)
+    drop_in_pass(apart, loss_fn=loss_fn)
+    assert_same_pass(apart, out)
+
+
+def test_a_rule_of_gradients_is_refused_with_the_step_that_takes_one() -> None:
+    apart = APART(convolutional(), groups=4, rule=sign_perturbation)
+    with pytest.raises(SettingError, match=r"draws its perturbation.*Leave rule=None, or take make_one_pass_step"):
+        drop_in_pass(apart)
+
+
+def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
+    apart = APART(convolutional(), 0.1, 4)
+    for context in (apart.to_proxy, apart.to_adver):
+        with context():
+            F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
+    found = apart.perturbation
+    torch.testing.assert_close(found, sign_perturbation({}, apart.stat_grads, torch.tensor(0.1).double()))
+    drop_in_pass(apart)
+    assert apart.stat_grads == {}
+    assert sign_flips(found, apart.perturbation) > 0
+
+
+def test_a_new_radius_is_that_of_the_next_signs() -> None:
+    apart = APART(convolutional(), 0.1, 4).set_epsilon(0.4)
+    drop_in_pass(apart)
+    assert all((part.abs() == 0.4).all() for shift in apart.perturbation.values() for part in shift)
+
+
+def test_backward_may_come_after_the_context() -> None:
+    inside, after = APART(convolutional(), 0.1, 4), APART(convolutional(), 0.1, 4)
+    torch.manual_seed(0)
+    drop_in_pass(inside)
+    torch.manual_seed(0)
+    with after.one_pass():
+        loss = F.cross_entropy(after.model(BATCH[0]), BATCH[1])
+    loss.backward()
+    torch.testing.assert_close(gradients(after.model), gradients(inside.model), rtol=0, atol=0)
+
+
+def test_micro_batches_in_one_context_add_up_under_the_same_signs() -> None:
+    apart, twin = APART(convolutional(), 0.3, 2), convolutional()
+    torch.manual_seed(0)
+    with apart.one_pass():
+        for start in (0, 4):
+            part = slice(start, start + 4)
+            (F.cross_entropy(apart.model(BATCH[0][part]), BATCH[1][part]) / 2).backward()
+    torch.manual_seed(0)
+    out = functional_pass(twin, groups=2, microbatches=2)
+    torch.testing.assert_close(gradients(apart.model), out.grads, **ROUNDING)
+    torch.testing.assert_close(dict(apart.model.named_buffers()), out.buffers, **ROUNDING)
+
+
+def test_it_leaves_the_model_and_the_optimizer_without_anything_to_save() -> None:
+    apart = APART(convolutional(), 0.1, 4)
+    plain = convolutional()
+    drop_in_pass(apart)
+    assert list(apart.model.state_dict()) == list(plain.state_dict())
+    assert not hasattr(apart, "state_dict")
+    plain.load_state_dict(apart.model.state_dict())
+    torch.testing.assert_close(apart.model(BATCH[0]), plain(BATCH[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_it_needs_a_number_of_groups(groups: int) -> None:
+    with pytest.raises(SettingError, match=f"groups={groups} makes one of the whole batch.*groups=4"):
+        drop_in_pass(APART(convolutional(), 0.1, groups))
+
+
+def test_a_group_of_every_sample_is_as_many_groups_as_samples() -> None:
+    each, eight = APART(convolutional(), 0.3, -1), APART(convolutional(), 0.3, 8)
+    for apart in (each, eight):
+        torch.manual_seed(0)
+        drop_in_pass(apart)
+    torch.testing.assert_close(gradients(each.model), gradients(eight.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("fraction", "which"), [(0.0, "none"), (1.0, "all")])
+def test_groups_of_one_kind_are_refused_in_the_right_words(fraction: float, which: str) -> None:
+    with (
+        pytest.raises(SettingError, match=f"clean_fraction={fraction} make {which} of the groups clean"),
+        APART(convolutional(), 0.1, 4).one_pass(fraction),
+    ):
+        pytest.fail("entered")
+
+
+def test_a_short_last_batch_is_refused_with_its_likely_cause() -> None:
+    with pytest.raises(BatchError, match=r"groups=4 does not divide the 6.*drop_last=True in the data loader\."):
+        drop_in_pass(APART(convolutional(), 0.1, 4), images(6))
+
+
+def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = convolutional()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    apart, eager = APART(model, 0.3, 4), APART(convolutional(), 0.3, 4)
+    for seed in range(3):
+        x, y = images(seed=seed)
+        model.zero_grad()
+        torch.manual_seed(seed)
+        with apart.one_pass():
+            F.cross_entropy(compiled(x), y).backward()
+        torch.manual_seed(seed)
+        drop_in_pass(eager, (x, y))
+        torch.testing.assert_close(gradients(model), gradients(eager.model), **ROUNDING)
+    assert counter.frame_count == 1
+
+
+class Freezing(nn.Module):
+    """Puts a layer that keeps no running statistics in evaluation mode, as it runs or before."""
+
+    def __init__(self, is_late: bool) -> None:
+        super().__init__()
+        self.body = convolutional()
+        self.body[4] = nn.BatchNorm2d(5, track_running_stats=False).double().train(is_late)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body[4].eval()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name(is_late: bool) -> None:
+    message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
+    with pytest.raises(ModelError, match=message):
+        drop_in_pass(APART(Freezing(is_late), 0.1, 2))

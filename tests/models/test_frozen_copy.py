@@ -1,0 +1,357 @@
+"""A functional step holds a copy of the model: of any that plain PyTorch trains; later changes to that are seen."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import ROUNDING, assert_plain
+from small import convolutional, images
+from torch import Tensor, nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
+
+from apart_func import (
+    ModelError,
+    StateError,
+    assign_grads_,
+    functionalize,
+    load_state_,
+    make_apart_step,
+    make_one_pass_step,
+    split_state,
+)
+
+BATCH = images()
+
+# What can be copied.
+
+
+class Scaled(nn.Module):
+    """Multiplies its output by something that is no parameter and no buffer."""
+
+    def __init__(self, prior: Any) -> None:
+        super().__init__()
+        self.body, self.prior = convolutional(), prior
+
+    def value(self) -> Any:
+        prior = self.prior
+        return next(iter(prior.values())) if isinstance(prior, dict) else prior[0] if isinstance(prior, list) else prior
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * torch.as_tensor(self.value())
+
+
+class ByFunction(nn.Module):
+    """Reaches a layer through a function that stands on the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutional()
+        self.normalise = lambda x: self.body[1](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[2:](self.normalise(self.body[0](x)))
+
+
+def with_layer(change: Callable[[nn.Module], Any], forwards: int = 0) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = convolutional()
+        changed = change(model[3])
+        model[3] = changed if isinstance(changed, nn.Module) else model[3]
+        for _ in range(forwards):
+            model(BATCH[0])
+        return model
+
+    return build
+
+
+def compiled_in_place(place: slice, forwards: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = convolutional()
+        (model if place == slice(None) else model[place.start]).compile(backend="eager")
+        for _ in range(forwards):
+            model(BATCH[0])
+        return model
+
+    return build
+
+
+def twice_registered() -> nn.Module:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+    return nn.Sequential(block, block, nn.Flatten(), nn.Linear(32, 3)).double()
+
+
+def hooked() -> nn.Module:
+    model = convolutional()
+    model[4].register_forward_hook(lambda layer, inputs, output: output * layer.eps**0.1 + model[1].eps)
+    return model
+
+
+COPIED: dict[str, Callable[[], nn.Module]] = {
+    "a tensor": lambda: Scaled(torch.tensor([0.1, 0.2, 0.7]).double()),
+    "a 0-d tensor": lambda: Scaled(torch.tensor(0.5).double()),
+    "an array": lambda: Scaled(np.array([0.1, 0.2, 0.7])),
+    "tensors in a list": lambda: Scaled([torch.tensor([0.1, 0.2, 0.7]).double()]),
+    "arrays in a dict": lambda: Scaled({"prior": np.array([0.1, 0.2, 0.7])}),
+    "a function of a layer": ByFunction,
+    "a hook of a layer": hooked,
+    "weight_norm": with_layer(weight_norm),
+    "weight_norm, used": with_layer(weight_norm, 1),
+    # after so many power iterations its vectors stand still, also in the second pass
+    "spectral_norm": with_layer(spectral_norm, 200),
+    "pruned": with_layer(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "pruned, used": with_layer(lambda layer: prune.random_structured(layer, "weight", 0.5, dim=0), 1),
+    "compiled": compiled_in_place(slice(None), 0),
+    "compiled, used": compiled_in_place(slice(None), 1),
+    "a part is compiled": compiled_in_place(slice(3, 4), 1),
+    "a module under two names": twice_registered,
+}
+# The second is one of Dynamo itself, whatever it compiles a part of.
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*(weight_norm|spectral_norm).*deprecated:FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+
+
+@quiet
+@pytest.mark.parametrize("kind", COPIED)
+def test_a_model_that_plain_pytorch_trains_is_copied_and_trained_alike(kind: str) -> None:
+    assert_plain(lambda: seeded(COPIED[kind]), BATCH)
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build()
+
+
+@quiet
+@pytest.mark.parametrize("kind", COPIED)
+def test_its_copy_evaluates_with_the_arguments_and_not_with_the_weights_of_the_caller(kind: str) -> None:
+    model = seeded(COPIED[kind])
+    params, buffers = split_state(model)
+    fmodel, half = functionalize(model), {name: tensor / 2 for name, tensor in params.items()}
+    found = fmodel(half, buffers, BATCH[0])
+    assert not torch.allclose(found, fmodel(params, buffers, BATCH[0]))
+    load_state_(model, half, buffers)
+    torch.testing.assert_close(found, model.eval()(BATCH[0]).detach(), **ROUNDING)
+
+
+@pytest.mark.parametrize("place", ["body", "forward"])
+def test_a_function_that_holds_somebody_elses_module_is_refused_before_that_one_runs(place: str) -> None:
+    model, other = convolutional(), convolutional()
+    before = copy.deepcopy(other.state_dict())
+    setattr(model[5], place, lambda x: other[4](x))
+    with pytest.raises(ModelError, match=r"layer '5' \(ReLU\) is a function that holds .*Make it an attribute"):
+        make_apart_step(model, F.cross_entropy)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+
+
+# What changes afterwards.
+
+
+class Scheduled(nn.Module):
+    """A model with everything that a training script changes as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop = convolutional(), nn.Dropout(0.0)
+        self.rate, self.gates, self.options = 0.0, [1.0], {"power": 1.0}
+        self.hidden = [torch.ones(3).double()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.body(x)) * (1 - self.rate) * self.gates[0] * self.hidden[0]
+        return y + self.options["power"] * y.square()
+
+
+def set_epoch(model: Scheduled) -> None:
+    model.rate = 0.5
+
+
+def change_list(model: Scheduled) -> None:
+    model.gates[0] = 2.0
+
+
+def change_dict(model: Scheduled) -> None:
+    model.options["power"] = 0.1
+
+
+def change_hidden_tensor(model: Scheduled) -> None:
+    model.hidden[0].mul_(2)
+
+
+def change_momentum(model: Scheduled) -> None:
+    model.body[4].momentum = 0.5
+
+
+def change_eps(model: Scheduled) -> None:
+    model.body[4].eps = 0.1
+
+
+def freeze_layer(model: Scheduled) -> None:
+    model.body[4].eval()
+
+
+def change_dropout(model: Scheduled) -> None:
+    model.drop.p = 1.0
+
+
+def add_hook(model: Scheduled) -> None:
+    model.body[5].register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+def replace_layer(model: Scheduled) -> None:
+    model.body[5] = nn.SiLU()
+
+
+def replace_forward(model: Scheduled) -> None:
+    model.body[5].forward = lambda x: F.silu(x)
+
+
+CHANGES = [
+    set_epoch,
+    change_list,
+    change_dict,
+    change_hidden_tensor,
+    change_momentum,
+    change_eps,
+    freeze_layer,
+    change_dropout,
+    add_hook,
+    replace_layer,
+    replace_forward,
+]
+
+
+def makers() -> list[Callable[[nn.Module], Any]]:
+    return [
+        lambda model: make_apart_step(model, F.cross_entropy, groups=2),
+        lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
+    ]
+
+
+def tensors(step: Any, model: nn.Module) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return step(*split_state(model), BATCH)._asdict()
+
+
+@pytest.mark.parametrize("make", makers(), ids=["two passes", "one pass"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_training_script_changes_is_seen_at_the_next_call_and_not_by_copies(change: Any, make: Any) -> None:
+    model = Scheduled()
+    step = make(model)
+    before = tensors(step, model)
+    taken = [copy.deepcopy(step), pickle.loads(pickle.dumps(step))]
+    change(model)
+    after = tensors(step, model)
+    torch.testing.assert_close(after, tensors(make(model), model), rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(after, before)
+    for each in taken:
+        torch.testing.assert_close(tensors(each, model), before, rtol=0, atol=0)
+
+
+def test_a_module_that_is_added_wants_its_parameters() -> None:
+    model = convolutional()
+    step, state = make_apart_step(model, F.cross_entropy), split_state(model)
+    step(*state, BATCH)
+    model.append(nn.Linear(3, 3).double())
+    with pytest.raises(StateError, match=r"missing \['9.bias', '9.weight'\].*Take them from split_state"):
+        step(*state, BATCH)
+    assert step(*split_state(model), BATCH).grads.keys() == dict(model.named_parameters()).keys()
+
+
+def test_a_model_in_evaluation_mode_has_no_step_until_it_trains_again() -> None:
+    model = convolutional()
+    for make in makers():
+        step = make(model)
+        before = tensors(step, model)
+        model.eval()
+        with pytest.raises(ModelError, match=r"none of the 2 batch-norm layers.*Call model.train\(\)"):
+            step(*split_state(model), BATCH)
+        torch.testing.assert_close(  # evaluation in the middle of training goes on
+            step.fmodel(*split_state(model), BATCH[0]), model(BATCH[0]).detach(), **ROUNDING
+        )
+        model.train()
+        torch.testing.assert_close(tensors(step, model), before, rtol=0, atol=0)
+
+
+# What a forward leaves on the copy.
+
+
+class Keeps(nn.Module):
+    """Fills containers and counts, as models do that collect features or losses for somebody to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convolutional()
+        self.listed: list[Tensor] = []
+        self.named: dict[str, Tensor] = {}
+        self.unique: set[Tensor] = set()
+        self.last: deque[Tensor] = deque()
+        self.nested: dict[str, list[Tensor]] = {"deep": []}
+        self.calls, self.latest = 0, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        self.listed.append(y)
+        self.named[str(self.calls)] = y
+        self.unique.add(y)
+        self.last.append(y)
+        self.nested["deep"].append(y)
+        self.calls, self.latest = self.calls + 1, y
+        ALIVE.append(weakref.ref(y))
+        return y * (1 + self.calls)
+
+
+ALIVE: list[weakref.ref[Tensor]] = []
+
+
+@pytest.mark.parametrize("make", makers(), ids=["two passes", "one pass"])
+def test_what_a_forward_keeps_is_dropped_with_its_graph_and_every_step_starts_alike(make: Any) -> None:
+    model = Keeps()
+    step = make(model)
+    ALIVE.clear()
+    first = tensors(step, model)
+    torch.testing.assert_close(tensors(step, model), first, rtol=0, atol=0)
+    del first
+    gc.collect()
+    assert [reference() for reference in ALIVE] == [None] * len(ALIVE) != []
+    assert (model.calls, model.listed, model.nested) == (0, [], {"deep": []})  # the caller's own is never run
+
+
+# Parameters that are not, or no longer, the model's memory.
+
+
+def test_parameters_may_be_copies_of_the_models() -> None:
+    model = convolutional()
+    copies = tuple({name: tensor.clone() for name, tensor in part.items()} for part in split_state(model))
+    for make in makers():
+        step = make(model)
+        torch.manual_seed(0)
+        torch.testing.assert_close(step(*copies, BATCH)._asdict(), tensors(step, model), rtol=0, atol=0)
+
+
+def test_parameters_of_split_state_follow_what_gives_the_model_other_memory() -> None:
+    """SAM optimizers put weights back by `p.data = saved`, and load_state_dict(assign=True) replaces parameters."""
+    model = convolutional()
+    params, buffers = split_state(model)
+    step = make_apart_step(model, F.cross_entropy)
+    for parameter in model.parameters():
+        parameter.data = parameter.data / 2
+    out = step(params, buffers, BATCH)
+    torch.testing.assert_close(out._asdict(), step(*split_state(model), BATCH)._asdict(), rtol=0, atol=0)
+    assign_grads_(model, out.grads)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    trained = copy.deepcopy(model.state_dict())
+    load_state_(model, params, out.buffers)
+    torch.testing.assert_close(model[0].weight.detach(), trained["0.weight"], rtol=0, atol=0)

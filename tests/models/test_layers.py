@@ -1,0 +1,161 @@
+"""Layers that do with batch norm what some do: choose its statistics, are shared, skipped, or called in one piece."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import drop_in_step
+from plain import ROUNDING, assert_plain, functional_step, one_pass
+from small import convolutional, images
+from torch import Tensor, nn
+
+from apart_func import init_perturbation, make_apart_step, make_one_pass_step, split_state
+
+BATCH = images()
+
+
+class Frozen(nn.BatchNorm2d):
+    """Normalises by its running statistics while it trains its scale and shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class OtherMomentum(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.7, self.eps)
+
+
+class OtherBuffers(nn.BatchNorm2d):
+    """Keeps its statistics under other names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, True, self.momentum, eps=self.eps)
+
+
+class NoStatistics(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=1e-2)
+
+
+class CountsItself(nn.BatchNorm2d):
+    """Counts by replacement, as timm's layers and those of synchronised batch norm do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked = self.num_batches_tracked + 1
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+@pytest.mark.parametrize("kind", [Frozen, OtherMomentum, OtherBuffers, NoStatistics, CountsItself])
+@pytest.mark.parametrize("place", [1, 4])
+def test_a_subclass_normalises_by_what_it_passes_and_moves_what_it_passes(kind: type[nn.Module], place: int) -> None:
+    def build() -> nn.Module:
+        model = convolutional()
+        model[place] = kind(model[place].num_features).double()
+        model[place].running_var.fill_(2)
+        return model
+
+    assert_plain(build, BATCH)
+
+
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
+def test_a_frozen_subclass_is_not_perturbed(take: Any) -> None:
+    model = convolutional()
+    model[4] = Frozen(5).double()
+    out = take(model, BATCH, epsilon=0.3, groups=2)
+    assert list(out.stats) == ["1"]
+    assert not out.perturbation["4"].mean.any()
+    assert out.perturbation["1"].mean.any()
+
+
+class Drops(nn.Module):
+    """Skips its layer at random, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.head, self.skips = nn.BatchNorm2d(2), nn.Linear(32, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x if self.skips else self.norm(x)).flatten(1))
+
+
+def test_a_batch_that_calls_no_layer_is_plain_training_and_the_next_is_perturbed() -> None:
+    model = Drops().double()
+    assert_plain(lambda: copy.deepcopy(model), BATCH)
+    for step in (
+        make_apart_step(model, F.cross_entropy, groups=2),
+        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
+    ):
+        for skips in (True, False, True):
+            model.skips = skips
+            out = step(*split_state(model), BATCH)
+            assert out.all_finite
+            assert list(out.stats) == ([] if skips else ["norm"])
+            assert out.buffers["norm.num_batches_tracked"] == (0 if skips else 1)
+
+
+def shared() -> nn.Module:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+    return nn.Sequential(block, block, nn.Flatten(), nn.Linear(32, 3)).double()
+
+
+def test_a_module_under_two_names_compiles_and_its_step_is_a_value_all_the_same() -> None:
+    torch._dynamo.reset()
+    model = shared()
+    step = make_apart_step(model, F.cross_entropy, groups=2)
+    state = split_state(model)
+    expected = step(*state, BATCH)
+    assert expected.stats["0.1"].mean.shape == (2, 2)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
+    for taken in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
+        torch.testing.assert_close(taken(*state, BATCH)._asdict(), expected._asdict(), rtol=0, atol=0)
+    torch.testing.assert_close(step.fmodel(*state, BATCH[0]), model.eval()(BATCH[0]).detach(), **ROUNDING)
+
+
+def test_a_buffer_of_float64_in_a_float32_model_changes_neither_dtypes_nor_signs() -> None:
+    """Profilers leave such counters in every module."""
+    clean, left = convolutional(dtype=torch.float32), convolutional(dtype=torch.float32)
+    for module in left.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+    batch = images(dtype=torch.float32)
+    for take in (functional_step, one_pass):
+        found, expected = take(left, batch, groups=2), take(clean, batch, groups=2)
+        for field in ("grads", "stats", "perturbation", "adversarial_stats"):
+            torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=0, atol=0)
+
+
+def test_a_radius_that_requires_gradients_leaves_no_graph_in_what_comes_out() -> None:
+    model = Drops().double()
+    radius = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    for take in (functional_step, one_pass):
+        out = take(model, BATCH, epsilon=radius, groups=2)
+        assert not any(part.requires_grad for shift in out.perturbation.values() for part in shift)
+
+
+def test_a_step_that_is_given_its_perturbation_draws_nothing() -> None:
+    model = convolutional()
+    given = {name: type(shift)(shift.mean + 0.1, shift.scale - 0.1) for name, shift in init_perturbation(model).items()}
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
+    before = torch.get_rng_state()
+    out = step(*split_state(model), BATCH, given)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(out.perturbation, given, rtol=0, atol=0)
+    x, y = BATCH
+    mapped = torch.func.vmap(lambda scale: step(*split_state(model), (x * scale, y), given).loss)(
+        torch.tensor([1.0, 2.0]).double()
+    )
+    torch.testing.assert_close(mapped[0], out.loss, **ROUNDING)

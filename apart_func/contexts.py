@@ -40,6 +40,7 @@ class Context:
         record: of the statistics of all forwards.
         modes: whether each layer was in training mode when the context ended.
         has_graph: whether a layer was called in a way that can be differentiated.
+        versions: of the gradients of parameters when the context began.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Context:
         self.name, self.layers, self.mixes, self.has_graph = name, layers, 0 < clean < 1, False
         self.record, self.modes = Record(int(clean), copy_into_buffer, dtype), dict.fromkeys(layers, False)
         self._model, self._point, self._groups, self._rows, self._clean = model, point, groups, rows, clean
-        self._task, self._depth, self._was_called = backward_task(), 0, False
+        self._task, self._depth, self._was_called, self.versions = backward_task(), 0, False, versions(model)
         self._forwards: list[PerturbedLayers] = []
         self._waiting: set[str] = set()  # checkpointed layers that have not run again
 
@@ -158,6 +159,11 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
+
+
+def versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return which gradients the parameters have: a backward() changes some, by another tensor or in place."""
+    return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
 
 
 @contextmanager

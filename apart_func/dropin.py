@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apart_func.checks import check_epsilon, check_perturbation, clean_groups, scalar
-from apart_func.contexts import Context, lent_state
+from apart_func.contexts import Context, lent_state, versions
 from apart_func.errors import SettingError, UsageError
 from apart_func.functional import counted_layers
 from apart_func.groups import Rows
@@ -302,7 +302,7 @@ class APART:
                 "the gradients of the proxy pass are gone: zero_grad() was called between to_proxy() and to_adver(), "
                 "whose gradients add up. Call it once a step, before to_proxy()."
             )
-        if proxy.has_graph and is_cleared and not proxy.has_gradients():
+        if proxy.has_graph and not proxy.has_gradients() and (is_cleared or proxy.versions == versions(self.model)):
             raise UsageError(
                 "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. "
                 "Call backward() on the loss that was computed under to_proxy(), in the context or after it."

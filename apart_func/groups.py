@@ -87,10 +87,10 @@ def grouped_batch_norm(
 def _rows_per_sample(layer: str, count: int, grouping: Grouping) -> int:
     """Return how many rows of a layer's input belong to a sample."""
     groups, samples, rows = grouping
-    if count % groups:
-        problem = f"layer {layer!r} sees {count} rows, which groups={groups} does not divide"
-        raise BatchError(f"{problem}. Use a divisor, and drop_last=True in the data loader.")
     if samples is None or (count < samples and samples % count == 0):  # a chunk of the batch begins at a multiple of G
+        if count % groups:
+            problem = f"layer {layer!r} sees {count} rows, which groups={groups} does not divide"
+            raise BatchError(f"{problem}. Use a divisor, and drop_last=True in the data loader.")
         return 1
     if rows is None:
         raise not_by_sample(layer, count, samples)

@@ -294,7 +294,7 @@ def main(argv: Sequence[str]) -> None:
 def write_tables(options: Options, path: Path) -> None:
     """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
     results = read_results(path)
-    lines, arms = list(results.values()), list(dict.fromkeys(trial.arm for trial in results))
+    lines, arms = list(results.values()), list(dict.fromkeys([*options.arms, *(trial.arm for trial in results)]))
     tables = [search_table(options.study, arms, lines)]
     tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
     if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:

@@ -94,10 +94,15 @@ class DecayCurve(NamedTuple):
 
 
 def draw_decays(axes: Axes, curves: Mapping[str, DecayCurve], title: str) -> None:
-    """Draw errors over the weight decay, with a circle where validation data chose it."""
+    """Draw errors over the weight decay, with a circle where validation data chose it; what diverges leaves the top."""
     for (label, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
         axes.errorbar(curve.decays, curve.errors, curve.standard_errors, label=label, color=colour, capsize=2)
         chosen = (curve.decays[curve.chosen], curve.errors[curve.chosen])
         axes.plot(*chosen, "o", markersize=9, markerfacecolor="none", color=colour)
     axes.set(title=title, xlabel="weight decay", ylabel="test error (%)", xscale="log")
+    decays = sorted({decay for curve in curves.values() for decay in curve.decays})
+    axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
+    axes.set_xticks([], minor=True)
+    if curves:
+        axes.set_ylim(bottom=0, top=2 * max(curve.errors[curve.chosen] for curve in curves.values()))
     axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))

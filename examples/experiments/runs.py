@@ -33,11 +33,10 @@ from experiments.environment import environment
 from experiments.folders import walk
 from experiments.methods import READ_BY, passes_of
 from experiments.paired import Key
-from experiments.presets import command_line
+from experiments.presets import command_line, preset
 from experiments.ranks import count, is_restarted
 from experiments.settings import (
     MethodName,
-    MethodSettings,
     Settings,
     SettingsError,
     as_json,
@@ -271,7 +270,8 @@ def harm(settings: Settings, loss: float | None, classes: int) -> str | None:
     method = settings.method
     if method.name == "plain" or loss is None or is_fitted(loss, method.label_smoothing, classes):
         return None
-    named = MethodSettings("plain", label_smoothing=method.label_smoothing)
+    start = preset(settings.data.name, "plain").method
+    named = replace(start, name="plain", label_smoothing=method.label_smoothing)
     plain = replace(settings, method=named, out=settings.out.with_name(f"{settings.out.name}-plain"))
     return (
         f"the clean training loss is still {loss:.3f}: the network or the schedule does not fit its samples under "

@@ -3,7 +3,7 @@
 from apart_func.autodiff import grad_and_value
 from apart_func.dropin import APART
 from apart_func.errors import ApartError, BatchError, ModelError, RanksError, SettingError, StateError, UsageError
-from apart_func.functional import FunctionalModel, assign_grads_, functionalize, load_state_, split_state
+from apart_func.functional import FunctionalModel, functionalize
 from apart_func.one_pass import OnePassStep, clean_stat_grads, init_perturbation, make_one_pass_step
 from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
 from apart_func.rules import (
@@ -21,6 +21,7 @@ from apart_func.rules import (
     sign_perturbation,
 )
 from apart_func.settings import Settings
+from apart_func.state import assign_grads_, load_state_, split_state
 from apart_func.step import ApartStep, make_apart_sam_step, make_apart_step, sam_ascent
 from apart_func.trees import (
     AdversarialOutput,

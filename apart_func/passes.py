@@ -24,16 +24,16 @@ from apart_func.errors import BatchError, ModelError, UsageError
 from apart_func.functional import (
     FunctionalModel,
     LossFunction,
-    StatelessModule,
     check_arguments,
     check_loss_function,
-    follow_parameters,
     module_arguments,
     scalar_loss,
 )
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import PerturbedLayers, Record, in_groups
 from apart_func.ranks import check_groups
+from apart_func.state import follow_parameters
+from apart_func.stateless import StatelessModule
 from apart_func.trees import (
     AdversarialOutput,
     MixedOutput,

@@ -16,7 +16,7 @@ from apart_func._torch import backward_task, is_checkpointed
 from apart_func.checks import clean_groups
 from apart_func.errors import BatchError, UsageError
 from apart_func.groups import Grouping, Rows, number_of_groups
-from apart_func.intercept import BatchNormCall, no_training_layer
+from apart_func.intercept import BatchNormCall, batch_norm_layers, is_stock, no_training_layer
 from apart_func.layers import PerturbedLayers, Record, in_groups
 from apart_func.running import copy_into_buffer
 from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, leaves, tensors_of
@@ -168,11 +168,15 @@ def versions(model: nn.Module) -> list[tuple[int, int]]:
 
 @contextmanager
 def lent_state(model: nn.Module) -> Iterator[None]:
-    """Let modules work on copies of their buffers and frozen parameters while open, and put the originals back."""
+    """Let modules work on copies of their buffers and frozen parameters while open, and put the originals back.
+
+    Statistics of stock layers stay: no pass moves them, and what DistributedDataParallel sends to ranks is for them.
+    """
+    stock = {id(layer) for layer in batch_norm_layers(model).values() if is_stock(layer)}
     originals: list[tuple[dict[str, Any], str, Tensor]] = [
         (register, key, tensor)
         for module in model.modules()
-        for register in (module._parameters, module._buffers)
+        for register in (module._parameters, *(() if id(module) in stock else (module._buffers,)))
         for key, tensor in register.items()
         if tensor is not None and not tensor.requires_grad
     ]

@@ -249,7 +249,9 @@ class APART:
         ranks = ranks_of(group)
         ranks.check(self._check, self._described)
         layers = perturbable_layers(self.model)
-        if self.model.training and not any(layer.training for layer in layers.values()):
+        # A model that is in evaluation mode as a whole may be put in training mode inside, as trainers do.
+        is_training = any(module.training for module in self.model.modules() if not list(module.children()))
+        if is_training and not any(layer.training for layer in layers.values()):
             raise no_training_layer(type(self.model).__name__, len(layers))
         torch.clear_autocast_cache()  # what it has cast may have moved since, as by SAM's ascent
         kind = statistics_kind(dict(self.model.named_parameters()) or dict(named_tensors(self.model)))

@@ -159,7 +159,7 @@ def random_sign_perturbation(
     Returns:
         A perturbation for every layer in `stat_grads`: |δ| = ε.
     """
-    return random_signs(stat_grads, epsilon, generator)
+    return _drawn(stat_grads, epsilon, generator)
 
 
 def random_signs(
@@ -192,6 +192,12 @@ def random_signs(
     check_epsilon(epsilon, is_bounded=True)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SettingError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None.")
+    return _drawn(layers, epsilon, generator)
+
+
+def _drawn(
+    layers: Mapping[str, StatGrads | Perturbation], epsilon: float | Tensor, generator: torch.Generator | None
+) -> PerturbationTree:
     parts = [part for pair in layers.values() for part in pair]
     if not parts:
         return {}

@@ -168,7 +168,7 @@ def test_the_decision_is_that_of_the_plan(low: float, high: float, p: float, exp
     assert budget_table.decision(PairedDifference((low + high) / 2, low, high, 0.95), p) == expected
 
 
-def tests_of(arm: str, errors: list[float], corrupted: list[float]) -> list[dict[str, Any]]:
+def comparisons_of(arm: str, errors: list[float], corrupted: list[float]) -> list[dict[str, Any]]:
     """Lines of an arm's tests, as the program writes them."""
     rest = {"stage": "test", "arm": arm, "exact_error": 1.0, "train_loss": 0.1, "train_error": 0.0, "test_samples": 100}
     return [
@@ -181,7 +181,7 @@ def tests_of(arm: str, errors: list[float], corrupted: list[float]) -> list[dict
 
 def test_one_pass_is_set_against_plain_training_in_error_and_corruption_error() -> None:
     """Its errors are lower by 1.5 ± 0.29, its errors on corrupted images not told apart."""
-    lines = tests_of("plain", [20, 21, 22, 23], [40, 41, 42, 43]) + tests_of(
+    lines = comparisons_of("plain", [20, 21, 22, 23], [40, 41, 42, 43]) + comparisons_of(
         "one_pass", [19, 19, 21, 21], [44, 38, 42, 43]
     )
     _, contrasts = budget_table.test_tables("small", ARMS, lines)

@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from apart_func._torch import is_compiling
-from apart_func.errors import BatchError, StateError, UsageError
+from apart_func.errors import BatchError, ModelError, StateError, UsageError
 from apart_func.intercept import (
     BatchNormCall,
     Handler,
@@ -28,13 +29,12 @@ from apart_func.intercept import (
     training_layers,
 )
 from apart_func.kernels import perturbed_batch_norm
+from apart_func.losses import LossFunction, check_loss_function
 from apart_func.ranks import synchronisation
 from apart_func.snapshot import check_model, signature
-from apart_func.state import check_tensors, united
+from apart_func.state import check_tensors, follow_parameters, united
 from apart_func.stateless import StatelessModule
 from apart_func.trees import Tensors
-
-LossFunction = Callable[[Any, Any], Any]
 
 
 def module_arguments(inputs: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -73,34 +73,6 @@ def _takes(module: Any, args: Any, kwargs: Any) -> bool:
     except ValueError:  # it has no signature
         return True
     return True
-
-
-def check_loss_function(loss_fn: Any) -> None:
-    """Make sure that a loss function is one of output and target.
-
-    Raises:
-        UsageError: it cannot be called, or is a class.
-    """
-    if not callable(loss_fn) or (isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module)):
-        given = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else f"a {type(loss_fn).__name__}"
-        raise UsageError(
-            f"loss_fn is {given}; expected a function (output, target) -> scalar, such as "
-            "torch.nn.functional.cross_entropy or nn.CrossEntropyLoss()."
-        )
-
-
-def scalar_loss(loss: Any) -> Tensor:
-    """Return what a loss function returned, if it can be differentiated.
-
-    Raises:
-        UsageError: it is no scalar.
-    """
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
-        raise UsageError(
-            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
-        )
-    return loss
 
 
 def functionalize(model: nn.Module) -> FunctionalModel:
@@ -296,3 +268,23 @@ class _PlainBatchNorm:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         zero = x.new_zeros(x.shape[1])
         return perturbed_batch_norm(x, weight, bias, zero, zero, eps, 1, reduce).y
+
+
+def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors) -> Tensors:
+    """Make sure that a pass can be run, and take over what the caller has changed on the model.
+
+    Returns:
+        The parameters to run it with; see `split_state`.
+
+    Raises:
+        ApartError: it cannot.
+    """
+    if not isinstance(fmodel, FunctionalModel):
+        raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
+    fmodel.update()
+    fmodel.check_trains()
+    check_loss_function(loss_fn)
+    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
+        raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
+    fmodel.check_state(params, buffers)
+    return follow_parameters(params)

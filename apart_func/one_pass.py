@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from apart_func.checks import clean_groups, is_count
 from apart_func.errors import SettingError, StateError
-from apart_func.functional import FunctionalModel, LossFunction, as_functional
+from apart_func.functional import FunctionalModel, as_functional
 from apart_func.groups import Grouping, Rows, number_of_groups
 from apart_func.intercept import training_layers
+from apart_func.losses import LossFunction
+from apart_func.microbatches import split_batch
 from apart_func.passes import Pass
 from apart_func.ranks import Ranks
 from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation
 from apart_func.settings import Settings
 from apart_func.snapshot import check_model, named_tensors
-from apart_func.step import Begun, Step, find_perturbation, split_batch
+from apart_func.step import Begun, Step, find_perturbation
 from apart_func.trees import (
     PerturbationTree,
     StatGrads,

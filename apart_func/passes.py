@@ -17,22 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, is_compiling, is_concrete, is_traced, specialize
+from apart_func._torch import backward_task, is_concrete, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, LentLeaves, foreign_parameters, under_transforms
 from apart_func.checks import check_clean, check_perturbation
-from apart_func.errors import BatchError, ModelError, UsageError
+from apart_func.errors import BatchError
 from apart_func.functional import (
     FunctionalModel,
-    LossFunction,
     check_arguments,
-    check_loss_function,
+    check_call,
     module_arguments,
-    scalar_loss,
 )
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import PerturbedLayers, Record, in_groups
+from apart_func.losses import LossFunction, check_output, couples, loss_and_aux
 from apart_func.ranks import check_groups
-from apart_func.state import follow_parameters
+from apart_func.samples import batch_size, cut_groups
 from apart_func.stateless import StatelessModule
 from apart_func.trees import (
     AdversarialOutput,
@@ -43,15 +42,12 @@ from apart_func.trees import (
     StatGradTree,
     StatTree,
     Tensors,
-    batch_size,
-    cut_groups,
     detach_perturbation,
     detached,
     input_and_target,
     map_tensors,
     statistics_kind,
     tensors_of,
-    with_tensors,
     zero_perturbation,
 )
 
@@ -116,10 +112,10 @@ def adversarial_pass(
     """Run a forward and backward with perturbed statistics, in ghost groups. No buffer moves.
 
     Args:
-        fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function.
-        params: trained tensors by name.
-        buffers: all other tensors by name.
+        fmodel: as in `proxy_pass`, like the next three.
+        loss_fn: likewise.
+        params: likewise.
+        buffers: likewise.
         batch: `(input, target)` with the N samples of this pass.
         perturbation: relative shifts of every BN layer, `(C,)`, or `(groups, C)` for one in each group. `torch.func`
             differentiates the loss by them; the gradients here are those of parameters.
@@ -225,26 +221,6 @@ def mixed_pass(
     check_rows(rows)
     check_perturbation(fmodel.layers, perturbation, 1)
     return run.mixed(perturbation, Grouping(groups, run.samples, rows), clean, stat_grads)
-
-
-def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors) -> Tensors:
-    """Make sure that a pass can be run, and take over what the caller has changed on the model.
-
-    Returns:
-        The parameters to run it with; see `split_state`.
-
-    Raises:
-        ApartError: it cannot.
-    """
-    if not isinstance(fmodel, FunctionalModel):
-        raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
-    fmodel.update()
-    fmodel.check_trains()
-    check_loss_function(loss_fn)
-    if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
-        raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")
-    fmodel.check_state(params, buffers)
-    return follow_parameters(params)
 
 
 class Results(NamedTuple):
@@ -379,7 +355,7 @@ class Pass:
                 _check_unchanged((args, kwargs))
                 if layers.mixes:
                     check_output(output, self.samples)
-                loss, aux = _loss_and_aux(self._loss_fn(output, self._target))
+                loss, aux = loss_and_aux(self._loss_fn(output, self._target))
                 parts = self._losses_by_part(loss, output, grouping, clean)
             layers.check_rows()
             moved = stateless.buffers(self._buffers)
@@ -397,7 +373,7 @@ class Pass:
         if self._couples(output, groups, clean):
             return loss, loss
         clean_loss, adversarial_loss = (
-            _loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[
+            loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[
                 0
             ]
             for part in ((0, clean), (clean, groups))
@@ -430,13 +406,6 @@ class Pass:
         return found[0] if found else f"one of shape {tuple(parameter.shape)}"
 
 
-def _loss_and_aux(result: Any) -> tuple[Tensor, Any]:
-    """Return what a loss function returned as a scalar and further results."""
-    if isinstance(result, tuple) and len(result) == 2:
-        return scalar_loss(result[0]), result[1]
-    return scalar_loss(result), ()
-
-
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.layout == torch.strided and not tensor.is_nested else tensor
 
@@ -449,63 +418,3 @@ def _check_unchanged(inputs: Any) -> None:
                 f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and "
                 "a step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
             )
-
-
-def check_output(output: Any, samples: int) -> None:
-    """Make sure that a model's output can be cut into clean and perturbed samples.
-
-    Raises:
-        BatchError: it has tensors without an entry a sample.
-    """
-    parts = tensors_of(output)
-    lengths = [leaf.size(0) for leaf in parts if leaf.dim()]
-    if not lengths or any(length != samples for length in lengths):
-        raise BatchError(
-            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
-            "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
-            "use make_apart_step."
-        )
-    if any(leaf.requires_grad for leaf in parts if not leaf.dim()):
-        raise BatchError(
-            "the model's output holds a 0-d tensor that depends on parameters, such as a loss of all samples, and the "
-            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute "
-            "the loss in loss_fn, or use make_apart_step."
-        )
-
-
-def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean: int) -> bool:
-    """Return whether the gradient of a loss by outputs of clean samples depends on those of the others.
-
-    Args:
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`.
-        output: of the model, with an entry a sample.
-        target: of the batch.
-        groups: number of ghost groups G; sample i is in group i mod G.
-        clean: how many of them are clean, the first ones.
-    """
-    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and leaf.dim() > 0) for leaf in tensors_of(output)]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):
-        try:
-            loss, _ = _loss_and_aux(loss_fn(with_tensors(output, leaves), target))
-            slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
-            # Sines as weights: those of a class and those of a sample may add up to nothing.
-            probes = [
-                (g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum()
-                for g in slopes
-                if g is not None
-            ]
-            curvatures = torch.autograd.grad(sum(probes, loss * 0), wanted, allow_unused=True)
-        except RuntimeError:  # it has no second derivative
-            return False
-    return any(bool((c[_part(c, groups, clean, groups)].nan_to_num() != 0).any()) for c in curvatures if c is not None)
-
-
-def _part(tensor: Tensor, groups: int, start: int, stop: int) -> Tensor:
-    """Return which entries are of samples of ghost groups `start` to `stop`."""
-    group = torch.arange(tensor.shape[0], device=tensor.device) % groups
-    return (group >= start) & (group < stop)
-
-
-def _sines(like: Tensor, share: float) -> Tensor:
-    return torch.arange(round(like.numel() * share), dtype=like.dtype, device=like.device).sin()

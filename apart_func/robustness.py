@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from apart_func.errors import BatchError, ModelError, SettingError, StateError, UsageError
-from apart_func.functional import LossFunction, call_module, scalar_loss
+from apart_func.functional import call_module
 from apart_func.intercept import batch_norm_layers
+from apart_func.losses import LossFunction, scalar_loss
 from apart_func.rules import perturbed_stats, sign_perturbation
+from apart_func.samples import batch_size
 from apart_func.snapshot import copy_model
 from apart_func.summary import summarised
 from apart_func.trees import (
@@ -26,7 +28,6 @@ from apart_func.trees import (
     StatGradTree,
     StatTree,
     Tensors,
-    batch_size,
     input_and_target,
 )
 

@@ -22,9 +22,11 @@ from apart_func.autodiff import is_unreached
 from apart_func.batch_norm import statistics_dtype
 from apart_func.checks import check_epsilon, check_layers, check_perturbation, check_radius, scalar
 from apart_func.errors import BatchError
-from apart_func.functional import FunctionalModel, LossFunction, as_functional, check_loss_function
+from apart_func.functional import FunctionalModel, as_functional, check_call
 from apart_func.groups import Grouping, Rows, number_of_groups
-from apart_func.passes import Pass, Precision, check_call
+from apart_func.losses import LossFunction, check_loss_function
+from apart_func.microbatches import mean_output, split_batch
+from apart_func.passes import Pass, Precision
 from apart_func.ranks import (
     ConsistencyCheck,
     Ranks,
@@ -36,6 +38,7 @@ from apart_func.ranks import (
     ranks_of,
 )
 from apart_func.rules import Rule, kind_of, perturbation_by, sign_perturbation
+from apart_func.samples import cut_batch
 from apart_func.settings import Settings
 from apart_func.trees import (
     PerturbationTree,
@@ -45,15 +48,11 @@ from apart_func.trees import (
     StepOutput,
     Tensors,
     all_finite,
-    batch_size,
     check_named_tensors,
-    concatenate,
-    cut_batch,
     dense_values,
     detach_perturbation,
     leaves,
     replace,
-    stack_by_layer,
     statistics_kind,
     where_tree,
     zero_perturbation,
@@ -383,49 +382,6 @@ def interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
         return torch.lerp(one, other, weight)
 
     return {name: between(grad, end[name]) for name, grad in start.items()}
-
-
-def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Cut a batch into equal parts.
-
-    Raises:
-        BatchError: it has no multiple of so many samples.
-    """
-    if parts == 1:
-        return [batch]
-    samples = batch_size(batch)
-    if samples % parts:
-        raise BatchError(
-            f"microbatches={parts} does not divide the batch of {samples} samples. Use a divisor, and "
-            "drop_last=True in the data loader."
-        )
-    size = samples // parts
-    return [cut_batch(batch, start, start + size, samples) for start in range(0, samples, size)]
-
-
-def mean_output(outputs: Sequence[StepOutput]) -> StepOutput:
-    """Make one output of those of micro-batches: means of losses and gradients, the rest joined."""
-    return StepOutput(
-        grads={name: _mean([out.grads[name] for out in outputs]) for name in outputs[0].grads},
-        buffers=outputs[-1].buffers,
-        loss=torch.stack([out.loss for out in outputs]).mean(),
-        adversarial_loss=torch.stack([out.adversarial_loss for out in outputs]).mean(),
-        output=concatenate([out.output for out in outputs]),
-        stats=stack_by_layer([out.stats for out in outputs]),
-        stat_grads=stack_by_layer([out.stat_grads for out in outputs]),
-        perturbation=stack_by_layer([out.perturbation for out in outputs]),
-        adversarial_stats=stack_by_layer([out.adversarial_stats for out in outputs]),
-        all_finite=torch.stack([out.all_finite for out in outputs]).all(),
-        aux=concatenate([out.aux for out in outputs]),
-    )
-
-
-def _mean(grads: Sequence[Tensor]) -> Tensor:
-    if all(map(is_unreached, grads)):
-        return grads[0]
-    if any(grad.is_sparse for grad in grads):
-        return sum(grads[1:], grads[0]) / len(grads)
-    return torch.stack(list(grads)).mean(0)
 
 
 def num_adversarial(samples: int, settings: Settings) -> int:

@@ -249,101 +249,6 @@ def input_and_target(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1]
 
 
-def batch_size(batch: Any) -> int:
-    """Return the number of samples M: the length that every tensor with a dimension shares.
-
-    Raises:
-        BatchError: there is no such tensor, or their lengths differ.
-    """
-    lengths = [leaf.size(0) for leaf in tensors_of(batch) if leaf.dim()]
-    if not lengths:
-        raise BatchError(
-            "the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target)."
-        )
-    if any(length != lengths[0] for length in lengths):
-        raise BatchError(
-            f"the tensors of the batch have lengths {lengths} on dim 0, and must agree: one entry a sample. "
-            "Pass what belongs to no sample as a 0-d tensor or in the loss function's closure."
-        )
-    return int(lengths[0])
-
-
-def cut_batch(batch: Any, start: int, stop: int, samples: int) -> Any:
-    """Return samples `start` to `stop` of a batch of `samples`; see `cut_samples`."""
-    if (start, stop) == (0, samples):
-        return batch
-    return cut_samples(batch, slice(start, stop), samples)
-
-
-def cut_groups(tree: Any, groups: int, start: int, stop: int, samples: int) -> Any:
-    """Return the samples of ghost groups `start` to `stop` of some `samples`; see `cut_samples`."""
-    return cut_samples(tree, GroupRange(groups, start, stop), samples)
-
-
-class GroupRange(NamedTuple):
-    """The samples of ghost groups `start` to `stop` of G; sample i is in group i mod G."""
-
-    groups: int
-    start: int
-    stop: int
-
-
-WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-
-
-def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
-    """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
-
-    Tensors without a dimension, numbers, strings, and lists of another length are passed whole.
-
-    Raises:
-        BatchError: a part cannot be cut, so that what is passed would not belong to the samples.
-    """
-    if isinstance(tree, Tensor):
-        return _cut_tensor(tree, which) if tree.dim() else tree
-    if isinstance(tree, Mapping):
-        values = {key: cut_samples(tree[key], which, samples) for key in tree}
-        return values if type(tree) is dict else _mapping_like(tree, values)
-    if isinstance(tree, (tuple, list)):
-        if len(tree) == samples and not tensors_of(tree) and not hasattr(tree, "_fields"):
-            return type(tree)(tree[i] for i in _indices(which, samples))
-        items = [cut_samples(item, which, samples) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if _is_dataclass(tree):
-        made = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            object.__setattr__(made, field.name, cut_samples(getattr(tree, field.name), which, samples))
-        return made
-    if isinstance(tree, WHOLE):
-        return tree
-    if hasattr(tree, "__array__") and hasattr(tree, "shape"):
-        return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
-    raise BatchError(
-        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and "
-        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 "
-        "in two passes, where the whole batch is used."
-    )
-
-
-def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise BatchError(
-            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted "
-            "here, and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch "
-            "is used."
-        )
-    if isinstance(which, slice):
-        return tensor[which]
-    groups: Tensor = tensor.unflatten(0, (-1, which.groups))
-    return groups[:, which.start : which.stop].flatten(0, 1)
-
-
-def _indices(which: slice | GroupRange, samples: int) -> list[int]:
-    if isinstance(which, slice):
-        return list(range(samples))[which]
-    return [i for i in range(samples) if which.start <= i % which.groups < which.stop]
-
-
 def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Apply a function to every tensor of a tree, together with those at the same place in trees of the same structure.
 
@@ -353,11 +258,11 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         return function(tree, *others)
     if isinstance(tree, Mapping):
         values = {key: map_tensors(function, tree[key], *(other[key] for other in others)) for key in tree}
-        return values if type(tree) is dict else _mapping_like(tree, values)
+        return values if type(tree) is dict else mapping_like(tree, values)
     if isinstance(tree, (tuple, list)):
         items = [map_tensors(function, *of_item) for of_item in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if _is_dataclass(tree):
+    if is_dataclass(tree):
         made = copy.copy(tree)
         for field in dataclasses.fields(tree):
             of_field = [getattr(one, field.name) for one in (tree, *others)]
@@ -366,13 +271,15 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return tree
 
 
-def _is_dataclass(tree: Any) -> bool:
+def is_dataclass(tree: Any) -> bool:
+    """Return whether a tree is a dataclass with fields."""
     if tree is None or isinstance(tree, (int, float, str, type)):  # Dynamo of torch 2.8 cannot ask these
         return False
     return dataclasses.is_dataclass(tree)
 
 
-def _mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
+def mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
+    """Return a mapping of the type of a tree with other values, or a dict if it cannot be copied."""
     try:
         made = copy.copy(tree)
         for key, value in values.items():
@@ -390,7 +297,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
         children = [tree[key] for key in tree]
     elif isinstance(tree, (tuple, list)):
         children = list(tree)
-    elif _is_dataclass(tree):
+    elif is_dataclass(tree):
         children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
     else:
         return []

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from apart_func import APART, BatchError, Rule, Settings, UsageError
 from apart_func.groups import Rows
+from apart_func.samples import batch_size, cut_batch
 from apart_func.step import num_adversarial
-from apart_func.trees import batch_size, cut_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule

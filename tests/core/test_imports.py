@@ -1,6 +1,7 @@
 """The layout: a module of the library imports only modules above it."""
 
 import ast
+import re
 from pathlib import Path
 from sys import stdlib_module_names
 
@@ -14,8 +15,8 @@ LAYERS = [
     {"errors", "_torch"},
     {"summary", "batch_norm", "checks", "snapshot", "intercept"},
     {"trees", "kernels"},
-    {"groups", "running", "autodiff", "rules", "ranks"},
-    {"state", "layers", "settings"},
+    {"groups", "running", "autodiff", "rules", "ranks", "samples", "losses"},
+    {"state", "layers", "settings", "microbatches"},
     {"stateless"},
     {"functional"},
     {"passes", "robustness", "contexts"},
@@ -129,3 +130,9 @@ def test_isinstance_is_asked_of_tuples_of_types_which_the_compiler_of_torch_2_8_
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance":
                 assert not isinstance(call.args[1], ast.BinOp), f"{path.name}, line {call.lineno}"
+
+
+def test_the_page_on_the_layout_names_every_file_once() -> None:
+    page = (PACKAGE.parent / "docs" / "layout.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)\.py`", "\n".join(line for line in page.splitlines() if line.startswith("|")))
+    assert sorted(named) == sorted(name for name in FILES if name)

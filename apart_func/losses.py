@@ -1,0 +1,109 @@
+"""The loss of a pass: what a loss function may be and return, and whether it can be taken of some samples alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apart_func.errors import BatchError, UsageError
+from apart_func.trees import tensors_of, with_tensors
+
+LossFunction = Callable[[Any, Any], Any]
+
+
+def check_loss_function(loss_fn: Any) -> None:
+    """Make sure that a loss function is one of output and target.
+
+    Raises:
+        UsageError: it cannot be called, or is a class.
+    """
+    if not callable(loss_fn) or (isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module)):
+        given = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else f"a {type(loss_fn).__name__}"
+        raise UsageError(
+            f"loss_fn is {given}; expected a function (output, target) -> scalar, such as "
+            "torch.nn.functional.cross_entropy or nn.CrossEntropyLoss()."
+        )
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """Return what a loss function returned, if it can be differentiated.
+
+    Raises:
+        UsageError: it is no scalar.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
+        raise UsageError(
+            f"loss_fn returned {given}; expected a 0-d floating-point tensor. Reduce it, e.g. loss.mean()."
+        )
+    return loss
+
+
+def loss_and_aux(result: Any) -> tuple[Tensor, Any]:
+    """Return what a loss function returned as a scalar and further results."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return scalar_loss(result[0]), result[1]
+    return scalar_loss(result), ()
+
+
+def check_output(output: Any, samples: int) -> None:
+    """Make sure that a model's output can be cut into clean and perturbed samples.
+
+    Raises:
+        BatchError: it has tensors without an entry a sample.
+    """
+    parts = tensors_of(output)
+    lengths = [leaf.size(0) for leaf in parts if leaf.dim()]
+    if not lengths or any(length != samples for length in lengths):
+        raise BatchError(
+            f"the tensors of the model's output have lengths {lengths} on dim 0; expected {samples}, one entry a "
+            "sample, since the losses of clean and perturbed samples are computed apart. Return such tensors alone, or "
+            "use make_apart_step."
+        )
+    if any(leaf.requires_grad for leaf in parts if not leaf.dim()):
+        raise BatchError(
+            "the model's output holds a 0-d tensor that depends on parameters, such as a loss of all samples, and the "
+            "losses of clean and perturbed samples are computed apart. Return outputs with an entry a sample, compute "
+            "the loss in loss_fn, or use make_apart_step."
+        )
+
+
+def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean: int) -> bool:
+    """Return whether the gradient of a loss by outputs of clean samples depends on those of the others.
+
+    Args:
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`.
+        output: of the model, with an entry a sample.
+        target: of the batch.
+        groups: number of ghost groups G; sample i is in group i mod G.
+        clean: how many of them are clean, the first ones.
+    """
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and leaf.dim() > 0) for leaf in tensors_of(output)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):
+        try:
+            loss, _ = loss_and_aux(loss_fn(with_tensors(output, leaves), target))
+            slopes = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+            # Sines as weights: those of a class and those of a sample may add up to nothing.
+            probes = [
+                (g[_part(g, groups, 0, clean)].flatten() * _sines(g, clean / groups)).sum()
+                for g in slopes
+                if g is not None
+            ]
+            curvatures = torch.autograd.grad(sum(probes, loss * 0), wanted, allow_unused=True)
+        except RuntimeError:  # it has no second derivative
+            return False
+    return any(bool((c[_part(c, groups, clean, groups)].nan_to_num() != 0).any()) for c in curvatures if c is not None)
+
+
+def _part(tensor: Tensor, groups: int, start: int, stop: int) -> Tensor:
+    """Return which entries are of samples of ghost groups `start` to `stop`."""
+    group = torch.arange(tensor.shape[0], device=tensor.device) % groups
+    return (group >= start) & (group < stop)
+
+
+def _sines(like: Tensor, share: float) -> Tensor:
+    return torch.arange(round(like.numel() * share), dtype=like.dtype, device=like.device).sin()

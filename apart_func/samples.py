@@ -1,0 +1,109 @@
+"""The samples of a batch: how many there are, and how some of them are cut out of trees of any kind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apart_func.errors import BatchError
+from apart_func.trees import is_dataclass, mapping_like, tensors_of
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples M: the length that every tensor with a dimension shares.
+
+    Raises:
+        BatchError: there is no such tensor, or their lengths differ.
+    """
+    lengths = [leaf.size(0) for leaf in tensors_of(batch) if leaf.dim()]
+    if not lengths:
+        raise BatchError(
+            "the batch holds no tensor with a dimension, so it has no samples. Pass batch=(input, target)."
+        )
+    if any(length != lengths[0] for length in lengths):
+        raise BatchError(
+            f"the tensors of the batch have lengths {lengths} on dim 0, and must agree: one entry a sample. "
+            "Pass what belongs to no sample as a 0-d tensor or in the loss function's closure."
+        )
+    return int(lengths[0])
+
+
+def cut_batch(batch: Any, start: int, stop: int, samples: int) -> Any:
+    """Return samples `start` to `stop` of a batch of `samples`; see `cut_samples`."""
+    if (start, stop) == (0, samples):
+        return batch
+    return cut_samples(batch, slice(start, stop), samples)
+
+
+def cut_groups(tree: Any, groups: int, start: int, stop: int, samples: int) -> Any:
+    """Return the samples of ghost groups `start` to `stop` of some `samples`; see `cut_samples`."""
+    return cut_samples(tree, GroupRange(groups, start, stop), samples)
+
+
+class GroupRange(NamedTuple):
+    """The samples of ghost groups `start` to `stop` of G; sample i is in group i mod G."""
+
+    groups: int
+    start: int
+    stop: int
+
+
+WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
+    """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
+
+    Tensors without a dimension, numbers, strings, and lists of another length are passed whole.
+
+    Raises:
+        BatchError: a part cannot be cut, so that what is passed would not belong to the samples.
+    """
+    if isinstance(tree, Tensor):
+        return _cut_tensor(tree, which) if tree.dim() else tree
+    if isinstance(tree, Mapping):
+        values = {key: cut_samples(tree[key], which, samples) for key in tree}
+        return values if type(tree) is dict else mapping_like(tree, values)
+    if isinstance(tree, (tuple, list)):
+        if len(tree) == samples and not tensors_of(tree) and not hasattr(tree, "_fields"):
+            return type(tree)(tree[i] for i in _indices(which, samples))
+        items = [cut_samples(item, which, samples) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if is_dataclass(tree):
+        made = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(made, field.name, cut_samples(getattr(tree, field.name), which, samples))
+        return made
+    if isinstance(tree, WHOLE):
+        return tree
+    if hasattr(tree, "__array__") and hasattr(tree, "shape"):
+        return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
+    raise BatchError(
+        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and "
+        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 "
+        "in two passes, where the whole batch is used."
+    )
+
+
+def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise BatchError(
+            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted "
+            "here, and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch "
+            "is used."
+        )
+    if isinstance(which, slice):
+        return tensor[which]
+    groups: Tensor = tensor.unflatten(0, (-1, which.groups))
+    return groups[:, which.start : which.stop].flatten(0, 1)
+
+
+def _indices(which: slice | GroupRange, samples: int) -> list[int]:
+    if isinstance(which, slice):
+        return list(range(samples))[which]
+    return [i for i in range(samples) if which.start <= i % which.groups < which.stop]

@@ -200,7 +200,7 @@ class APART:
             problem = (
                 f"one_pass() needs ghost groups of both kinds, and groups={self.groups} makes one of the whole batch"
             )
-            raise SettingError(f"{problem}. Say APART(model, epsilon, groups=4), with groups of 16 to 64 samples.")
+            raise SettingError(f"{problem}. Say APART(model, epsilon, groups=4), with groups of 16 to 32 samples.")
         if self.groups > 0:
             clean_groups(clean_fraction, self.groups)
         layers, ranks, radius, zero = self._enter("one_pass()")

@@ -195,7 +195,8 @@ def under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) 
     """
 
     def value(*trees: Any) -> tuple[Tensor, _Carried]:
-        return compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))  # type: ignore[no-any-return]
+        pair: tuple[Tensor, _Carried] = compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))
+        return pair
 
     if not is_differentiated():  # nothing that comes out of an eager step or a vmap has a graph
         inputs = [_filled([tree], [leaf.detach() for _, leaf in _leaves(tree)])[0] for tree in inputs]

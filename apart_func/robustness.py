@@ -247,4 +247,5 @@ def _hits(output: Any, target: Any) -> Tensor:
             f"the model's output is {given} and the target {wanted}; accuracy needs class scores (N, classes, ...) and "
             "class indices (N, ...). Wrap a model that returns something else."
         )
-    return (output.argmax(dim=1) == target).sum()  # type: ignore[no-any-return]
+    hits: Tensor = (output.argmax(dim=1) == target).sum()
+    return hits

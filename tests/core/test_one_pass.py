@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from architectures import Architecture, architectures, group_counts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import Shift, ShiftTree, float64_copy, oracle_one_pass_step, oracle_proxy
+from oracle import Shift, ShiftTree, oracle_one_pass_step, oracle_proxy
 from small import convolutional, images
 from test_against_oracle import TOLERANCE, flatten, relative_error
 from torch import Tensor, nn
@@ -263,6 +262,10 @@ def summed(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="sum")
 
 
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: param.grad.clone() for name, param in model.named_parameters()}
+
+
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed, weighted, first_ignored, of_pairs])
 def test_the_loss_of_the_whole_batch_is_differentiated_and_those_of_the_parts_are_reported(loss_fn: Any) -> None:
     """As in the drop-in, whatever kind of mean it is; a loss that couples samples has no parts."""
@@ -454,149 +457,3 @@ def test_a_perturbation_of_another_model_is_refused(changed: Any) -> None:
 def test_a_model_without_batch_norm_has_no_perturbation() -> None:
     with pytest.raises(ModelError, match="no batch-norm layer"):
         init_perturbation(nn.Linear(2, 2))
-
-
-# The drop-in.
-
-
-def drop_in_pass(apart: APART, batch: Any = BATCH, scale: float = 1.0) -> None:
-    apart.model.zero_grad()
-    with apart.one_pass():
-        (scale * F.cross_entropy(apart.model(batch[0]), batch[1])).backward()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: param.grad.clone() for name, param in model.named_parameters()}
-
-
-def test_the_drop_in_draws_the_signs_that_the_function_draws() -> None:
-    model = convolutional()
-    params, buffers = split_state(copy.deepcopy(model))
-    apart = APART(model, epsilon=0.3, groups=4)
-    for seed in range(3):
-        batch = images(seed=seed)
-        torch.manual_seed(seed)
-        out = drawing(model)(params, buffers, batch)
-        torch.manual_seed(seed)
-        drop_in_pass(apart, batch)
-        torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
-        torch.testing.assert_close(gradients(model), out.grads, **ROUNDING)
-        torch.testing.assert_close(split_state(model)[1], out.buffers, **ROUNDING)
-        torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
-        buffers = out.buffers
-
-
-def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
-    apart = APART(convolutional(), 0.1, 4)
-    for context in (apart.to_proxy, apart.to_adver):
-        with context():
-            F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
-    found = apart.perturbation
-    torch.testing.assert_close(found, sign_perturbation({}, apart.stat_grads, torch.tensor(0.1).double()))
-    drop_in_pass(apart)
-    assert apart.stat_grads == {}
-    assert sign_flips(found, apart.perturbation) > 0
-
-
-def test_a_new_radius_is_that_of_the_next_signs() -> None:
-    apart = APART(convolutional(), 0.1, 4)
-    apart.set_epsilon(0.4)
-    drop_in_pass(apart)
-    assert all((part.abs() == 0.4).all() for shift in apart.perturbation.values() for part in shift)
-
-
-def test_backward_may_come_after_the_context() -> None:
-    inside, after = (APART(convolutional(), 0.1, 4) for _ in range(2))
-    torch.manual_seed(0)
-    drop_in_pass(inside)
-    torch.manual_seed(0)
-    with after.one_pass():
-        loss = F.cross_entropy(after.model(BATCH[0]), BATCH[1])
-    loss.backward()
-    torch.testing.assert_close(gradients(after.model), gradients(inside.model), rtol=0, atol=0)
-
-
-def test_micro_batches_in_one_context_add_up_and_have_one_perturbation() -> None:
-    apart = APART(convolutional(), 0.1, 2)
-    with apart.one_pass():
-        for start in (0, 4):
-            loss = F.cross_entropy(apart.model(BATCH[0][start : start + 4]), BATCH[1][start : start + 4])
-            (loss / 2).backward()
-    out = take_step(convolutional(), perturbation=apart.perturbation, groups=2, microbatches=2)
-    torch.testing.assert_close(gradients(apart.model), out.grads, **ROUNDING)
-
-
-def test_the_drop_in_refuses_a_rule_that_needs_gradients_of_the_step_before() -> None:
-    for rule in (sign_perturbation, partial(sign_perturbation), lambda *_: {}):
-        apart = APART(convolutional(), 0.1, 4, rule=rule)
-        with pytest.raises(SettingError, match=r"one_pass\(\) draws.*make_one_pass_step"), apart.one_pass():
-            pytest.fail("entered")
-
-
-def test_the_model_is_as_before_outside_the_context() -> None:
-    model = convolutional()
-    drop_in_pass(APART(model, 0.1, 4))
-    expected = float64_copy(model)(BATCH[0])
-    torch.testing.assert_close(model(BATCH[0]), expected, rtol=0, atol=0)
-
-
-def test_the_drop_in_needs_groups_of_both_kinds() -> None:
-    for groups in (0, 1):
-        with (
-            pytest.raises(SettingError, match=f"groups={groups} makes one"),
-            APART(convolutional(), 0.1, groups).one_pass(),
-        ):
-            pytest.fail("entered")
-    apart = APART(convolutional(), 0.1, -1)  # a group of every sample
-    drop_in_pass(apart)
-    expected = take_step(convolutional(), perturbation=apart.perturbation, groups=-1)
-    torch.testing.assert_close(gradients(apart.model), expected.grads, **ROUNDING)
-
-
-def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    model = convolutional()
-    apart, run = APART(model, 0.3, 4), torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    for seed in range(3):
-        x, y = images(seed=seed)
-        step = partial(drawing(model), *split_state(copy.deepcopy(model)), (x, y))
-        model.zero_grad()
-        with apart.one_pass():
-            F.cross_entropy(run(x), y).backward()
-        torch.testing.assert_close(gradients(model), step(apart.perturbation).grads, **ROUNDING)
-    assert counter.frame_count == 1
-
-
-def mixing() -> nn.Module:
-    """A network with a layer that evaluates by the statistics of whatever batch it sees."""
-    model = convolutional()
-    model[4] = nn.BatchNorm2d(5, track_running_stats=False).double().eval()
-    return model
-
-
-def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name() -> None:
-    model = mixing()
-    message = r"layer '4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
-    with pytest.raises(ModelError, match=message):
-        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
-        pytest.fail("entered")
-
-
-def test_a_layer_that_a_forward_makes_mix_clean_and_perturbed_samples_is_refused() -> None:
-    class Freezing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = mixing().train()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.body[4].eval()
-            return self.body(x)
-
-    model = Freezing()
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)
-    message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
-    with pytest.raises(ModelError, match=message):
-        step(*split_state(model), BATCH, init_perturbation(model))
-    with pytest.raises(ModelError, match=message), APART(model, 0.1, 2).one_pass():
-        model(BATCH[0])

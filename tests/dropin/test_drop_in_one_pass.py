@@ -200,3 +200,12 @@ def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name(i
     message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
         drop_in_pass(APART(Freezing(is_late), 0.1, 2))
+    with pytest.raises(ModelError, match=message):
+        functional_pass(Freezing(is_late), groups=2)
+
+
+def test_the_model_is_as_before_outside_the_context() -> None:
+    model = convolutional()
+    drop_in_pass(APART(model, 0.1, 4))
+    torch.testing.assert_close(model(BATCH[0]), copy.deepcopy(model)(BATCH[0]), rtol=0, atol=0)
+    assert all("forward" not in vars(module) for module in model.modules())

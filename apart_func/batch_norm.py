@@ -122,15 +122,19 @@ class IndexedGroups(NamedTuple):
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of statistics for activations of `dtype`: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor) -> Affine:
     """Take γ, β and δ in the dtype of a layer's statistics; a γ of None is 1, a β of None is 0."""
     dtype = statistics_dtype(x.dtype)
-    weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight.to(dtype)
-    bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias.to(dtype)
-    return Affine(weight, bias, shift.to(dtype), scale.to(dtype))
+    weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight
+    bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias
+    return Affine(_to(weight, dtype), _to(bias, dtype), _to(shift, dtype), _to(scale, dtype))
+
+
+def _to(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    return vector if vector.dtype is dtype else vector.to(dtype)
 
 
 def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Reduce | None = None) -> Normalized:

@@ -31,7 +31,7 @@ from apart_func.intercept import (
 from apart_func.kernels import perturbed_batch_norm
 from apart_func.losses import LossFunction, check_loss_function
 from apart_func.ranks import synchronisation
-from apart_func.snapshot import check_model, signature
+from apart_func.snapshot import Snapshot, check_model
 from apart_func.state import check_tensors, follow_parameters, united
 from apart_func.stateless import StatelessModule
 from apart_func.trees import Tensors
@@ -105,13 +105,13 @@ class FunctionalModel:
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
         training_layers(model)
-        self._source: weakref.ref[nn.Module] | None = weakref.ref(model)
+        self._source: weakref.ref[nn.Module] | None = weakref.ref(model, self._forget)
         self._take(model)
         self._lock = threading.RLock()
 
     def _take(self, model: nn.Module) -> None:
         """Copy the model as it is now."""
-        self._signature = signature(model)
+        self._seen: Snapshot | None = Snapshot(model)
         self._training = StatelessModule(model)
         self._evaluation: StatelessModule | None = None
         self.coupled: dict[Any, tuple[Any, bool]] = {}  # what one pass has seen of losses
@@ -171,9 +171,13 @@ class FunctionalModel:
         model = self._source()
         if model is not None:
             with self._lock:
-                if self._signature != signature(model):
+                if self._seen is None or not self._seen.is_current():
                     check_model(model)
                     self._take(model)
+
+    def _forget(self, _: Any) -> None:
+        """Keep nothing alive of a model that is gone."""
+        self._seen = None
 
     def run(
         self,

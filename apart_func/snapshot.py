@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from operator import is_
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -166,58 +167,55 @@ def _fill_cells(function: FunctionType, memo: dict[int, Any]) -> None:
             cell.cell_contents = copied(original.cell_contents)
 
 
-def signature(model: nn.Module) -> list[Any]:
-    """Describe what a model holds besides the tensors in its registers: modules, modes, hooks, attributes, containers.
-
-    Two signatures are equal if nothing has changed. Numbers and strings stand for themselves, and other objects for
-    their identity, so that nothing of the model is kept alive.
-    """
-    found: list[Any] = []
-    for module in model.modules():
-        found.append(id(module))
-        for name, value in vars(module).items():
-            if type(value) in SCALARS:
-                found.append(value)
-            elif not isinstance(value, (dict, list, set, deque)):
-                found.append(id(value))
-            elif value:
-                found.append(name)
-                found += value if name in REGISTERS else map(_identity, _content(value))
-    return found
-
-
-def _identity(value: Any) -> Any:
-    if isinstance(value, (dict, list, set, deque)):
-        return [_identity(part) for part in _content(value)]
-    return value if type(value) in SCALARS else id(value)
-
-
 class Snapshot:
-    """The attributes of the modules of a copy and what is in their containers, to be put back after a forward."""
+    """What the modules of a model hold: to see whether that has changed since, or to put it back.
+
+    Modules, modes, hooks, attributes, and what is in lists, dicts and sets; of parameters and buffers the names alone.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._attributes = [dict(vars(module)) for module in self._modules]
-        self._values = [tuple(attributes.values()) for attributes in self._attributes]
+        self._places = [vars(module) for module in model.modules()]  # which do not keep the model itself alive
+        self._attributes = [dict(place) for place in self._places]
+        self._registers = {id(place[name]) for place in self._places for name in REGISTERS}
         self._containers = list(_containers(self._attributes))
-        self._contents = [_content(container) for container in self._containers]
+        self._contents = [self._content(container) for container in self._containers]
+        self._sizes = [len(held) for held in (*self._places, *self._containers)]
+        self._values = [attributes.values() for attributes in self._attributes] + self._contents
+
+    def is_current(self) -> bool:
+        """Return whether everything is as it was: the same objects, or equal numbers and strings."""
+        if list(map(len, chain(self._places, self._containers))) != self._sizes:
+            return False
+        now = [place.values() for place in self._places] + [
+            self._content(held) if held else () for held in self._containers
+        ]
+        if all(map(is_, chain.from_iterable(now), chain.from_iterable(self._values))):
+            return True
+        pairs = zip(chain.from_iterable(now), chain.from_iterable(self._values), strict=True)
+        return all(a is b or (type(a) is type(b) and type(a) in SCALARS and a == b) for a, b in pairs)
 
     def restore(self) -> None:
         """Undo what has changed, such as the lists and counters that a forward fills."""
-        for module, attributes, values in zip(self._modules, self._attributes, self._values, strict=True):
-            if not _are_same(vars(module).values(), values):
-                vars(module).clear()
-                vars(module).update(attributes)
+        if self.is_current():
+            return
+        for place, attributes in zip(self._places, self._attributes, strict=True):
+            place.clear()
+            place.update(attributes)
         for container, content in zip(self._containers, self._contents, strict=True):
-            if len(container) == 0 == len(content) or _are_same(_content(container), content):
-                continue
             container.clear()
-            if isinstance(container, dict):
+            if id(container) in self._registers:
+                container.update(dict.fromkeys(content))
+            elif isinstance(container, dict):
                 container.update(zip(content[::2], content[1::2], strict=True))
             elif isinstance(container, set):
                 container.update(content)
             else:
                 container.extend(content)
+
+    def _content(self, container: Any) -> tuple[Any, ...]:
+        if isinstance(container, dict) and id(container) not in self._registers:
+            return tuple(chain.from_iterable(container.items()))
+        return tuple(container)
 
 
 def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
@@ -230,16 +228,6 @@ def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
             seen.add(id(value))
             yield value
             waiting += value.values() if isinstance(value, dict) else value
-
-
-def _content(container: Any) -> tuple[Any, ...]:
-    return (
-        tuple(part for item in container.items() for part in item) if isinstance(container, dict) else tuple(container)
-    )
-
-
-def _are_same(values: Any, old: tuple[Any, ...]) -> bool:
-    return len(values) == len(old) and all(map(is_, values, old))
 
 
 class HiddenTensors:

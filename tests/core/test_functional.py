@@ -116,11 +116,13 @@ def reachable_tensors(thing: Any) -> list[Tensor]:
 
 def test_a_functional_model_owns_no_tensor_before_and_after_it_was_used() -> None:
     model = convolutional()
+    state, step = split_state(model), make_apart_step(model, F.cross_entropy, groups=2)
     shared = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    step = make_apart_step(model, F.cross_entropy, groups=2)
+    del model  # whose changes it sees as long as it lives
+    gc.collect()
     assert not reachable_tensors(step)
-    out = step(*split_state(model), images())
-    step.fmodel(*split_state(model), images()[0])
+    out = step(*state, images())
+    step.fmodel(*state, images()[0])
     held = reachable_tensors(step)
     assert not held, f"{len(held)} tensors stay in the step, {[tuple(tensor.shape) for tensor in held]}"
     assert not shared & {tensor.untyped_storage().data_ptr() for tensor in out.buffers.values()}

@@ -135,7 +135,9 @@ def differentiable_batch_norm(
 
 def layout_of(x: Tensor, groups: int) -> Native | Rows:
     """Choose the layout in which a device works fastest. A GPU copies faster than it starts many kernels."""
-    is_rows = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if x.is_contiguous():
+        return Native(groups, is_last=False)
+    is_rows = x.movedim(1, -1).is_contiguous()
     if is_rows and groups > 1 and x.device.type == "cpu" and x.dtype == statistics_dtype(x.dtype):
         return Rows(groups)
     return Native(groups, is_last=is_rows and groups == 1 and len(x) > 1 and x.dim() in (4, 5))
@@ -159,7 +161,7 @@ class Native(NamedTuple):
         if self.is_last:  # the kernels take a gradient in other strides for one in those of x
             return x.movedim(1, -1).contiguous().movedim(-1, 1)
         x = x.contiguous()
-        return x if self.groups == 1 else x.view(len(x) // self.groups, self.groups * x.shape[1], -1)
+        return x if self.groups == 1 else x.view(x.size(0) // self.groups, self.groups * x.size(1), -1)
 
     def moments(self, x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance; `scratch`, like x, may be overwritten."""

@@ -48,10 +48,11 @@ class Record:
             sizes: values a channel in a group, or `(G, 1)` if groups differ.
         """
         if self.clean:
-            stats, size = pooled(mean[: self.clean], var[: self.clean], sizes)
+            is_all = self.clean == mean.size(0)
+            stats, size = pooled(*((mean, var) if is_all else (mean[: self.clean], var[: self.clean])), sizes)
             advance(call, stats, size, self._store)
             self._note(self._clean_stats, call.name, stats)
-        if self.clean < len(mean):
+        if self.clean < mean.size(0):
             self._note(self._other_stats, call.name, BatchStats(mean[self.clean :], var[self.clean :]))
 
     def _note(self, calls: dict[str, list[BatchStats]], layer: str, stats: BatchStats) -> None:
@@ -92,13 +93,13 @@ class PerturbedLayers:
         check_input(name, x, shifts.mean.shape[-1])
         groups, samples, rows = self.grouping
         reduce = synchronisation(call.layer, x, groups)
-        sizes: Any = x.numel() // (x.shape[1] * groups)
-        if sizes > 1 and (groups == 1 or (len(x) == samples and not callable(rows))):
+        sizes: Any = x.numel() // (x.size(1) * groups)
+        if sizes > 1 and (groups == 1 or (x.size(0) == samples and not callable(rows))):
             y, mean, var = perturbed_batch_norm(x, call.weight, call.bias, *shifts, call.eps, groups, reduce)
         else:  # seldom: an error, or a setting of rows
             (y, mean, var), sizes = grouped_batch_norm(call, shifts, self.grouping, reduce)
         if backward_task() == self._task:
-            self._rows[name] = self._rows.get(name, 0) + len(x)
+            self._rows[name] = self._rows.get(name, 0) + x.size(0)
             with unseen_by_modes():
                 self.record.add(call, mean, var, sizes if reduce is None else reduce.sizes)
         return y

@@ -170,25 +170,26 @@ def _fill_cells(function: FunctionType, memo: dict[int, Any]) -> None:
 class Snapshot:
     """What the modules of a model hold: to see whether that has changed since, or to put it back.
 
-    Modules, modes, hooks, attributes, and what is in lists, dicts and sets; of parameters and buffers the names alone.
+    Modules, modes, hooks, attributes, and what is in lists, dicts and sets. Of parameters and buffers it is only how
+    many there are: every call says which.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._places = [vars(module) for module in model.modules()]  # which do not keep the model itself alive
         self._attributes = [dict(place) for place in self._places]
-        self._registers = {id(place[name]) for place in self._places for name in REGISTERS}
-        self._containers = list(_containers(self._attributes))
-        self._contents = [self._content(container) for container in self._containers]
-        self._sizes = [len(held) for held in (*self._places, *self._containers)]
-        self._values = [attributes.values() for attributes in self._attributes] + self._contents
+        self._registers = [place[name] for place in self._places for name in REGISTERS]
+        self._names = [list(register) for register in self._registers]
+        own = set(map(id, self._registers))
+        self._containers = [held for held in _containers(self._attributes) if id(held) not in own]
+        self._contents = list(map(_content, self._containers))
+        self._sizes = list(map(len, chain(self._places, self._registers, self._containers)))
+        self._values = [*map(dict.values, self._attributes), *self._contents]
 
     def is_current(self) -> bool:
         """Return whether everything is as it was: the same objects, or equal numbers and strings."""
-        if list(map(len, chain(self._places, self._containers))) != self._sizes:
+        if list(map(len, chain(self._places, self._registers, self._containers))) != self._sizes:
             return False
-        now = [place.values() for place in self._places] + [
-            self._content(held) if held else () for held in self._containers
-        ]
+        now = [*map(dict.values, self._places), *map(_content, filter(None, self._containers))]
         if all(map(is_, chain.from_iterable(now), chain.from_iterable(self._values))):
             return True
         pairs = zip(chain.from_iterable(now), chain.from_iterable(self._values), strict=True)
@@ -201,21 +202,21 @@ class Snapshot:
         for place, attributes in zip(self._places, self._attributes, strict=True):
             place.clear()
             place.update(attributes)
+        for register, names in zip(self._registers, self._names, strict=True):
+            register.clear()
+            register.update(dict.fromkeys(names))
         for container, content in zip(self._containers, self._contents, strict=True):
             container.clear()
-            if id(container) in self._registers:
-                container.update(dict.fromkeys(content))
-            elif isinstance(container, dict):
+            if isinstance(container, dict):
                 container.update(zip(content[::2], content[1::2], strict=True))
             elif isinstance(container, set):
                 container.update(content)
             else:
                 container.extend(content)
 
-    def _content(self, container: Any) -> tuple[Any, ...]:
-        if isinstance(container, dict) and id(container) not in self._registers:
-            return tuple(chain.from_iterable(container.items()))
-        return tuple(container)
+
+def _content(container: Any) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(container.items())) if isinstance(container, dict) else tuple(container)
 
 
 def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:

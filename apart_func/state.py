@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from apart_func._torch import is_concrete
+from apart_func._torch import is_traced
 from apart_func.autodiff import is_unreached
 from apart_func.errors import StateError
 from apart_func.snapshot import check_model, named_tensors
@@ -38,25 +37,29 @@ def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
     check_model(model)
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
     for name, tensor in params.items():
-        _PARAMETER_OF[tensor] = weakref.ref(model.get_parameter(name))
+        _PARAMETER_OF[id(tensor)] = weakref.ref(model.get_parameter(name))
+        weakref.finalize(tensor, _PARAMETER_OF.pop, id(tensor)).atexit = False
     frozen = {name: tensor.detach() for name, tensor in model.named_parameters() if not tensor.requires_grad}
     return params, frozen | {name: tensor.detach() for name, tensor in model.named_buffers()}
 
 
-# The parameter whose memory a tensor of `split_state` shares.
-_PARAMETER_OF: Any = WeakIdKeyDictionary()
+# The parameter whose memory a tensor of `split_state` shares, by the tensor's id.
+_PARAMETER_OF: dict[int, weakref.ref[nn.Parameter]] = {}
 
 
 def follow_parameters(params: Mapping[str, Tensor]) -> Tensors:
     """Return the same tensors, but for those of `split_state` whose parameters have other memory now."""
     found = dict(params)
-    for name, tensor in params.items():
-        if isinstance(tensor, Tensor) and is_concrete(tensor):
-            reference = _PARAMETER_OF.get(tensor)
-            parameter = None if reference is None else reference()
+    if not is_traced():
+        for name, tensor in params.items():
+            parameter = _PARAMETER_OF.get(id(tensor), _gone)()
             if parameter is not None and parameter.data_ptr() != tensor.data_ptr():
                 found[name] = parameter.detach()
     return found
+
+
+def _gone() -> None:
+    """Stand for the reference of a tensor that is of no parameter."""
 
 
 @torch.no_grad()

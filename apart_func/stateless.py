@@ -86,16 +86,15 @@ class StatelessModule:
             ModelError: it is no buffer of the model.
         """
         own = self.layers[layer]._buffers
-        names = [self.first[f"{layer}.{key}" if layer else key] for key in own if own[key] is old]
+        names = [self.first[f"{layer}.{key}" if layer else key] for key, buffer in own.items() if buffer is old]
         names = names or [name for name, [(register, key), *_] in self._places.items() if register[key] is old]
-        for register, key in self._places[names[0]] if names else ():
+        if not names:
+            raise ModelError(
+                f"layer {layer!r} passes running statistics to F.batch_norm that are no buffers of the model, so their "
+                "new values could not be returned. Register them as buffers, and pass these."
+            )
+        for register, key in self._places[names[0]]:
             register[key] = new
-        if names:
-            return
-        raise ModelError(
-            f"layer {layer!r} passes running statistics to F.batch_norm that are no buffers of the model, so their new "
-            "values could not be returned. Register them as buffers, and pass these."
-        )
 
     def buffers(self, before: Mapping[str, Tensor]) -> Tensors:
         """Return the buffers as the forward has left them, keyed as those before; to be called while the call runs."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apart_func._torch import is_compiling
+from apart_func._torch import is_compiling, is_concrete
 from apart_func.errors import BatchError, ModelError, StateError, UsageError
 from apart_func.intercept import (
     BatchNormCall,
@@ -34,7 +34,7 @@ from apart_func.ranks import synchronisation
 from apart_func.snapshot import Snapshot, check_model
 from apart_func.state import check_tensors, follow_parameters, united
 from apart_func.stateless import StatelessModule
-from apart_func.trees import Tensors
+from apart_func.trees import Tensors, tensors_of
 
 
 def module_arguments(inputs: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -51,28 +51,29 @@ def call_module(module: Callable[..., Any], inputs: Any) -> Any:
 
 
 def check_arguments(module: Any, args: Any, kwargs: Any, error: TypeError) -> None:
-    """Make sure, after an error, that a model's forward takes the arguments that the input of a batch makes.
-
-    Raises:
-        BatchError: it does not.
-    """
-    if not is_compiling() and not _takes(module, args, kwargs):
+    """Raise a BatchError, after an error, if a model's forward does not take the arguments that an input makes."""
+    if is_compiling():
+        return
+    try:
+        inspect.signature(getattr(module, "forward", module)).bind(*args, **kwargs)
+    except TypeError:
         raise BatchError(
             f"the model's forward does not take the input: {error}. A tuple or list is splatted into the model, and a "
             "mapping is passed as keywords. For a forward of one argument that is itself a list, tuple or dict, wrap "
             "it: batch = ((input,), target)."
         ) from error
-
-
-def _takes(module: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether a module's forward can be called with some arguments."""
-    try:
-        inspect.signature(getattr(module, "forward", module)).bind(*args, **kwargs)
-    except TypeError:
-        return False
     except ValueError:  # it has no signature
-        return True
-    return True
+        return
+
+
+def check_unchanged(inputs: Any) -> None:
+    """Raise a BatchError if a forward has changed the copies of its inputs: the second pass would get them changed."""
+    for place, tensor in enumerate(tensors_of(inputs)):
+        if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
+            raise BatchError(
+                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and "
+                "a step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
+            )
 
 
 def functionalize(model: nn.Module) -> FunctionalModel:
@@ -112,38 +113,33 @@ class FunctionalModel:
     def _take(self, model: nn.Module) -> None:
         """Copy the model as it is now."""
         self._seen: Snapshot | None = Snapshot(model)
-        self._training = StatelessModule(model)
+        self.training = StatelessModule(model)
         self._evaluation: StatelessModule | None = None
-        self.coupled: dict[Any, tuple[Any, bool]] = {}  # what one pass has seen of losses
+        self.coupled: dict[Any, tuple[Any, bool]] = {}  # what a mixed pass has seen of losses
         self._of_caller = {id(p): (weakref.ref(p), name) for name, p in model.named_parameters()}
 
     @property
     def layers(self) -> dict[str, int]:
         """The channels of the BN layers that the method perturbs, by name."""
-        return self._training.constants.layers  # type: ignore[return-value]  # attributes of a module have no types
+        return self.training.constants.layers  # type: ignore[return-value]  # attributes of a module have no types
 
     @property
     def moving(self) -> tuple[str, ...]:
         """Names of the buffers that a forward may move away from those of other ranks: those of floating point."""
-        return self._training.constants.moving  # type: ignore[return-value]  # attributes of a module have no types
+        return self.training.constants.moving  # type: ignore[return-value]  # attributes of a module have no types
 
     def modules(self) -> list[nn.Module]:
         """Return the BN layers that the method perturbs, of a copy that holds no tensor."""
-        return list(self._training.layers.values())
-
-    @property
-    def training(self) -> StatelessModule:
-        """The copy that the passes run."""
-        return self._training
+        return list(self.training.layers.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_training": self._training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
+        return {"training": self.training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self._training.module).__name__}, {counted_layers(len(self.layers))})"
+        return f"{type(self).__name__}({type(self.training.module).__name__}, {counted_layers(len(self.layers))})"
 
     def __call__(self, params: Tensors, buffers: Tensors, *inputs: Any, training: bool = False, **keywords: Any) -> Any:
         """Run the model on `inputs`; buffers that the forward changes are dropped.
@@ -186,18 +182,11 @@ class FunctionalModel:
         handler: Handler | None,
         function: Callable[[StatelessModule], Any],
     ) -> Any:
-        """Call a function while a copy of the model holds some tensors, and its batch norm goes to a handler.
+        """Call a function of a copy of the model that holds some tensors, and whose batch norm goes to a handler.
 
-        Args:
-            params: what is lent as it is, by name.
-            buffers: all other tensors by name, of which copies are lent, since a forward may change them.
-            handler: of batch norm; None evaluates the model.
-            function: of the stateless module, whose `module` can be called.
-
-        Returns:
-            What the function returns.
+        Parameters are lent as they are; of buffers it is copies, since a forward may change them. No handler evaluates.
         """
-        stateless = self._stateless(handler)
+        stateless = self.training if handler is not None else self._evaluating()
         kept = stateless.never_written if is_compiling() else ()
         held = {**params, **{name: tensor if name in kept else tensor.clone() for name, tensor in buffers.items()}}
         lent = {f"module.{place}": held[name] for place, name in stateless.first.items()}
@@ -216,20 +205,14 @@ class FunctionalModel:
                 if outer is None:
                     stateless.snapshot.restore()
 
-    def _stateless(self, handler: Handler | None) -> StatelessModule:
-        if handler is not None:
-            return self._training
+    def _evaluating(self) -> StatelessModule:
         if self._evaluation is None:
-            self._evaluation = self._training.evaluating()
+            self._evaluation = self.training.evaluating()
         return self._evaluation
 
     def check_state(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Make sure that `params` and `buffers` are the model's, by their keys, shapes and dtypes.
-
-        Raises:
-            StateError: keys are missing or unexpected, a shape differs, or there is nothing to train.
-        """
-        shapes: Any = self._training.constants.shapes
+        """Raise a StateError if `params` and `buffers` are not the model's, by their keys, shapes and dtypes."""
+        shapes: Any = self.training.constants.shapes
         check_tensors(shapes, united(params, buffers))
         if not params:
             raise StateError("params is empty, so there is nothing to train. Unfreeze a parameter: requires_grad=True.")
@@ -240,18 +223,14 @@ class FunctionalModel:
                 )
 
     def check_trains(self) -> None:
-        """Make sure that there is a layer to perturb.
-
-        Raises:
-            ModelError: all BN layers were put in evaluation mode.
-        """
+        """Raise a ModelError if all BN layers were put in evaluation mode."""
         if not self.layers:
-            module = self._training.module
+            module = self.training.module
             raise no_training_layer(type(module).__name__, len(batch_norm_layers(module)))
 
     def check_unmixed(self) -> None:
         """Make sure that no layer normalises samples of all groups together; see `intercept.check_unmixed`."""
-        check_unmixed(self._training.module)
+        check_unmixed(self.training.module)
 
     def name_of(self, parameter: nn.Parameter) -> str | None:
         """Return the name that a parameter has in the model this was made from; None if it is not of it."""
@@ -275,14 +254,7 @@ class _PlainBatchNorm:
 
 
 def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors) -> Tensors:
-    """Make sure that a pass can be run, and take over what the caller has changed on the model.
-
-    Returns:
-        The parameters to run it with; see `split_state`.
-
-    Raises:
-        ApartError: it cannot.
-    """
+    """Raise an ApartError if a pass cannot be run; return the parameters to run it with, see `follow_parameters`."""
     if not isinstance(fmodel, FunctionalModel):
         raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
     fmodel.update()

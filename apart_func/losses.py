@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apart_func._torch import is_concrete
 from apart_func.errors import BatchError, UsageError
+from apart_func.samples import batch_size, cut_groups
 from apart_func.trees import tensors_of, with_tensors
 
 LossFunction = Callable[[Any, Any], Any]
 
 
 def check_loss_function(loss_fn: Any) -> None:
-    """Make sure that a loss function is one of output and target.
-
-    Raises:
-        UsageError: it cannot be called, or is a class.
-    """
+    """Raise a UsageError if a loss function cannot be called, or is a class."""
     if not callable(loss_fn) or (isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module)):
         given = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else f"a {type(loss_fn).__name__}"
         raise UsageError(
@@ -29,11 +27,7 @@ def check_loss_function(loss_fn: Any) -> None:
 
 
 def scalar_loss(loss: Any) -> Tensor:
-    """Return what a loss function returned, if it can be differentiated.
-
-    Raises:
-        UsageError: it is no scalar.
-    """
+    """Return what a loss function returned; raise a UsageError if it is no scalar that can be differentiated."""
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
         given = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(type(loss))
         raise UsageError(
@@ -50,11 +44,7 @@ def loss_and_aux(result: Any) -> tuple[Tensor, Any]:
 
 
 def check_output(output: Any, samples: int) -> None:
-    """Make sure that a model's output can be cut into clean and perturbed samples.
-
-    Raises:
-        BatchError: it has tensors without an entry a sample.
-    """
+    """Raise a BatchError if a model's output cannot be cut into clean and perturbed samples."""
     parts = tensors_of(output)
     lengths = [leaf.size(0) for leaf in parts if leaf.dim()]
     if not lengths or any(length != samples for length in lengths):
@@ -71,16 +61,30 @@ def check_output(output: Any, samples: int) -> None:
         )
 
 
-def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean: int) -> bool:
-    """Return whether the gradient of a loss by outputs of clean samples depends on those of the others.
+def losses_by_part(
+    loss_fn: LossFunction, whole: Tensor, output: Any, target: Any, groups: int, clean: int, known: dict[Any, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of the samples of the first, clean, ghost groups and of the others.
 
-    Args:
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`.
-        output: of the model, with an entry a sample.
-        target: of the batch.
-        groups: number of ghost groups G; sample i is in group i mod G.
-        clean: how many of them are clean, the first ones.
+    It is twice that of all if the loss couples both kinds: `known` remembers which losses do. A traced call cannot see
+    it, and takes the parts.
     """
+    first, samples = tensors_of(output)[0], batch_size(output)
+    if is_concrete(first):
+        key = id(loss_fn), samples, groups, clean
+        if key not in known:  # the loss is kept with it, so that no other gets its id
+            known[key] = loss_fn, couples(loss_fn, output, target, groups, clean)
+        if known[key][1]:
+            return whole, whole
+    clean_loss, adversarial_loss = (
+        loss_and_aux(loss_fn(*(cut_groups(tree, groups, *part, samples) for tree in (output, target))))[0]
+        for part in ((0, clean), (clean, groups))
+    )
+    return clean_loss, adversarial_loss
+
+
+def couples(loss_fn: LossFunction, output: Any, target: Any, groups: int, clean: int) -> bool:
+    """Return whether the gradient of a loss by outputs of clean samples depends on those of the others."""
     leaves = [leaf.detach().requires_grad_(leaf.is_floating_point() and leaf.dim() > 0) for leaf in tensors_of(output)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with torch.enable_grad(), torch.random.fork_rng([leaf.device for leaf in leaves[:1] if leaf.is_cuda]):

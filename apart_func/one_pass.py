@@ -146,18 +146,22 @@ class OnePassStep(Step):
         Raises:
             ApartError: an argument does not fit the model or the settings; the message says which, and how to mend it.
         """
-        rule, is_given = self.settings.rule, perturbation is not ...
-        if not is_given and kind_of(rule).needs_gradients:
+        rule, is_given, kind = self.settings.rule, perturbation is not ..., kind_of(self.settings.rule)
+        if not is_given and kind.needs_gradients:
             raise StateError(
                 "the step got no perturbation, and its rule finds one from the gradients of the step before. Pass "
                 "init_perturbation(model) to the first step, and out.perturbation to the next; or take "
                 "rule=random_sign_perturbation, the default, which needs none."
             )
-        begun = self._begin(params, buffers, batch, epsilon, loss_scale, _checked(perturbation) if is_given else None)
+        if perturbation is None:  # a mistake, and no request to draw
+            raise SettingError("the perturbation is None; expected a dict by layer, or no argument, which draws one.")
+        given: Any = perturbation if is_given else None
+        begun = self._begin(params, buffers, batch, epsilon, loss_scale, given)
         if is_given:
-            before = detach_perturbation(_checked(perturbation))
+            before = detach_perturbation(given)
         else:
-            before = draw_perturbation(rule, self.zero_perturbation(params), begun.radius, begun.ranks)
+            zero = zero_perturbation(self.fmodel.layers, *statistics_kind(params))
+            before = draw_perturbation(rule, zero, begun.radius, begun.ranks)
         outputs, moved = [], buffers
         for part in split_batch(batch, self.settings.microbatches):
             outputs.append(self._mixed_pass(moved, part, before, is_given, begun))
@@ -171,8 +175,8 @@ class OnePassStep(Step):
             out.stat_grads,
             lambda stats, grads: rule(stats, grads, begun.radius),
             begun.ranks,
-            None if kind_of(rule).needs_gradients else before,
-            kind_of(rule).draws,
+            None if kind.needs_gradients else before,
+            kind.draws,
         )
         finite = out.all_finite & all_finite(leaves(after))
         return replace(
@@ -182,10 +186,6 @@ class OnePassStep(Step):
             perturbation=where_tree(finite, after, before),
             all_finite=finite,
         )
-
-    def zero_perturbation(self, params: Tensors) -> PerturbationTree:
-        """Return no perturbation of the layers, `(C,)` each."""
-        return zero_perturbation(self.fmodel.layers, *statistics_kind(params))
 
     def _mixed_pass(
         self, buffers: Tensors, batch: Any, perturbation: PerturbationTree, by_perturbation: bool, begun: Begun
@@ -213,13 +213,6 @@ class OnePassStep(Step):
         )
 
 
-def _checked(perturbation: Any) -> Any:
-    """Return a perturbation that was given; one of None is a mistake, and no request to draw."""
-    if perturbation is None:
-        raise SettingError("the perturbation is None; expected a dict by layer, or no argument, which draws one.")
-    return perturbation
-
-
 def init_perturbation(model: nn.Module) -> PerturbationTree:
     """Make the perturbation of a first step, for rules of gradients: zero for every BN layer in training mode.
 
@@ -238,14 +231,7 @@ def init_perturbation(model: nn.Module) -> PerturbationTree:
 
 
 def draw_perturbation(rule: Rule, layers: PerturbationTree, epsilon: Tensor, ranks: Ranks) -> PerturbationTree:
-    """Draw the perturbation of a rule that needs no gradients, the same on all ranks.
-
-    Args:
-        rule: whose kind says that it needs none.
-        layers: a perturbation of the layers, for shapes, dtypes and devices.
-        epsilon: perturbation radius, 0-d.
-        ranks: that draw one perturbation together.
-    """
+    """Draw the perturbation of a rule that needs no gradients, of the shapes of `layers`, the same on all ranks."""
     drawn = rule({}, {layer: StatGrads(*shift) for layer, shift in layers.items()}, epsilon)
     return ranks.of_first(detach_perturbation(drawn))
 

@@ -17,21 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, is_concrete, is_traced, specialize
+from apart_func._torch import backward_task, is_traced, specialize
 from apart_func.autodiff import ForeignParametersError, LentLeaves, foreign_parameters, under_transforms
 from apart_func.checks import check_clean, check_perturbation
-from apart_func.errors import BatchError
-from apart_func.functional import (
-    FunctionalModel,
-    check_arguments,
-    check_call,
-    module_arguments,
-)
+from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
 from apart_func.layers import PerturbedLayers, Record, in_groups
-from apart_func.losses import LossFunction, check_output, couples, loss_and_aux
+from apart_func.losses import LossFunction, check_output, loss_and_aux, losses_by_part
 from apart_func.ranks import check_groups
-from apart_func.samples import batch_size, cut_groups
+from apart_func.samples import batch_size
 from apart_func.stateless import StatelessModule
 from apart_func.trees import (
     AdversarialOutput,
@@ -42,10 +36,10 @@ from apart_func.trees import (
     StatGradTree,
     StatTree,
     Tensors,
+    copied,
     detach_perturbation,
     detached,
     input_and_target,
-    map_tensors,
     statistics_kind,
     tensors_of,
     zero_perturbation,
@@ -87,14 +81,10 @@ def proxy_pass(
             keywords.
         precision: mixed-precision settings.
 
-    Returns:
-        Loss, output, gradients, new buffers, batch statistics, and their gradients.
-
     Raises:
-        ApartError: the state or batch does not fit the model, or a layer cannot be perturbed.
+        ApartError: the state or batch does not fit the model, or a layer cannot be perturbed; as all passes do.
     """
-    params = check_call(fmodel, loss_fn, params, buffers)
-    return Pass(fmodel, loss_fn, params, buffers, batch, precision).proxy()
+    return _begin(fmodel, loss_fn, params, buffers, batch, precision).proxy()
 
 
 def adversarial_pass(
@@ -123,15 +113,8 @@ def adversarial_pass(
             batch, -1 makes a group of every sample.
         rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
         precision: mixed-precision settings.
-
-    Returns:
-        Loss, output, gradients, and the statistics of every group.
-
-    Raises:
-        ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    params = check_call(fmodel, loss_fn, params, buffers)
-    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
     check_groups(groups, fmodel.modules())
     check_rows(rows)
     grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
@@ -149,27 +132,20 @@ def gradients_at(
     *,
     precision: Precision = FULL_PRECISION,
 ) -> StatGradTree:
-    """Differentiate the proxy loss by the perturbation, at a perturbation. No buffer moves.
+    """Differentiate the proxy loss by the perturbation, at a perturbation: ∂L_p/∂δ, `(C,)`. No buffer moves.
 
     Costs less than another proxy pass: parameters have no gradient here.
 
     Args:
-        fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function.
-        params: trained tensors by name.
-        buffers: all other tensors by name, as the proxy pass got them.
-        batch: `(input, target)`, which is one group.
+        fmodel: as in `proxy_pass`, like the next four.
+        loss_fn: likewise.
+        params: likewise.
+        buffers: likewise, as the proxy pass got them.
+        batch: likewise; it is one group.
         perturbation: relative shifts of every BN layer, `(C,)`.
         precision: mixed-precision settings.
-
-    Returns:
-        ∂L_p/∂δ of every BN layer in training mode, `(C,)` each.
-
-    Raises:
-        ApartError: the state, batch or perturbation does not fit the model, or a layer cannot be perturbed.
     """
-    params = check_call(fmodel, loss_fn, params, buffers)
-    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
     return run.gradients_at(perturbation)
 
@@ -194,27 +170,20 @@ def mixed_pass(
     Running statistics advance by those of the clean samples alone.
 
     Args:
-        fmodel: the model, from `functionalize`.
-        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`. A pure function. The loss of the whole batch is
-            differentiated; those of the clean samples and of the others are computed besides, for the report.
-        params: trained tensors by name.
-        buffers: all other tensors by name.
-        batch: `(input, target)`.
+        fmodel: as in `proxy_pass`, like the next four.
+        loss_fn: likewise. The loss of the whole batch is differentiated; those of the clean samples and of the others
+            are computed besides, for the report.
+        params: likewise.
+        buffers: likewise.
+        batch: likewise.
         perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean.
         groups: number of ghost groups G ≥ 2; sample i is in group i mod G.
         clean: how many of them are clean, the first ones; at least one, and less than all.
         rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
         precision: mixed-precision settings.
         stat_grads: whether to differentiate by the perturbation as well.
-
-    Returns:
-        Losses, output, gradients, new buffers, the clean statistics, and statistic gradients of every group.
-
-    Raises:
-        ApartError: the state, batch or perturbation does not fit, or a layer cannot be perturbed.
     """
-    params = check_call(fmodel, loss_fn, params, buffers)
-    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
+    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
     check_groups(groups, fmodel.modules())
     groups = number_of_groups(groups, run.samples)
     check_clean(clean, groups)
@@ -223,38 +192,28 @@ def mixed_pass(
     return run.mixed(perturbation, Grouping(groups, run.samples, rows), clean, stat_grads)
 
 
+def _begin(
+    fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors, batch: Any, precision: Precision
+) -> Pass:
+    params = check_call(fmodel, loss_fn, params, buffers)
+    return Pass(fmodel, loss_fn, params, buffers, batch, precision)
+
+
 class Results(NamedTuple):
-    """What a forward leaves besides gradients.
+    """What a forward leaves besides gradients."""
 
-    Attributes:
-        loss: of the batch, 0-d.
-        clean_loss: of the clean samples of a mixed pass.
-        adversarial_loss: of the others.
-        output: of the model.
-        aux: what the loss function returned besides the loss.
-        buffers: after the forward.
-        stats: of the clean groups.
-        perturbed_stats: of the others.
-    """
-
-    loss: Tensor
+    loss: Tensor  # of the batch
     clean_loss: Tensor
     adversarial_loss: Tensor
     output: Any
     aux: Any
     buffers: Tensors
-    stats: StatTree
-    perturbed_stats: StatTree
+    stats: StatTree  # of the clean groups
+    perturbed_stats: StatTree  # of the others
 
 
 class Pass:
-    """A forward and backward of a model over a batch, at any δ in any ghost groups.
-
-    Attributes:
-        samples: number of samples in the batch.
-        dtype: of the model's statistics.
-        device: likewise.
-    """
+    """A forward and backward of a model over a batch of `samples`, at any δ in any ghost groups."""
 
     def __init__(
         self,
@@ -275,13 +234,13 @@ class Pass:
     def proxy(self) -> ProxyOutput:
         """See `proxy_pass`."""
         zero = zero_perturbation(self._fmodel.layers, self.dtype, self.device)
-        grads, stat_grads, results = self._run(self._params, zero, True, Grouping(1, self.samples), 1)
-        return ProxyOutput(results.loss, results.output, grads, results.buffers, results.stats, stat_grads, results.aux)
+        grads, stat_grads, found = self._run(self._params, zero, True, Grouping(1, self.samples), 1)
+        return ProxyOutput(found.loss, found.output, grads, found.buffers, found.stats, stat_grads, found.aux)
 
     def adversarial(self, perturbation: PerturbationTree, grouping: Grouping) -> AdversarialOutput:
         """See `adversarial_pass`."""
-        grads, _, results = self._run(self._params, perturbation, False, grouping, 0)
-        return AdversarialOutput(results.loss, results.output, grads, results.perturbed_stats, results.aux)
+        grads, _, found = self._run(self._params, perturbation, False, grouping, 0)
+        return AdversarialOutput(found.loss, found.output, grads, found.perturbed_stats, found.aux)
 
     def gradients_at(self, perturbation: PerturbationTree) -> StatGradTree:
         """See `gradients_at`."""
@@ -290,18 +249,10 @@ class Pass:
     def mixed(self, perturbation: PerturbationTree, grouping: Grouping, clean: int, stat_grads: bool) -> MixedOutput:
         """See `mixed_pass`."""
         shifts = in_groups(perturbation, clean, grouping.groups)
-        grads, shift_grads, results = self._run(self._params, shifts, stat_grads, grouping, clean)
+        grads, by_shifts, found = self._run(self._params, shifts, stat_grads, grouping, clean)
+        loss, clean_loss, adversarial_loss, output, aux, buffers, stats, others = found
         return MixedOutput(
-            results.clean_loss,
-            results.adversarial_loss,
-            results.output,
-            grads,
-            results.buffers,
-            results.stats,
-            shift_grads,
-            results.perturbed_stats,
-            results.loss,
-            results.aux,
+            clean_loss, adversarial_loss, output, grads, buffers, stats, by_shifts, others, batch_loss=loss, aux=aux
         )
 
     def _run(
@@ -310,30 +261,26 @@ class Pass:
         """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
         inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
         fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
-        fmodel = self._fmodel
+        training = self._fmodel.training
         try:
             if is_traced():
-
-                def compute(*trees: Any) -> Any:
-                    *given, backward = trees
-                    return self._forward_and_backward([*given, *fixed], grouping, clean, backward)
-
-                grads, results = under_transforms(compute, inputs)
+                grads, results = under_transforms(
+                    lambda *given: self._forward_and_backward([*given[:-1], *fixed], grouping, clean, given[-1]), inputs
+                )
             else:
-                leaves = LentLeaves(inputs, are_copies=not fmodel.training.is_proven)
+                leaves = LentLeaves(inputs, are_copies=not training.is_proven)
                 with torch.enable_grad():
-                    grads, results = self._forward_and_backward(
-                        [*leaves.trees, *fixed], grouping, clean, leaves.backward
-                    )
-                fmodel.training.is_proven = True
+                    point = [*leaves.trees, *fixed]
+                    grads, results = self._forward_and_backward(point, grouping, clean, leaves.backward)
+                training.is_proven = True
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
-        by_params = {name: self._unscaled(grad) for name, grad in grads[0].items()}
-        by_point = {
-            name: StatGrads(self._unscaled(mean), self._unscaled(scale))
-            for name, (mean, scale) in (grads[1] if by_shifts else {}).items()
-        }
-        return by_params, by_point, results
+        scale = self._precision.loss_scale
+        of_params, of_shifts = grads[0], grads[1] if by_shifts else {}
+        if scale is not None:
+            of_params = {name: grad / scale for name, grad in of_params.items()}
+            of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
+        return of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, results
 
     def _forward_and_backward(
         self, point: list[Any], grouping: Grouping, clean: int, backward: Callable[[Tensor, Results], Any]
@@ -345,18 +292,21 @@ class Pass:
 
         def body(stateless: StatelessModule) -> Any:
             # Copies, since a forward may change its input in place.
-            args, kwargs = module_arguments(map_tensors(_copied, self._inputs))
+            args, kwargs = module_arguments(copied(self._inputs))
             with self._autocast():
                 try:
                     output = stateless.module(*args, **kwargs)
                 except TypeError as error:
                     check_arguments(stateless.module, args, kwargs, error)
                     raise
-                _check_unchanged((args, kwargs))
+                check_unchanged((args, kwargs))
                 if layers.mixes:
                     check_output(output, self.samples)
                 loss, aux = loss_and_aux(self._loss_fn(output, self._target))
-                parts = self._losses_by_part(loss, output, grouping, clean)
+                parts = loss, loss
+                if layers.mixes:
+                    known = self._fmodel.coupled
+                    parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
             layers.check_rows()
             moved = stateless.buffers(self._buffers)
             results = Results(loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats())
@@ -365,56 +315,11 @@ class Pass:
 
         return self._fmodel.run({**self._params, **params}, self._buffers, layers, body)
 
-    def _losses_by_part(self, loss: Tensor, output: Any, grouping: Grouping, clean: int) -> tuple[Tensor, Tensor]:
-        """Return the losses of the clean samples and of the others, or twice that of all if it couples samples."""
-        groups = grouping.groups
-        if not 0 < clean < groups:
-            return loss, loss
-        if self._couples(output, groups, clean):
-            return loss, loss
-        clean_loss, adversarial_loss = (
-            loss_and_aux(self._loss_fn(*(cut_groups(t, groups, *part, self.samples) for t in (output, self._target))))[
-                0
-            ]
-            for part in ((0, clean), (clean, groups))
-        )
-        return clean_loss, adversarial_loss
-
-    def _couples(self, output: Any, groups: int, clean: int) -> bool:
-        """Return whether the loss couples clean samples with others; a traced call cannot see it, and says no."""
-        if not is_concrete(tensors_of(output)[0]):
-            return False
-        key, known = (id(self._loss_fn), self.samples, groups, clean), self._fmodel.coupled
-        if key not in known:  # the loss is kept with it, so that no other gets its id
-            known[key] = self._loss_fn, couples(self._loss_fn, output, self._target, groups, clean)
-        return known[key][1]
-
-    def _unscaled(self, grad: Tensor) -> Tensor:
-        """Divide the loss scale out of a gradient."""
-        return grad if self._precision.loss_scale is None else grad / self._precision.loss_scale
-
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self._precision.autocast)
+        dtype = self._precision.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _name_of(self, parameter: nn.Parameter) -> str:
-        if name := self._fmodel.name_of(parameter):
-            return name
         criterion = self._loss_fn.named_parameters() if isinstance(self._loss_fn, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
-        return found[0] if found else f"one of shape {tuple(parameter.shape)}"
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.layout == torch.strided and not tensor.is_nested else tensor
-
-
-def _check_unchanged(inputs: Any) -> None:
-    """Make sure that a forward has not changed the copies of its inputs, which the second pass would get changed."""
-    for place, tensor in enumerate(tensors_of(inputs)):
-        if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
-            raise BatchError(
-                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and "
-                "a step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
-            )
+        return self._fmodel.name_of(parameter) or (found or [f"one of shape {tuple(parameter.shape)}"])[0]

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apart_func.errors import BatchError
-from apart_func.trees import is_dataclass, mapping_like, tensors_of
+from apart_func.trees import children, tensors_of, with_children
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of samples M: the length that every tensor with a dimension shares.
-
-    Raises:
-        BatchError: there is no such tensor, or their lengths differ.
-    """
+    """Return the number of samples M: the length that every tensor with a dimension shares; or raise a BatchError."""
     lengths = [leaf.size(0) for leaf in tensors_of(batch) if leaf.dim()]
     if not lengths:
         raise BatchError(
@@ -59,26 +52,17 @@ WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
     """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
 
-    Tensors without a dimension, numbers, strings, and lists of another length are passed whole.
-
-    Raises:
-        BatchError: a part cannot be cut, so that what is passed would not belong to the samples.
+    Tensors without a dimension, numbers, strings, and lists of another length are passed whole. A BatchError says what
+    cannot be cut.
     """
     if isinstance(tree, Tensor):
         return _cut_tensor(tree, which) if tree.dim() else tree
-    if isinstance(tree, Mapping):
-        values = {key: cut_samples(tree[key], which, samples) for key in tree}
-        return values if type(tree) is dict else mapping_like(tree, values)
-    if isinstance(tree, (tuple, list)):
-        if len(tree) == samples and not tensors_of(tree) and not hasattr(tree, "_fields"):
+    parts = children(tree)
+    if parts is not None:
+        is_one_a_sample = isinstance(tree, (tuple, list)) and len(tree) == samples and not hasattr(tree, "_fields")
+        if is_one_a_sample and not tensors_of(tree):
             return type(tree)(tree[i] for i in _indices(which, samples))
-        items = [cut_samples(item, which, samples) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if is_dataclass(tree):
-        made = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            object.__setattr__(made, field.name, cut_samples(getattr(tree, field.name), which, samples))
-        return made
+        return with_children(tree, [cut_samples(part, which, samples) for part in parts])
     if isinstance(tree, WHOLE):
         return tree
     if hasattr(tree, "__array__") and hasattr(tree, "shape"):

@@ -136,19 +136,11 @@ def make_apart_sam_step(
 
 
 class Begun(NamedTuple):
-    """What a step knows once its arguments are checked.
-
-    Attributes:
-        params: θ; see `split_state`.
-        radius: ε, 0-d.
-        is_valid: whether it is one, 0-d bool, if its value cannot be read.
-        precision: mixed-precision settings.
-        ranks: that take the step together.
-    """
+    """What a step knows once its arguments are checked."""
 
     params: Tensors
-    radius: Tensor
-    is_valid: Tensor
+    radius: Tensor  # ε, 0-d
+    is_valid: Tensor  # whether it is one, 0-d bool, if its value cannot be read
     precision: Precision
     ranks: Ranks
 
@@ -180,37 +172,31 @@ class Step:
         self, params: Tensors, buffers: Tensors, batch: Any, epsilon: Any, loss_scale: Any, perturbation: Any
     ) -> Begun:
         """Check, once a step, all that a call is given; `perturbation` is None if it is not."""
-        settings, fmodel = self.settings, self.fmodel
+        settings, fmodel, is_bounded = self.settings, self.fmodel, kind_of(self.settings.rule).is_bounded
         params = check_call(fmodel, self.loss_fn, params, buffers)
         check_groups(settings.groups, fmodel.modules())
-        is_bounded = kind_of(settings.rule).is_bounded
-        if epsilon is None:
-            epsilon = settings.epsilon
-        else:
-            check_epsilon(epsilon, is_bounded)
+        epsilon = settings.epsilon if epsilon is None else epsilon
+        check_epsilon(epsilon, is_bounded)
         if perturbation is not None:
             check_perturbation(fmodel.layers, perturbation, 1)
         dtype, device = statistics_kind(params)
         radius = scalar(epsilon, "epsilon", dtype, device)
         scale = None if loss_scale is None else scalar(loss_scale, "loss_scale", torch.float32, device)
         ranks = ranks_of(group_of(settings.process_group))
-        ranks.check(self._check, lambda: self._described(params, buffers, batch, perturbation or {}))
+        ranks.check(
+            self._check,
+            lambda: {
+                "the settings": f"{type(self).__name__}: {settings.described()}",
+                "the names, shapes and dtypes of params": described_state(params),
+                "the names, shapes and dtypes of buffers": described_state(buffers),
+                "the batch-norm layers": repr(list(fmodel.layers)),
+                "the values of params and buffers": described_values([*params.values(), *buffers.values()]),
+                "the values of the perturbation": described_values(leaves(perturbation or {})),
+                "the tensors of the batch": described_batch(batch),
+            },
+        )
         is_valid = (radius >= 0) & (radius < (1 if is_bounded else torch.inf))
         return Begun(params, radius, is_valid, Precision(settings.autocast_dtype, scale), ranks)
-
-    def _described(
-        self, params: Tensors, buffers: Tensors, batch: Any, perturbation: PerturbationTree
-    ) -> dict[str, str]:
-        """Describe what ranks have to have in common."""
-        return {
-            "the settings": f"{type(self).__name__}: {self.settings.described()}",
-            "the names, shapes and dtypes of params": described_state(params),
-            "the names, shapes and dtypes of buffers": described_state(buffers),
-            "the batch-norm layers": repr(list(self.fmodel.layers)),
-            "the values of params and buffers": described_values([*params.values(), *buffers.values()]),
-            "the values of the perturbation": described_values(leaves(perturbation)),
-            "the tensors of the batch": described_batch(batch),
-        }
 
     def _finish(self, outputs: Sequence[StepOutput], buffers: Tensors, begun: Begun) -> StepOutput:
         """Make one output of those of all micro-batches and ranks; one that is not finite gets the old buffers."""
@@ -317,36 +303,24 @@ def find_perturbation(
     given: PerturbationTree | None = None,
     draws: bool = False,
 ) -> tuple[StatGradTree, PerturbationTree]:
-    """Ask a rule for the perturbation of the layers that were called; the others keep the one that they had.
+    """Ask a rule for the perturbation of the layers that were called; the others keep the one that they had `before`.
 
-    Args:
-        before: the perturbation that they had.
-        stats: batch statistics of the layers that were called on this rank.
-        stat_grads: their gradients, with leading dimensions if there were micro-batches.
-        rule: of statistics and their gradients, `(C,)`.
-        ranks: that find one perturbation together.
-        given: a perturbation that is taken instead.
-        draws: whether the rule may draw at random, so that the first rank's result has to be everybody's.
-
-    Returns:
-        The statistic gradients, averaged over ranks, and the perturbation, which nothing is differentiated by.
+    One that is `given` is taken instead. If the rule `draws`, the first rank's result is everybody's. Returns the
+    statistic gradients, averaged over ranks, and the perturbation, which nothing is differentiated by.
     """
     called, stat_grads = ranks.called_layers(stats, stat_grads)
     if given is not None:
         return stat_grads, detach_perturbation(given)
     if not called.stat_grads:
         return stat_grads, before
-    found = rule(called.stats, of_batch(called.stat_grads))
+    of_batch = {  # the mean over its micro-batches
+        layer: g if g.mean.dim() == 1 else StatGrads(g.mean.mean(0), g.scale.mean(0))
+        for layer, g in called.stat_grads.items()
+    }
+    found = rule(called.stats, of_batch)
     check_layers(called.stat_grads, found)
     found = detach_perturbation(found)
     return stat_grads, called.update(before, ranks.of_first(found) if draws else found)
-
-
-def of_batch(stat_grads: StatGradTree) -> StatGradTree:
-    """Return statistic gradients of a batch, the mean over its micro-batches."""
-    if all(g.mean.dim() == 1 for g in stat_grads.values()):
-        return stat_grads
-    return {layer: StatGrads(mean.mean(0), scale.mean(0)) for layer, (mean, scale) in stat_grads.items()}
 
 
 def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> Tensors:
@@ -385,11 +359,7 @@ def interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
 
 
 def num_adversarial(samples: int, settings: Settings) -> int:
-    """Return N: how many of the M samples go through the adversarial pass.
-
-    Raises:
-        BatchError: none would, or the ghost groups do not divide them.
-    """
+    """Return N, how many of the M samples go through the adversarial pass; or raise a BatchError."""
     ratio, groups = settings.ratio, settings.groups
     number = int(ratio * samples)
     if settings.remainder == "drop" and groups > 1:

@@ -99,11 +99,7 @@ def zero_perturbation(layers: Mapping[str, int], dtype: torch.dtype, device: tor
 
 
 def check_named_tensors(what: str, tree: Any) -> None:
-    """Make sure that an argument is a dict by layer or tensor name.
-
-    Raises:
-        StateError: it is not, or holds something else than tensors, or pairs of them.
-    """
+    """Raise a StateError if an argument is no dict of tensors, or of pairs of them, by name."""
     if not isinstance(tree, Mapping):
         raise StateError(f"{what} is a {type(tree).__name__}; expected a dict by name, as the library returns.")
     for name, value in tree.items():
@@ -238,15 +234,48 @@ def replace(parts: Named, **changes: Any) -> Named:
 
 
 def input_and_target(batch: Any) -> tuple[Any, Any]:
-    """Return the two parts of a batch.
-
-    Raises:
-        BatchError: it is no pair.
-    """
+    """Return the two parts of a batch; raise a BatchError if it is no pair."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         given = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
         raise BatchError(f"the batch is {given}; expected (input, target).")
     return batch[0], batch[1]
+
+
+def children(tree: Any) -> list[Any] | None:
+    """Return the parts of a container of a kind that trees are made of; None for a leaf."""
+    if isinstance(tree, Mapping):
+        return [tree[key] for key in tree]
+    if isinstance(tree, (tuple, list)):
+        return list(tree)
+    if _is_dataclass(tree):
+        return [getattr(tree, field.name) for field in dataclasses.fields(tree)]
+    return None
+
+
+def with_children(tree: Any, parts: list[Any]) -> Any:
+    """Return a container like another one, of other parts; a mapping that cannot be copied or written to is a dict."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if type(tree) is dict:
+        return dict(zip(tree, parts, strict=True))
+    if not isinstance(tree, Mapping):
+        like = copy.copy(tree)
+        for field, part in zip(dataclasses.fields(tree), parts, strict=True):
+            object.__setattr__(like, field.name, part)
+        return like
+    try:
+        made: Any = copy.copy(tree)
+        for key, part in zip(tree, parts, strict=True):
+            made[key] = part
+    except TypeError:
+        return dict(zip(tree, parts, strict=True))
+    return made
+
+
+def _is_dataclass(tree: Any) -> bool:
+    if tree is None or isinstance(tree, (int, float, str, type)):  # Dynamo of torch 2.8 cannot ask these
+        return False
+    return dataclasses.is_dataclass(tree)
 
 
 def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
@@ -256,52 +285,21 @@ def map_tensors(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """
     if isinstance(tree, Tensor):
         return function(tree, *others)
+    parts = children(tree)
+    if parts is None:
+        return tree
     if isinstance(tree, Mapping):
-        values = {key: map_tensors(function, tree[key], *(other[key] for other in others)) for key in tree}
-        return values if type(tree) is dict else mapping_like(tree, values)
-    if isinstance(tree, (tuple, list)):
-        items = [map_tensors(function, *of_item) for of_item in zip(tree, *others, strict=True)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if is_dataclass(tree):
-        made = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            of_field = [getattr(one, field.name) for one in (tree, *others)]
-            object.__setattr__(made, field.name, map_tensors(function, *of_field))
-        return made
-    return tree
-
-
-def is_dataclass(tree: Any) -> bool:
-    """Return whether a tree is a dataclass with fields."""
-    if tree is None or isinstance(tree, (int, float, str, type)):  # Dynamo of torch 2.8 cannot ask these
-        return False
-    return dataclasses.is_dataclass(tree)
-
-
-def mapping_like(tree: Any, values: dict[Any, Any]) -> Any:
-    """Return a mapping of the type of a tree with other values, or a dict if it cannot be copied."""
-    try:
-        made = copy.copy(tree)
-        for key, value in values.items():
-            made[key] = value
-    except TypeError:  # it cannot be copied, or not be written to
-        return values
-    return made
+        of_others = [[other[key] for key in tree] for other in others]
+    else:
+        of_others = [children(other) or [] for other in others]
+    return with_children(tree, [map_tensors(function, *same) for same in zip(parts, *of_others, strict=True)])
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors of a tree, in order."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, Mapping):
-        children = [tree[key] for key in tree]
-    elif isinstance(tree, (tuple, list)):
-        children = list(tree)
-    elif is_dataclass(tree):
-        children = [getattr(tree, field.name) for field in dataclasses.fields(tree)]
-    else:
-        return []
-    return [leaf for child in children for leaf in tensors_of(child)]
+    return [leaf for child in children(tree) or () for leaf in tensors_of(child)]
 
 
 def with_tensors(tree: Any, tensors: list[Any]) -> Any:
@@ -313,6 +311,11 @@ def with_tensors(tree: Any, tensors: list[Any]) -> Any:
 def detached(tree: Any) -> Any:
     """Return a tree of the same tensors, cut from every graph."""
     return map_tensors(torch.Tensor.detach, tree)
+
+
+def copied(tree: Any) -> Any:
+    """Return a tree of copies of the tensors, but for sparse and nested ones."""
+    return map_tensors(lambda t: t.clone() if t.layout == torch.strided and not t.is_nested else t, tree)
 
 
 def stack_calls(calls: Mapping[str, Sequence[BatchStats]]) -> StatTree:
@@ -332,8 +335,7 @@ def stack_by_layer(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Return one tree of stacked tensors, from trees of one structure.
 
-    Tensors of unlike shapes, as the statistics of a layer that one part calls more often than another, are joined on
-    their first dimension instead, `(K, C)` after `(C,)`.
+    Tensors of unlike shapes, as of a layer that one part calls more often, are joined instead, `(K, C)` after `(C,)`.
     """
     return map_tensors(_stacked, *trees)
 

@@ -1,7 +1,7 @@
 """Rules: how far, and which way, the statistics of the adversarial pass are moved.
 
 A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer. An `IterativeRule` also asks for
-gradients at perturbations of its own; `perturbation_by` is the one place where the two differ.
+gradients at perturbations of its own.
 """
 
 from __future__ import annotations
@@ -85,8 +85,7 @@ GradientsAt = Callable[[PerturbationTree], StatGradTree]
 class IterativeRule:
     """A rule that asks for gradients at perturbations of its own, each of which costs a pass.
 
-    `make_apart_step` and `make_apart_sam_step` run these. In the drop-in the passes are the user's, and the one-pass
-    step has one: both refuse such a rule.
+    `make_apart_step` runs these. In the drop-in the passes are the user's, and one pass has one: both refuse them.
 
     Attributes:
         search: `(stats, stat_grads, epsilon, gradients_at) -> perturbation`, where `gradients_at(perturbation)` is
@@ -115,9 +114,8 @@ def perturbation_by(
     rule: Rule, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt
 ) -> PerturbationTree:
     """Return the perturbation that a rule of either kind makes."""
-    if isinstance(rule, IterativeRule):
-        return rule.search(stats, stat_grads, epsilon, gradients_at)
-    return rule(stats, stat_grads, epsilon)
+    given = stats, stat_grads, epsilon
+    return rule.search(*given, gradients_at) if isinstance(rule, IterativeRule) else rule(*given)
 
 
 @rule_kind(is_bounded=True, draws=False)
@@ -265,23 +263,17 @@ def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
 def _ascended(
     stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt, steps: int, length: float
 ) -> PerturbationTree:
-    """The search of `multi_step`."""
-    where = {
-        layer: Perturbation(torch.zeros_like(mean), torch.zeros_like(scale))
-        for layer, (mean, scale) in stat_grads.items()
-    }
-    where = _ascended_once(where, stat_grads, length)  # in radii
-    for _ in range(steps - 1):
-        where = _ascended_once(where, gradients_at(_times(epsilon, where)), length)
+    """The search of `multi_step`, in units of the radius."""
+    where = {layer: Perturbation(*map(torch.zeros_like, g)) for layer, g in stat_grads.items()}
+    for step in range(steps):
+        grads = gradients_at(_times(epsilon, where)) if step else stat_grads
+        where = {
+            layer: Perturbation(
+                *((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True))
+            )
+            for layer, shift in where.items()
+        }
     return _times(epsilon, where)
-
-
-def _ascended_once(where: PerturbationTree, grads: StatGradTree, length: float) -> PerturbationTree:
-    """One step uphill, and back into the unit ball."""
-    return {
-        layer: Perturbation(*((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True)))
-        for layer, shift in where.items()
-    }
 
 
 def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
@@ -289,21 +281,14 @@ def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
 
 
 def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
-    """The share of shifts that point the other way than before: how far the direction lasts from step to step.
-
-    About 0.5 says that two directions have nothing to do with each other, as those of random signs; in one pass, which
-    uses the δ of the step before, a small share says that it is not out of date.
+    """The share of shifts that point the other way than before: about 0.5 if two directions have nothing in common.
 
     Args:
         previous: δ of a step, `(C,)` each, or with leading dimensions.
-        current: δ of a later one, of the same layers and shapes.
+        current: δ of a later one, of the same layers and shapes; a StateError says if they are not.
 
     Returns:
-        0-d: of the shifts that are zero in neither, those whose sign differs. NaN where there are none, as after the
-        zero perturbation of a first step.
-
-    Raises:
-        StateError: the layers or shapes differ.
+        0-d: of the shifts that are zero in neither, those whose sign differs; NaN if there are none.
 
     Example:
         >>> before = {"bn": Perturbation(mean=torch.tensor([0.1, -0.1]), scale=torch.tensor([0.1, 0.0]))}
@@ -319,9 +304,7 @@ def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
             f"two perturbations are compared whose layers are {shapes[0]} and {shapes[1]}. Compare those of two steps "
             "of the same model."
         )
-    before, now = (
-        torch.cat([tree[layer][i].flatten() for layer in previous for i in (0, 1)]) for tree in (previous, current)
-    )
+    before, now = (torch.cat([v.flatten() for layer in previous for v in tree[layer]]) for tree in (previous, current))
     products = before.sign() * now.sign()
     return (products < 0).sum() / (products != 0).sum()
 

@@ -19,14 +19,9 @@ from apart_func.trees import Tensors, check_named_tensors, tensors_of, with_tens
 
 
 class Gradient(NamedTuple):
-    """What differentiating returns. Gradients of an eager computation are detached; its further results are not.
+    """What differentiating returns. Gradients of an eager computation are detached; its further results are not."""
 
-    Attributes:
-        grads: a dict for each argument; zero where the loss does not depend on the tensor (see `is_unreached`).
-        aux: the further results.
-    """
-
-    grads: tuple[dict[Any, Any], ...]
+    grads: tuple[dict[Any, Any], ...]  # one for each argument; zero if the loss does not reach the tensor
     aux: Any
 
 
@@ -75,15 +70,9 @@ def grad_and_value(
 
 
 class LentLeaves:
-    """Fresh leaves on the memory of some tensors, which an eager computation is differentiated by.
+    """Fresh leaves, as `trees`, on the memory of some tensors, which an eager computation is differentiated by.
 
-    Args:
-        inputs: dicts of tensors, or of tuples of them.
-        are_copies: whether the leaves have memory of their own: a computation that rewrites them is refused all the
-            same, and then has changed nothing.
-
-    Attributes:
-        trees: the same dicts, of leaves.
+    Copies have memory of their own: a computation that rewrites them is refused all the same, and has changed nothing.
     """
 
     def __init__(self, inputs: Sequence[Mapping[str, Any]], are_copies: bool = False) -> None:
@@ -94,17 +83,21 @@ class LentLeaves:
         self.trees = _filled(inputs, self._leaves)
 
     def backward(self, loss: Tensor, aux: Any) -> Gradient:
-        """Differentiate a loss by the leaves.
-
-        Raises:
-            StateError: the computation has rewritten one.
-            UsageError: the loss has no graph.
-            ForeignParametersError: it depends on other parameters.
-        """
+        """Differentiate a loss by the leaves, if nothing has rewritten one, and it depends on no other parameters."""
         for name, leaf, version in zip(self._names, self._leaves, self._versions, strict=True):
             if _is_rewritten(leaf, version):
-                raise rewritten(name)
-        _check_graph(loss, self._leaves)
+                raise StateError(
+                    f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm "
+                    "that is forced on weights, or p.data = ... do). In a step that is a function, parameters are "
+                    "moved by the optimizer alone. Do this after the optimizer's step, or compute the changed value in "
+                    "the forward, as a parametrization does."
+                )
+        if not loss.requires_grad:
+            raise UsageError(
+                "the loss has no graph: it does not depend on any parameter in a way that can be differentiated. Do "
+                "not detach the output, compute without no_grad, and return a tensor that the model's output went into."
+            )
+        _check_foreign(loss, self._leaves)
         # As in plain training: a gradient owns its memory, is dense or sparse, and a backward inside of this one, as
         # of a reversible block, adds to it.
         torch.autograd.backward(loss, inputs=self._leaves)
@@ -143,16 +136,6 @@ def _is_rewritten(leaf: Tensor, version: int) -> bool:
     return leaf._version != version or "replaced" in seen or any(copy._version for copy in seen.get("copies", ()))
 
 
-def rewritten(name: str) -> StateError:
-    """Return the error for a tensor that a forward must not rewrite."""
-    return StateError(
-        f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm that is "
-        "forced on weights, or p.data = ... do). In a step that is a function, parameters are moved by the optimizer "
-        "alone. Do this after the optimizer's step, or compute the changed value in the forward, as a parametrization "
-        "does."
-    )
-
-
 def is_unreached(grad: Tensor) -> bool:
     """Return whether an eager step has seen that the loss does not reach the parameter of a gradient.
 
@@ -187,12 +170,7 @@ register_tree(
 
 
 def under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
-    """Differentiate a computation by `torch.func`.
-
-    Raises:
-        UsageError: the loss depends on other parameters, or saves tensors in a way that transforms do not allow.
-        ForeignParametersError: likewise, where they are known.
-    """
+    """Differentiate a computation by `torch.func`, if its loss depends on no other parameters."""
 
     def value(*trees: Any) -> tuple[Tensor, _Carried]:
         pair: tuple[Tensor, _Carried] = compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))
@@ -212,7 +190,11 @@ def under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) 
             ) from error
         raise
     loss, aux = carried.tree
-    _check_closure(loss, inputs)
+    leaves = [leaf for tree in inputs for _, leaf in _leaves(tree)]
+    if not is_compiling():
+        _check_foreign(unwrapped(loss), [unwrapped(leaf) for leaf in leaves])
+    elif loss.requires_grad and not any(leaf.requires_grad for leaf in leaves):
+        raise foreign_parameters([])  # no argument is differentiated by, so there should be no graph, and there is one
     return Gradient(grads, aux)
 
 
@@ -254,31 +236,10 @@ def foreign_parameters(names: Sequence[str]) -> UsageError:
     )
 
 
-def _check_graph(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Make sure that a loss has a gradient, and that it is one by the leaves alone."""
-    if not loss.requires_grad:
-        raise UsageError(
-            "the loss has no graph: it does not depend on any parameter in a way that can be differentiated. Do not "
-            "detach the output, compute without no_grad, and return a tensor that the model's output went into."
-        )
-    own = {id(leaf) for leaf in leaves}
+def _check_foreign(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raise a ForeignParametersError if a parameter that is no leaf of ours is in the graph of a loss."""
+    own = set(map(id, leaves))
     foreign = [leaf for leaf in _graph_leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
-    if foreign:
-        raise ForeignParametersError(foreign)
-
-
-def _check_closure(loss: Tensor, inputs: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure, as `_check_graph` does, that no parameter but the arguments is in the graph around a transform."""
-    leaves = [leaf for tree in inputs for _, leaf in _leaves(tree)]
-    if is_compiling():
-        # There is no graph to look through; but without arguments that are differentiated by, there should be none.
-        if loss.requires_grad and not any(leaf.requires_grad for leaf in leaves):
-            raise foreign_parameters([])
-        return
-    own = {id(unwrapped(leaf)) for leaf in leaves}
-    foreign = [
-        leaf for leaf in _graph_leaves(unwrapped(loss)) if isinstance(leaf, nn.Parameter) and id(leaf) not in own
-    ]
     if foreign:
         raise ForeignParametersError(foreign)
 

@@ -10,7 +10,7 @@ node of autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,49 +22,22 @@ Reduce = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Normalized(NamedTuple):
-    """What a call of a layer returns.
+    """What a call of a layer returns."""
 
-    Attributes:
-        y: of the activations' shape and dtype.
-        mean: batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32; a constant.
-        var: biased variance σ², likewise.
-    """
-
-    y: Tensor
-    mean: Tensor
-    var: Tensor
+    y: Tensor  # of the activations' shape and dtype
+    mean: (
+        Tensor  # batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32; a constant
+    )
+    var: Tensor  # biased variance σ², likewise
 
 
 class Affine(NamedTuple):
-    """What a layer applies to x̂, in the dtype of its statistics.
+    """What a layer applies to x̂, in the dtype of its statistics."""
 
-    Attributes:
-        weight: γ, `(C,)`.
-        bias: β, `(C,)`.
-        shift: δμ, `(C,)` for all ghost groups or `(G, C)` for each.
-        scale: δσ, likewise.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    shift: Tensor
-    scale: Tensor
-
-
-class Groups(Protocol):
-    """How activations `(N, C, ...)` form ghost groups."""
-
-    def split(self, x: Tensor) -> Tensor:
-        """Return the activations in the form that the other two work on."""
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over every channel of every group, `(G, C)`."""
-
-    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
-        """Return vectors `(G, C)` in a shape that broadcasts over `values`."""
-
-    def join(self, values: Tensor) -> Tensor:
-        """Undo `split`."""
+    weight: Tensor  # γ, `(C,)`
+    bias: Tensor  # β, `(C,)`
+    shift: Tensor  # δμ, `(C,)` for all ghost groups or `(G, C)` for each
+    scale: Tensor  # δσ, likewise
 
 
 class InterleavedGroups(NamedTuple):
@@ -73,51 +46,38 @@ class InterleavedGroups(NamedTuple):
     number: int
 
     def split(self, x: Tensor) -> Tensor:
-        """Return `(N/G, G, C, ...)`."""
+        """Return activations `(N, C, ...)` as `(N/G, G, C, ...)`."""
         split: Tensor = x.unflatten(0, (-1, self.number))
         return split
 
     def mean(self, values: Tensor) -> Tensor:
-        """See `Groups`."""
+        """Return the mean over every channel of every group, `(G, C)`."""
         return values.mean((0, *range(3, values.dim())))
 
     def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
-        """See `Groups`."""
+        """Return vectors `(G, C)` in a shape that broadcasts over `values`."""
         return vectors.reshape(*vectors.shape, *[1] * (values.dim() - 3))
-
-    def join(self, values: Tensor) -> Tensor:
-        """See `Groups`."""
-        return values.flatten(0, 1)
 
 
 class IndexedGroups(NamedTuple):
-    """Ghost groups of any rows, which need not be alike in number.
+    """Ghost groups of any rows, which need not be alike in number; its methods are those of `InterleavedGroups`."""
 
-    Attributes:
-        group: the group of every row, `(N,)`, int64.
-        sizes: values a channel in each group, `(G, 1)`, in the dtype of the statistics.
-    """
-
-    group: Tensor
-    sizes: Tensor
+    group: Tensor  # of every row, `(N,)`, int64
+    sizes: Tensor  # values a channel in each group, `(G, 1)`, in the dtype of the statistics
 
     def split(self, x: Tensor) -> Tensor:
-        """See `Groups`."""
+        """Return activations as they are."""
         return x
 
     def mean(self, values: Tensor) -> Tensor:
-        """See `Groups`."""
+        """Return the mean over every channel of every group, `(G, C)`."""
         of_rows = values.flatten(2).sum(2) if values.dim() > 2 else values
         return of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.group, of_rows) / self.sizes
 
     def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
-        """See `Groups`."""
+        """Return vectors `(G, C)`, one for each row."""
         rows = vectors.expand(len(self.sizes), -1)[self.group]
         return rows.reshape(*rows.shape, *[1] * (values.dim() - 2))
-
-    def join(self, values: Tensor) -> Tensor:
-        """See `Groups`."""
-        return values
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -137,7 +97,9 @@ def _to(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector if vector.dtype is dtype else vector.to(dtype)
 
 
-def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Reduce | None = None) -> Normalized:
+def formula(
+    x: Tensor, vectors: Affine, eps: float, groups: InterleavedGroups | IndexedGroups, reduce: Reduce | None = None
+) -> Normalized:
     """Normalise by perturbed statistics.
 
     Args:
@@ -164,4 +126,4 @@ def formula(x: Tensor, vectors: Affine, eps: float, groups: Groups, reduce: Redu
     slope = gamma * invstd
     intercept = bias - gamma * shift * (start * invstd.detach()) - drift * slope
     y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(unsafe_view(groups.join(y.to(x.dtype)), x.shape), start, var.detach())
+    return Normalized(unsafe_view(y.to(x.dtype), x.shape), start, var.detach())

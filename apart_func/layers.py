@@ -25,12 +25,9 @@ from apart_func.trees import BatchStats, Perturbation, PerturbationTree, StatTre
 
 
 class Record:
-    """The statistics that the layers of a pass normalised by, call by call.
+    """The statistics, in a dtype, that the layers of a pass normalised by, call by call.
 
-    Args:
-        clean: how many ghost groups are clean, the first ones. Running statistics move by these.
-        store: gives a buffer its new value.
-        dtype: of the recorded statistics.
+    The first ghost groups are `clean`: running statistics move by these, which `store` puts in place.
     """
 
     def __init__(self, clean: int, store: Store, dtype: torch.dtype) -> None:
@@ -39,14 +36,7 @@ class Record:
         self._other_stats: dict[str, list[BatchStats]] = {}
 
     def add(self, call: BatchNormCall, mean: Tensor, var: Tensor, sizes: Any) -> None:
-        """Record a call, and move the running statistics of its layer.
-
-        Args:
-            call: of the layer.
-            mean: of every ghost group, `(G, C)`.
-            var: biased variance, likewise.
-            sizes: values a channel in a group, or `(G, 1)` if groups differ.
-        """
+        """Record statistics `(G, C)` of groups of some `sizes`, and move the running ones of the layer."""
         if self.clean:
             is_all = self.clean == mean.size(0)
             stats, size = pooled(*((mean, var) if is_all else (mean[: self.clean], var[: self.clean])), sizes)
@@ -68,14 +58,10 @@ class Record:
 
 
 class PerturbedLayers:
-    """The handler of a forward.
+    """The handler of a forward, in which every layer is at its δ, `(C,)`, or `(G, C)` for one in each ghost group.
 
-    Args:
-        perturbation: δ of every layer, `(C,)`, or `(G, C)` for one in each ghost group.
-        grouping: how the rows of a layer's input form ghost groups.
-        record: of the statistics.
-        task: number of the backward that the forward is part of. In another one, which is its own, a checkpointed layer
-            only runs again.
+    `task` is the number of the backward that the forward is part of. In another one, which is its own, a checkpointed
+    layer only runs again.
     """
 
     def __init__(self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int) -> None:
@@ -105,11 +91,7 @@ class PerturbedLayers:
         return y
 
     def check_rows(self) -> None:
-        """Make sure, once the forward has ended, that layers which saw chunks of the batch have seen all of it.
-
-        Raises:
-            BatchError: the rows of a layer cannot be those of the samples.
-        """
+        """Raise a BatchError if layers which saw chunks of the batch have not seen all of it at the forward's end."""
         groups, samples, rows = self.grouping
         if groups > 1 and samples is not None and not callable(rows):
             for name, seen in self._rows.items():

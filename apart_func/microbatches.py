@@ -15,11 +15,7 @@ from apart_func.trees import StepOutput, concatenate, stack_by_layer
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Cut a batch into equal parts.
-
-    Raises:
-        BatchError: it has no multiple of so many samples.
-    """
+    """Cut a batch into equal parts, or raise a BatchError if there are none."""
     if parts == 1:
         return [batch]
     samples = batch_size(batch)

@@ -25,14 +25,7 @@ def copy_into_buffer(layer: str, buffer: Tensor, value: Tensor) -> None:
 
 
 def advance(call: BatchNormCall, stats: BatchStats, size: Any, store: Store) -> None:
-    """Move a layer's running statistics by one batch, as plain batch norm does.
-
-    Args:
-        call: of the layer.
-        stats: mean and biased variance of the batch, `(C,)`.
-        size: how many values a channel they are of.
-        store: gives a buffer its new value.
-    """
+    """Move a layer's running statistics by those of a batch of `size` values a channel, as plain batch norm does."""
     if call.running_mean is None or call.running_var is None:
         return
     mean, var = stats
@@ -55,11 +48,7 @@ def pooled(mean: Tensor, var: Tensor, sizes: Any) -> tuple[BatchStats, Any]:
     """Return statistics `(C,)` of the samples of several ghost groups together, and how many values they are of.
 
     The mean is the mean of their means, and the variance the mean of their variances plus the variance of their means.
-
-    Args:
-        mean: of each group, `(G, C)`.
-        var: biased variance, likewise.
-        sizes: values a channel in a group, or `(G', 1)` with those of these groups first if groups differ.
+    `sizes` are values a channel in a group, or `(G', 1)` with those of these groups first if groups differ.
     """
     groups = mean.shape[0]
     if groups == 1:

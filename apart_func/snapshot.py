@@ -34,11 +34,7 @@ SCALARS = frozenset([bool, int, float, complex, str, bytes, type(None)])
 
 
 def check_model(model: Any) -> None:
-    """Make sure that a model is a module whose tensors have a shape.
-
-    Raises:
-        ModelError: it is not, or has lazy layers.
-    """
+    """Raise a ModelError if a model is no module, or has lazy layers."""
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ModelError(f"the model is {what}; expected a torch.nn.Module, such as resnet18().")
@@ -53,15 +49,9 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model.
+    """Copy a model, or raise a ModelError if it cannot be copied, or would run modules that are not its own.
 
-    Args:
-        model: any module.
-        memo: what stands for an object in the copy, by the object's id, as `copy.deepcopy` takes it. Afterwards it has
-            all that was copied.
-
-    Raises:
-        ModelError: it cannot be copied, or would run modules that are not its own.
+    `memo` says what stands for an object in the copy, as `copy.deepcopy` takes it, and gets all that is copied.
     """
     check_model(model)
     memo = {} if memo is None else memo

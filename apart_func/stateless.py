@@ -16,14 +16,7 @@ from apart_func.trees import Tensors
 
 
 class StatelessModule:
-    """A copy of a model that owns no tensor, and borrows the caller's for the time of a call.
-
-    Attributes:
-        module: the copy.
-        layers: its BN layers in training mode, by name.
-        constants: what a compiler takes as it is.
-        is_proven: whether a forward has left its parameters alone, so that later ones get them without a copy.
-    """
+    """A copy, `module`, of a model, whose tensors are the caller's while a call runs, and none otherwise."""
 
     def __init__(self, model: nn.Module) -> None:
         layers = {name: layer for name, layer in batch_norm_layers(model).items() if layer.training}
@@ -69,7 +62,7 @@ class StatelessModule:
             owner, _, key = place.rpartition(".")
             register: Any = owners[owner]._buffers if key in owners[owner]._buffers else owners[owner]._parameters
             self._places.setdefault(name, []).append((register, key))
-        self.is_proven = False
+        self.is_proven = False  # whether a forward has left its parameters alone: later ones get them without a copy
         self.snapshot = Snapshot(self.module)
 
     def evaluating(self) -> StatelessModule:
@@ -80,11 +73,7 @@ class StatelessModule:
         return made
 
     def replace_buffer(self, layer: str, old: Tensor, new: Tensor) -> None:
-        """Give a buffer that a layer uses a new value, in every place that holds it; to be called while the call runs.
-
-        Raises:
-            ModelError: it is no buffer of the model.
-        """
+        """Give a buffer that a layer uses a new value in every place that holds it; a ModelError says if none does."""
         own = self.layers[layer]._buffers
         names = [self.first[f"{layer}.{key}" if layer else key] for key, buffer in own.items() if buffer is old]
         names = names or [name for name, [(register, key), *_] in self._places.items() if register[key] is old]

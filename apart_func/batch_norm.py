@@ -41,22 +41,25 @@ class Affine(NamedTuple):
 
 
 class InterleavedGroups(NamedTuple):
-    """Ghost groups in which row i is in group i mod G: a dimension of their own, which is a view in every layout."""
+    """Ghost groups in which row i is in group i mod G: a dimension of their own, which one group does without."""
 
     number: int
 
     def split(self, x: Tensor) -> Tensor:
         """Return activations `(N, C, ...)` as `(N/G, G, C, ...)`."""
-        split: Tensor = x.unflatten(0, (-1, self.number))
-        return split
+        return x if self.number == 1 else x.unflatten(0, (-1, self.number))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over every channel of every group, `(G, C)`."""
-        return values.mean((0, *range(3, values.dim())))
+        """Return the mean over every channel of every group, in a shape that broadcasts over the values."""
+        return values.mean((0, *range(2 + (self.number > 1), values.dim())), keepdim=True)
 
-    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
-        """Return vectors `(G, C)` in a shape that broadcasts over `values`."""
-        return vectors.reshape(*vectors.shape, *[1] * (values.dim() - 3))
+    def spread(self, vectors: Tensor, positions: int) -> Tensor:
+        """Return vectors `(C,)` or `(G, C)` in such a shape."""
+        return vectors.reshape(*vectors.shape, *[1] * positions)
+
+    def vectors(self, means: Tensor) -> Tensor:
+        """Return means as `(G, C)`."""
+        return means.reshape(self.number, -1)
 
 
 class IndexedGroups(NamedTuple):
@@ -70,14 +73,20 @@ class IndexedGroups(NamedTuple):
         return x
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over every channel of every group, `(G, C)`."""
+        """Return the mean over every channel of every group, for each row."""
         of_rows = values.flatten(2).sum(2) if values.dim() > 2 else values
-        return of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.group, of_rows) / self.sizes
+        sums = of_rows.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.group, of_rows)
+        return self.spread(sums / self.sizes, values.dim() - 2)
 
-    def spread(self, vectors: Tensor, values: Tensor) -> Tensor:
-        """Return vectors `(G, C)`, one for each row."""
-        rows = vectors.expand(len(self.sizes), -1)[self.group]
-        return rows.reshape(*rows.shape, *[1] * (values.dim() - 2))
+    def spread(self, vectors: Tensor, positions: int) -> Tensor:
+        """Return vectors `(C,)` or `(G, C)` for each row."""
+        rows = vectors if vectors.dim() == 1 else vectors[self.group]
+        return rows.reshape(*rows.shape, *[1] * positions)
+
+    def vectors(self, means: Tensor) -> Tensor:
+        """Return means as `(G, C)`."""
+        rows = means.flatten(1)
+        return rows.new_zeros(len(self.sizes), rows.shape[1]).index_put((self.group,), rows)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,18 +121,14 @@ def formula(
     weight, bias, shift, scale = vectors
     values = groups.split(x).to(weight.dtype)
     mean = groups.mean(values)
-    # As a constant, `start` spares the backward a sum over the activations; `drift` is zero and has the mean's
-    # gradient.
-    start = mean.detach()
-    drift = mean - start
-    centred = values - groups.spread(start, values)
-    var = groups.mean(centred.square()) - drift.square()
+    centred = values - mean
+    var = groups.mean(centred.square())
     if reduce is not None:
         mean, var = reduce(mean, var)
-        drift, start = mean - start, mean.detach()
+        centred = values - mean
     invstd = torch.rsqrt(var + eps)
-    gamma = weight * (1 + scale)
-    slope = gamma * invstd
-    intercept = bias - gamma * shift * (start * invstd.detach()) - drift * slope
-    y = centred * groups.spread(slope, values) + groups.spread(intercept, values)
-    return Normalized(unsafe_view(y.to(x.dtype), x.shape), start, var.detach())
+    gamma, beta, shifted = (groups.spread(v, x.dim() - 2) for v in (weight * (1 + scale), bias, shift))
+    y = centred * (gamma * invstd) + (beta - gamma * shifted * (mean * invstd).detach())
+    y = y.to(x.dtype)
+    mean, var = groups.vectors(mean.detach()), groups.vectors(var.detach())
+    return Normalized(y if y.shape == x.shape else unsafe_view(y, x.shape), mean, var)

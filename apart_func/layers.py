@@ -37,13 +37,14 @@ class Record:
 
     def add(self, call: BatchNormCall, mean: Tensor, var: Tensor, sizes: Any) -> None:
         """Record statistics `(G, C)` of groups of some `sizes`, and move the running ones of the layer."""
-        if self.clean:
-            is_all = self.clean == mean.size(0)
-            stats, size = pooled(*((mean, var) if is_all else (mean[: self.clean], var[: self.clean])), sizes)
+        groups, clean = mean.size(0), self.clean
+        if clean:
+            stats, size = pooled(*((mean, var) if clean == groups else (mean[:clean], var[:clean])), sizes)
             advance(call, stats, size, self._store)
             self._note(self._clean_stats, call.name, stats)
-        if self.clean < mean.size(0):
-            self._note(self._other_stats, call.name, BatchStats(mean[self.clean :], var[self.clean :]))
+        if clean < groups:
+            others = BatchStats(mean[clean:], var[clean:]) if clean else BatchStats(mean, var)
+            self._note(self._other_stats, call.name, others)
 
     def _note(self, calls: dict[str, list[BatchStats]], layer: str, stats: BatchStats) -> None:
         calls.setdefault(layer, []).append(BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype)))

@@ -380,7 +380,8 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _all_finite(scalars: Sequence[Tensor]) -> Tensor:
-    return torch.stack([scalar.to(torch.float64) for scalar in scalars]).isfinite().all()
+    kinds = {scalar.dtype for scalar in scalars}
+    return torch.stack(list(scalars) if len(kinds) == 1 else [s.to(torch.float64) for s in scalars]).isfinite().all()
 
 
 Tree = TypeVar("Tree")

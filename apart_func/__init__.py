@@ -6,18 +6,16 @@ from apart_func.errors import ApartError, BatchError, ModelError, RanksError, Se
 from apart_func.functional import FunctionalModel, functionalize
 from apart_func.one_pass import OnePassStep, clean_stat_grads, init_perturbation, make_one_pass_step
 from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
+from apart_func.perturbed import PerturbedStats, perturbed_stats, sign_flips
 from apart_func.rules import (
     IterativeRule,
-    PerturbedStats,
     Rule,
     RuleKind,
     l2_perturbation,
     multi_step,
-    perturbed_stats,
     random_sign_perturbation,
     random_signs,
     rule_kind,
-    sign_flips,
     sign_perturbation,
 )
 from apart_func.settings import Settings

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_compiling, is_differentiated, is_traced, register_tree, unwrapped
 from apart_func.errors import StateError, UsageError
-from apart_func.trees import Tensors, check_named_tensors, tensors_of, with_tensors
+from apart_func.trees import Tensors, check_named_tensors, detached, tensors_of, with_tensors
 
 
 class Gradient(NamedTuple):
@@ -55,18 +55,28 @@ def grad_and_value(
         pair = function(trained)
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 0):
             raise UsageError(f"function returned a {type(pair).__name__}; expected (loss, aux), with a 0-d loss.")
-        return backward(pair[0], (pair[0] if is_traced() else pair[0].detach(), pair[1]))
+        return backward(pair[0], (detach_if_eager(pair[0]), pair[1]))
 
     try:
-        if is_traced():
-            (grads,), (loss, aux) = under_transforms(compute, (params,))
-        else:
-            leaves = LentLeaves((params,))
-            with torch.enable_grad():
-                (grads,), (loss, aux) = compute(*leaves.trees, leaves.backward)
+        (grads,), (loss, aux) = gradients(compute, (params,))
     except ForeignParametersError as error:
         raise foreign_parameters([f"one of shape {tuple(p.shape)}" for p in error.args[0]]) from None
     return grads, loss, aux
+
+
+def gradients(compute: Computation, inputs: Sequence[Mapping[str, Any]], are_copies: bool = False) -> Gradient:
+    """Differentiate a computation by dicts of tensors, or of tuples of them; an eager one may be given copies."""
+    if is_traced():
+        return _under_transforms(compute, inputs)
+    leaves = LentLeaves(inputs, are_copies)
+    with torch.enable_grad():
+        found: Gradient = compute(*leaves.trees, leaves.backward)
+    return found
+
+
+def detach_if_eager(tree: Any) -> Any:
+    """Return a tree, cut from its graph if no transform or compiler sees it."""
+    return tree if is_traced() else detached(tree)
 
 
 class LentLeaves:
@@ -169,7 +179,7 @@ register_tree(
 )
 
 
-def under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
+def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
     """Differentiate a computation by `torch.func`, if its loss depends on no other parameters."""
 
     def value(*trees: Any) -> tuple[Tensor, _Carried]:

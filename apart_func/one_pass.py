@@ -26,7 +26,7 @@ from apart_func.microbatches import split_batch
 from apart_func.passes import Pass
 from apart_func.ranks import Ranks
 from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation
-from apart_func.settings import Settings
+from apart_func.settings import settings_of
 from apart_func.snapshot import check_model, named_tensors
 from apart_func.step import Begun, Step, find_perturbation
 from apart_func.trees import (
@@ -89,16 +89,7 @@ def make_one_pass_step(
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
     """
-    settings = Settings(
-        epsilon=epsilon,
-        groups=groups,
-        clean_fraction=clean_fraction,
-        microbatches=microbatches,
-        rule=rule,
-        rows=rows,
-        autocast_dtype=autocast_dtype,
-        process_group=process_group,
-    )
+    settings = settings_of(locals())
     if isinstance(rule, IterativeRule):
         raise rule.refusal()
     if groups != -1:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, is_traced, specialize
-from apart_func.autodiff import ForeignParametersError, LentLeaves, foreign_parameters, under_transforms
+from apart_func._torch import backward_task, is_concrete, specialize
+from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
@@ -38,7 +38,6 @@ from apart_func.trees import (
     Tensors,
     copied,
     detach_perturbation,
-    detached,
     input_and_target,
     statistics_kind,
     tensors_of,
@@ -262,19 +261,17 @@ class Pass:
         inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
         fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
         training = self._fmodel.training
+
+        def compute(*given: Any) -> Any:
+            *trees, backward = given
+            return self._forward_and_backward([*trees, *fixed], grouping, clean, backward)
+
         try:
-            if is_traced():
-                grads, results = under_transforms(
-                    lambda *given: self._forward_and_backward([*given[:-1], *fixed], grouping, clean, given[-1]), inputs
-                )
-            else:
-                leaves = LentLeaves(inputs, are_copies=not training.is_proven)
-                with torch.enable_grad():
-                    point = [*leaves.trees, *fixed]
-                    grads, results = self._forward_and_backward(point, grouping, clean, leaves.backward)
-                training.is_proven = True
+            grads, results = gradients(compute, inputs, are_copies=not training.is_proven)
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
+        if is_concrete(results.loss):
+            training.is_proven = True
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[0], grads[1] if by_shifts else {}
         if scale is not None:
@@ -311,7 +308,7 @@ class Pass:
             moved = stateless.buffers(self._buffers)
             results = Results(loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats())
             scale = self._precision.loss_scale
-            return backward(loss if scale is None else loss * scale, results if is_traced() else detached(results))
+            return backward(loss if scale is None else loss * scale, detach_if_eager(results))
 
         return self._fmodel.run({**self._params, **params}, self._buffers, layers, body)
 

@@ -17,7 +17,8 @@ from apart_func.errors import BatchError, ModelError, SettingError, StateError, 
 from apart_func.functional import call_module
 from apart_func.intercept import batch_norm_layers
 from apart_func.losses import LossFunction, scalar_loss
-from apart_func.rules import perturbed_stats, sign_perturbation
+from apart_func.perturbed import perturbed_stats
+from apart_func.rules import sign_perturbation
 from apart_func.samples import batch_size
 from apart_func.snapshot import copy_model
 from apart_func.summary import summarised

@@ -70,6 +70,11 @@ class Settings:
         return ", ".join(f"{name}={_described(value)}" for name, value in values.items())
 
 
+def settings_of(arguments: dict[str, Any]) -> Settings:
+    """Make settings of all arguments of a maker but its model and loss."""
+    return Settings(**{name: value for name, value in arguments.items() if name not in ("model", "loss_fn")})
+
+
 def _described(value: Any) -> str:
     if isinstance(value, partial):
         return f"{_described(value.func)} with {sorted(value.keywords)}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_traced
+from apart_func._torch import is_compiling
 from apart_func.autodiff import is_unreached
 from apart_func.errors import StateError
 from apart_func.snapshot import check_model, named_tensors
@@ -50,16 +50,12 @@ _PARAMETER_OF: dict[int, weakref.ref[nn.Parameter]] = {}
 def follow_parameters(params: Mapping[str, Tensor]) -> Tensors:
     """Return the same tensors, but for those of `split_state` whose parameters have other memory now."""
     found = dict(params)
-    if not is_traced():
-        for name, tensor in params.items():
-            parameter = _PARAMETER_OF.get(id(tensor), _gone)()
-            if parameter is not None and parameter.data_ptr() != tensor.data_ptr():
-                found[name] = parameter.detach()
+    for name, tensor in {} if is_compiling() else params.items():
+        reference = _PARAMETER_OF.get(id(tensor))
+        parameter = None if reference is None else reference()
+        if parameter is not None and parameter.data_ptr() != tensor.data_ptr():
+            found[name] = parameter.detach()
     return found
-
-
-def _gone() -> None:
-    """Stand for the reference of a tensor that is of no parameter."""
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from apart_func.ranks import (
 )
 from apart_func.rules import Rule, kind_of, perturbation_by, sign_perturbation
 from apart_func.samples import cut_batch
-from apart_func.settings import Settings
+from apart_func.settings import Settings, settings_of
 from apart_func.trees import (
     PerturbationTree,
     StatGrads,
@@ -106,18 +106,7 @@ def make_apart_step(
     Raises:
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
     """
-    settings = Settings(
-        epsilon=epsilon,
-        groups=groups,
-        ratio=ratio,
-        rho=rho,
-        remainder=remainder,
-        microbatches=microbatches,
-        rule=rule,
-        rows=rows,
-        autocast_dtype=autocast_dtype,
-        process_group=process_group,
-    )
+    settings = settings_of(locals())
     return ApartStep(as_functional(model), loss_fn, settings)
 
 

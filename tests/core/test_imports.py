@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "_torch"},
     {"summary", "batch_norm", "checks", "snapshot", "intercept"},
     {"trees", "kernels"},
-    {"groups", "running", "autodiff", "rules", "ranks", "samples"},
+    {"groups", "running", "autodiff", "rules", "perturbed", "ranks", "samples"},
     {"state", "layers", "settings", "microbatches", "losses"},
     {"stateless"},
     {"functional"},

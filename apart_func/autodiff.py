@@ -64,13 +64,21 @@ def grad_and_value(
     return grads, loss, aux
 
 
-def gradients(compute: Computation, inputs: Sequence[Mapping[str, Any]], are_copies: bool = False) -> Gradient:
-    """Differentiate a computation by dicts of tensors, or of tuples of them; an eager one may be given copies."""
+class Proof:
+    """Whether a computation has been seen to leave its arguments alone: until then, an eager one gets copies."""
+
+    is_given = False
+
+
+def gradients(compute: Computation, inputs: Sequence[Mapping[str, Any]], proof: Proof | None = None) -> Gradient:
+    """Differentiate a computation by dicts of tensors, or of tuples of them."""
     if is_traced():
         return _under_transforms(compute, inputs)
-    leaves = LentLeaves(inputs, are_copies)
+    leaves = LentLeaves(inputs, are_copies=proof is not None and not proof.is_given)
     with torch.enable_grad():
         found: Gradient = compute(*leaves.trees, leaves.backward)
+    if proof is not None:
+        proof.is_given = True
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, is_concrete, specialize
+from apart_func._torch import backward_task, specialize
 from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
@@ -260,18 +260,15 @@ class Pass:
         """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
         inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
         fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
-        training = self._fmodel.training
 
         def compute(*given: Any) -> Any:
             *trees, backward = given
             return self._forward_and_backward([*trees, *fixed], grouping, clean, backward)
 
         try:
-            grads, results = gradients(compute, inputs, are_copies=not training.is_proven)
+            grads, results = gradients(compute, inputs, self._fmodel.training.proof)
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
-        if is_concrete(results.loss):
-            training.is_proven = True
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[0], grads[1] if by_shifts else {}
         if scale is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apart_func._torch import Constants
+from apart_func.autodiff import Proof
 from apart_func.errors import ModelError
 from apart_func.intercept import Interception, batch_norm_layers, is_stock
 from apart_func.snapshot import HiddenTensors, Snapshot, copy_model, named_tensors
@@ -62,7 +63,7 @@ class StatelessModule:
             owner, _, key = place.rpartition(".")
             register: Any = owners[owner]._buffers if key in owners[owner]._buffers else owners[owner]._parameters
             self._places.setdefault(name, []).append((register, key))
-        self.is_proven = False  # whether a forward has left its parameters alone: later ones get them without a copy
+        self.proof = Proof()
         self.snapshot = Snapshot(self.module)
 
     def evaluating(self) -> StatelessModule:

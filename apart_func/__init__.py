@@ -3,8 +3,8 @@
 from apart_func.autodiff import grad_and_value
 from apart_func.dropin import APART
 from apart_func.errors import ApartError, BatchError, ModelError, RanksError, SettingError, StateError, UsageError
-from apart_func.functional import FunctionalModel, functionalize
-from apart_func.one_pass import OnePassStep, clean_stat_grads, init_perturbation, make_one_pass_step
+from apart_func.functional import FunctionalModel, functionalize, init_perturbation
+from apart_func.one_pass import OnePassStep, clean_stat_grads, make_one_pass_step
 from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
 from apart_func.perturbed import PerturbedStats, perturbed_stats, sign_flips
 from apart_func.rules import (

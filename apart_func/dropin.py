@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apart_func.calls import find_perturbation
 from apart_func.checks import check_epsilon, check_perturbation, clean_groups, scalar
 from apart_func.contexts import Context, lent_state, versions
 from apart_func.errors import SettingError, UsageError
@@ -26,7 +27,6 @@ from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, described_st
 from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.snapshot import check_model, named_tensors
-from apart_func.step import find_perturbation
 from apart_func.trees import PerturbationTree, StatGradTree, StatTree, leaves, statistics_kind, zero_perturbation
 
 

@@ -31,10 +31,10 @@ from apart_func.intercept import (
 from apart_func.kernels import perturbed_batch_norm
 from apart_func.losses import LossFunction, check_loss_function
 from apart_func.ranks import synchronisation
-from apart_func.snapshot import Snapshot, check_model
+from apart_func.snapshot import Snapshot, check_model, named_tensors
 from apart_func.state import check_tensors, follow_parameters, united
 from apart_func.stateless import StatelessModule
-from apart_func.trees import Tensors, tensors_of
+from apart_func.trees import PerturbationTree, Tensors, statistics_kind, tensors_of, zero_perturbation
 
 
 def module_arguments(inputs: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -251,6 +251,23 @@ class _PlainBatchNorm:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         zero = x.new_zeros(x.shape[1])
         return perturbed_batch_norm(x, weight, bias, zero, zero, eps, 1, reduce).y
+
+
+def init_perturbation(model: nn.Module) -> PerturbationTree:
+    """Make the perturbation of a first step, for rules of gradients: zero for every BN layer in training mode.
+
+    Args:
+        model: a module with BN layers in training mode.
+
+    Returns:
+        `(C,)` each, in the dtype of the model's statistics.
+
+    Raises:
+        ModelError: there is no such layer.
+    """
+    check_model(model)
+    layers = {name: layer.num_features for name, layer in training_layers(model).items()}
+    return zero_perturbation(layers, *statistics_kind(dict(model.named_parameters()) or dict(named_tensors(model))))
 
 
 def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors) -> Tensors:

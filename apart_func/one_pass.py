@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from apart_func.calls import Begun, Step, find_perturbation
 from apart_func.checks import clean_groups, is_count
 from apart_func.errors import SettingError, StateError
 from apart_func.functional import FunctionalModel, as_functional
 from apart_func.groups import Grouping, Rows, number_of_groups
-from apart_func.intercept import training_layers
 from apart_func.losses import LossFunction
 from apart_func.microbatches import split_batch
 from apart_func.passes import Pass
 from apart_func.ranks import Ranks
 from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation
 from apart_func.settings import settings_of
-from apart_func.snapshot import check_model, named_tensors
-from apart_func.step import Begun, Step, find_perturbation
 from apart_func.trees import (
     PerturbationTree,
     StatGrads,
@@ -202,23 +200,6 @@ class OnePassStep(Step):
             all_finite=all_finite(values),
             aux=mixed.aux,
         )
-
-
-def init_perturbation(model: nn.Module) -> PerturbationTree:
-    """Make the perturbation of a first step, for rules of gradients: zero for every BN layer in training mode.
-
-    Args:
-        model: a module with BN layers in training mode.
-
-    Returns:
-        `(C,)` each, in the dtype of the model's statistics.
-
-    Raises:
-        ModelError: there is no such layer.
-    """
-    check_model(model)
-    layers = {name: layer.num_features for name, layer in training_layers(model).items()}
-    return zero_perturbation(layers, *statistics_kind(dict(model.named_parameters()) or dict(named_tensors(model))))
 
 
 def draw_perturbation(rule: Rule, layers: PerturbationTree, epsilon: Tensor, ranks: Ranks) -> PerturbationTree:

@@ -20,6 +20,7 @@ LAYERS = [
     {"stateless"},
     {"functional"},
     {"passes", "robustness", "contexts"},
+    {"calls"},
     {"step"},
     {"one_pass"},
     {"dropin"},

@@ -1,0 +1,144 @@
+"""What the steps share: what a call checks before anything runs, how a rule is asked, and what becomes of outputs."""
+
+from __future__ import annotations  # Dynamo of old versions traces those of inner functions
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apart_func._torch import Constants
+from apart_func.checks import check_epsilon, check_layers, check_perturbation, scalar
+from apart_func.functional import FunctionalModel, check_call
+from apart_func.losses import LossFunction, check_loss_function
+from apart_func.microbatches import mean_output
+from apart_func.passes import Precision
+from apart_func.ranks import (
+    ConsistencyCheck,
+    Ranks,
+    check_groups,
+    described_batch,
+    described_state,
+    described_values,
+    group_of,
+    ranks_of,
+)
+from apart_func.rules import kind_of
+from apart_func.settings import Settings
+from apart_func.trees import (
+    PerturbationTree,
+    StatGrads,
+    StatGradTree,
+    StatTree,
+    StepOutput,
+    Tensors,
+    detach_perturbation,
+    leaves,
+    replace,
+    statistics_kind,
+    where_tree,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+class Begun(NamedTuple):
+    """What a step knows once its arguments are checked."""
+
+    params: Tensors
+    radius: Tensor  # ε, 0-d
+    is_valid: Tensor  # whether it is one, 0-d bool, if its value cannot be read
+    precision: Precision
+    ranks: Ranks
+
+
+class Step:
+    """What the steps have in common: a functional model, a loss, and settings. A value: it can be copied and pickled.
+
+    Attributes:
+        fmodel: the model as a function.
+        loss_fn: `(output, target) -> scalar`, or `-> (scalar, aux)`.
+    """
+
+    def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
+        check_loss_function(loss_fn)
+        self.fmodel, self.loss_fn = fmodel, loss_fn
+        self._constants = Constants(settings=settings)
+        self._check = ConsistencyCheck()
+
+    @property
+    def settings(self) -> Settings:
+        """What the step does."""
+        return self._constants.settings  # type: ignore[return-value]  # attributes of a module have no types
+
+    def __repr__(self) -> str:
+        loss = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        return f"{type(self).__name__}({self.fmodel!r}, {loss}, {self.settings})"
+
+    def _begin(
+        self, params: Tensors, buffers: Tensors, batch: Any, epsilon: Any, loss_scale: Any, perturbation: Any
+    ) -> Begun:
+        """Check, once a step, all that a call is given; `perturbation` is None if it is not."""
+        settings, fmodel, is_bounded = self.settings, self.fmodel, kind_of(self.settings.rule).is_bounded
+        params = check_call(fmodel, self.loss_fn, params, buffers)
+        check_groups(settings.groups, fmodel.modules())
+        epsilon = settings.epsilon if epsilon is None else epsilon
+        check_epsilon(epsilon, is_bounded)
+        if perturbation is not None:
+            check_perturbation(fmodel.layers, perturbation, 1)
+        dtype, device = statistics_kind(params)
+        radius = scalar(epsilon, "epsilon", dtype, device)
+        scale = None if loss_scale is None else scalar(loss_scale, "loss_scale", torch.float32, device)
+        ranks = ranks_of(group_of(settings.process_group))
+        ranks.check(
+            self._check,
+            lambda: {
+                "the settings": f"{type(self).__name__}: {settings.described()}",
+                "the names, shapes and dtypes of params": described_state(params),
+                "the names, shapes and dtypes of buffers": described_state(buffers),
+                "the batch-norm layers": repr(list(fmodel.layers)),
+                "the values of params and buffers": described_values([*params.values(), *buffers.values()]),
+                "the values of the perturbation": described_values(leaves(perturbation or {})),
+                "the tensors of the batch": described_batch(batch),
+            },
+        )
+        is_valid = (radius >= 0) & (radius < (1 if is_bounded else torch.inf))
+        return Begun(params, radius, is_valid, Precision(settings.autocast_dtype, scale), ranks)
+
+    def _finish(self, outputs: Sequence[StepOutput], buffers: Tensors, begun: Begun) -> StepOutput:
+        """Make one output of those of all micro-batches and ranks; one that is not finite gets the old buffers."""
+        out = outputs[0] if len(outputs) == 1 else mean_output(outputs)
+        out = replace(out, all_finite=out.all_finite & begun.is_valid)
+        out = begun.ranks.mean_output(out, buffers, self.fmodel.moving)
+        return replace(out, buffers=where_tree(out.all_finite, out.buffers, dict(buffers)))
+
+
+def find_perturbation(
+    before: PerturbationTree,
+    stats: StatTree,
+    stat_grads: StatGradTree,
+    rule: Callable[[StatTree, StatGradTree], PerturbationTree],
+    ranks: Ranks,
+    given: PerturbationTree | None = None,
+    draws: bool = False,
+) -> tuple[StatGradTree, PerturbationTree]:
+    """Ask a rule for the perturbation of the layers that were called; the others keep the one that they had `before`.
+
+    One that is `given` is taken instead. If the rule `draws`, the first rank's result is everybody's. Returns the
+    statistic gradients, averaged over ranks, and the perturbation, which nothing is differentiated by.
+    """
+    called, stat_grads = ranks.called_layers(stats, stat_grads)
+    if given is not None:
+        return stat_grads, detach_perturbation(given)
+    if not called.stat_grads:
+        return stat_grads, before
+    of_batch = {  # the mean over its micro-batches
+        layer: g if g.mean.dim() == 1 else StatGrads(g.mean.mean(0), g.scale.mean(0))
+        for layer, g in called.stat_grads.items()
+    }
+    found = rule(called.stats, of_batch)
+    check_layers(called.stat_grads, found)
+    found = detach_perturbation(found)
+    return stat_grads, called.update(before, ranks.of_first(found) if draws else found)

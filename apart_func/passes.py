@@ -10,8 +10,8 @@ All are one forward and backward of the functional model (`Pass`), with another 
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -260,11 +260,7 @@ class Pass:
         """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
         inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
         fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
-
-        def compute(*given: Any) -> Any:
-            *trees, backward = given
-            return self._forward_and_backward([*trees, *fixed], grouping, clean, backward)
-
+        compute = partial(self._forward_and_backward, fixed, grouping, clean)
         try:
             grads, results = gradients(compute, inputs, self._fmodel.training.proof)
         except ForeignParametersError as error:
@@ -276,11 +272,10 @@ class Pass:
             of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
         return of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, results
 
-    def _forward_and_backward(
-        self, point: list[Any], grouping: Grouping, clean: int, backward: Callable[[Tensor, Results], Any]
-    ) -> Any:
+    def _forward_and_backward(self, fixed: tuple[Any, ...], grouping: Grouping, clean: int, *given: Any) -> Any:
         """Run the model while it holds some parameters and its layers are at some shifts, and go back from its loss."""
-        params, shifts = point
+        *point, backward = given
+        params, shifts = *point, *fixed
         record = Record(clean, self._fmodel.training.replace_buffer, self.dtype)
         layers = PerturbedLayers(shifts, grouping, record, backward_task())
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_compiling
+from apart_func._torch import is_compiling, is_concrete
 from apart_func.autodiff import is_unreached
 from apart_func.errors import StateError
 from apart_func.snapshot import check_model, named_tensors
@@ -37,8 +37,9 @@ def split_state(model: nn.Module) -> tuple[Tensors, Tensors]:
     check_model(model)
     params = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
     for name, tensor in params.items():
-        _PARAMETER_OF[id(tensor)] = weakref.ref(model.get_parameter(name))
-        weakref.finalize(tensor, _PARAMETER_OF.pop, id(tensor)).atexit = False
+        if is_concrete(tensor):  # another has no memory of its own
+            _PARAMETER_OF[id(tensor)] = weakref.ref(model.get_parameter(name))
+            weakref.finalize(tensor, _PARAMETER_OF.pop, id(tensor)).atexit = False
     frozen = {name: tensor.detach() for name, tensor in model.named_parameters() if not tensor.requires_grad}
     return params, frozen | {name: tensor.detach() for name, tensor in model.named_buffers()}
 

@@ -3,7 +3,7 @@
 The plan, with its rules of decision, is examples/results/PLAN.md.
 
     search   the same draws of learning rate and weight decay for every arm, and its own knobs    one split, one seed
-    refine   each arm's best three with two seeds more
+    refine   each arm's best few with two seeds more
     test     each arm's lowest mean validation error, trained again                               fresh splits and seeds
 
 Every finished run is a line of `--results`. The same command goes on where it was stopped, on any machine that has this
@@ -34,7 +34,7 @@ from experiments.tables import markdown
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
-REFINED, REFINE_SEEDS = 3, (1, 2)
+REFINE_SEEDS = (1, 2)
 
 
 class Range(NamedTuple):
@@ -66,6 +66,8 @@ class Study(NamedTuple):
     arms: Mapping[str, Arm]
     draws: int = 20
     test_splits: int = 8
+    refined: int = 3
+    shifted_samples: int = 10_000  # test images that are corrupted and seen under shifted statistics
 
 
 def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
@@ -90,12 +92,18 @@ _DECAYS = Range(5e-4, 5e-2)
 _LARGE = {"lr": Range(0.03, 0.6), "weight-decay": _DECAYS}
 _SMALL = {"lr": Range(0.01, 0.3), "weight-decay": _DECAYS}
 _FEW = Range(2, 16, is_whole=True)
+_FINE = (
+    "--data cifar10 --train-samples 1000 --validation-samples 2000 --test-samples 2000 --resize 48 --channels-last "
+    "--model efficientnet_lite0_imagenet --schedule cosine --batch-size 32"
+)
+_SMALLER = {"lr": Range(1e-3, 0.1), "weight-decay": Range(1e-5, 1e-2)}
 STUDIES = {
     "cifar10": Study(f"{_CIFAR} 128", _LARGE, arms_of(120, 4, Range(4, 64, is_whole=True))),
     "cifar10-batch16": Study(f"{_CIFAR} 16", _SMALL, arms_of(30, 2, _FEW), draws=12),
     "cifar10-batch8": Study(f"{_CIFAR} 8", _SMALL, arms_of(30, 2, _FEW), draws=12),
     "digits-batch16": Study(f"{_DIGITS} 16", _SMALL, arms_of(60, 2, _FEW), draws=12, test_splits=20),
     "digits-batch8": Study(f"{_DIGITS} 8", _SMALL, arms_of(30, 2, _FEW), draws=12, test_splits=20),
+    "finetune": Study(_FINE, _SMALLER, arms_of(8, 4, _FEW), draws=8, refined=2, shifted_samples=0),
 }
 
 
@@ -184,11 +192,12 @@ def search(options: Options, _: Results) -> list[Trial]:
 
 def refine(options: Options, results: Results) -> list[Trial]:
     """The best of each arm, with further seeds."""
-    best = {arm: ranked(results, arm)[:REFINED] for arm in options.arms}
+    refined = STUDIES[options.study].refined
+    best = {arm: ranked(results, arm)[:refined] for arm in options.arms}
     return [
         Trial("refine", arm, best[arm][place], 0, seed)
         for seed in REFINE_SEEDS
-        for place in range(REFINED)
+        for place in range(refined)
         for arm in options.arms
     ]
 
@@ -263,7 +272,8 @@ def _measured(folder: Path, options: Options) -> dict[str, Any]:
     """What a tested network withstands."""
     if not is_finished(folder):
         return {"test_error": DIVERGED}
-    problem = evaluate_run(folder, Measurement((folder,), samples=10_000, data_dir=options.data_dir))
+    samples = STUDIES[options.study].shifted_samples
+    problem = evaluate_run(folder, Measurement((folder,), samples=samples, data_dir=options.data_dir))
     if problem:
         raise FolderError(f"{folder} could not be measured: {problem}")
     return read_evaluation(folder)
@@ -300,8 +310,8 @@ def write_tables(options: Options, path: Path) -> None:
     if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
         tables += test_tables(options.study, list(options.arms), lines)
     else:
-        planned = len(options.arms) * (STUDIES[options.study].draws + REFINED * len(REFINE_SEEDS))
-        planned += len(options.arms) * STUDIES[options.study].test_splits
+        study = STUDIES[options.study]
+        planned = len(options.arms) * (study.draws + study.refined * len(REFINE_SEEDS) + study.test_splits)
         notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
         tables = [tables[0]._replace(notes=notes)]
     path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")

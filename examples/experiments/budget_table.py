@@ -78,20 +78,30 @@ def by_split(lines: Sequence[Line], arm: str, figure: str) -> dict[Key, float]:
     return {(line["split"], line["seed"]): FIGURES[figure](line) for line in tests}
 
 
+def is_measured(line: Line, figure: str) -> bool:
+    """Whether a tested network has a figure."""
+    try:
+        FIGURES[figure](line)
+    except KeyError:
+        return False
+    return True
+
+
 def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[ResultTable]:
     """What was tested, and the contrasts of every arm with plain training, of which two are primary."""
-    figures = [[estimate(list(by_split(lines, arm, name).values())) for name in FIGURES] for arm in arms]
+    measured = [name for name in FIGURES if all(is_measured(line, name) for line in lines if line["stage"] == "test")]
+    figures = [[estimate(list(by_split(lines, arm, name).values())) for name in measured] for arm in arms]
     means = [[Cell(arm), *map(Cell, map(format_error, found))] for arm, found in zip(arms, figures, strict=True)]
-    tests = ResultTable(f"{study}: test", ("arm", *FIGURES), means, "Means over splits, ± standard error.")
+    tests = ResultTable(f"{study}: test", ("arm", *measured), means, "Means over splits, ± standard error.")
 
     found = {
         (arm, name): (by_split(lines, "plain", name), by_split(lines, arm, name))
         for arm in arms
         if arm != "plain"
-        for name in FIGURES
+        for name in measured
     }
     differences = {key: difference_by_key(*both) for key, both in found.items()}
-    primary = [("one_pass", name) for name in PRIMARY]
+    primary = [("one_pass", name) for name in PRIMARY if name in measured]
     ps = [difference.p if (difference := differences[key]) else math.nan for key in primary]
     adjusted = dict(zip(primary, holm(ps), strict=True))
     rows = []
@@ -104,7 +114,7 @@ def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[
         rows.append([Cell(text, bold=key in adjusted) for text in cells])
     columns = ("arm", "figure", "plain − arm", "without pairs", "over splits and test images", "p, Holm", "decision")
     notes = (
-        "Student's 95 % interval over splits; positive is a lower figure than plain training's. In bold the two "
+        "Student's 95 % interval over splits; positive is a lower figure than plain training's. In bold the "
         "primary contrasts, with the decision of the plan; all others decide nothing."
     )
     return [tests, ResultTable(f"{study}: contrasts", columns, rows, notes)]

@@ -51,8 +51,8 @@ class Options:
         folders: run folders, and folders of run folders.
         radii: of the shift in the running statistics, ascending, below 1; 0 is always measured.
         draws: random shifts at each radius.
-        samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; all other
-            figures are from all of them.
+        samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; 0 leaves
+            both out. All other figures are from all of them.
         test_samples: the test samples themselves, at most: for sets and processors where all of them take too long.
         again: measure folders anew that have been measured.
         data_dir: where the data lies, if not where it was in training.
@@ -71,10 +71,10 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse, before any run is measured, what no run can be measured with."""
         check_radii(self.radii)
-        counts = {"draws": self.draws, "samples": self.samples, "processes": self.processes}
-        for name, count in {**counts, "test-samples": 1 if self.test_samples is None else self.test_samples}.items():
-            if count < 1:
-                raise SettingError(f"--{name} must be 1 or more, not {count}")
+        for name, least in {"draws": 1, "samples": 0, "test_samples": 1, "processes": 1}.items():
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise SettingError(f"--{name.replace('_', '-')} must be {least} or more, not {count}")
 
 
 def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
@@ -82,19 +82,6 @@ def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any
     if options.test_samples is not None:
         data = data._replace(test=data.test.subset(torch.arange(min(options.test_samples, len(data.test)))))
     test_scores, labels = scores(model, data, data.test)
-    few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
-    held_out = data.train if data.validation is None else data.validation
-    some = held_out.subset(torch.arange(min(options.samples, len(held_out))))
-    curves = robustness(
-        model,
-        F.cross_entropy,
-        list(evaluation_batches(data, some, batch_size=BATCH_SIZE)),
-        list(evaluation_batches(data, few, batch_size=BATCH_SIZE)),
-        options.radii,
-        draws=options.draws,
-        layer_draws=0,
-    )
-    of_all = {"random": curves.random, "adversarial": curves.adversarial}
     calibration = multiclass_calibration_error(
         test_scores.softmax(dim=1), labels, num_classes=data.classes, n_bins=CALIBRATION_BINS
     )
@@ -110,6 +97,26 @@ def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any
         "test_samples": len(labels),
         "loss": F.cross_entropy(test_scores, labels).item(),
         "ece": 100 * calibration.item(),
+        **(when_shifted(model, data, options) if options.samples else {}),
+    }
+
+
+def when_shifted(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
+    """Accuracy under shifted statistics, and error on corrupted samples."""
+    few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
+    held_out = data.train if data.validation is None else data.validation
+    some = held_out.subset(torch.arange(min(options.samples, len(held_out))))
+    curves = robustness(
+        model,
+        F.cross_entropy,
+        list(evaluation_batches(data, some, batch_size=BATCH_SIZE)),
+        list(evaluation_batches(data, few, batch_size=BATCH_SIZE)),
+        options.radii,
+        draws=options.draws,
+        layer_draws=0,
+    )
+    of_all = {"random": curves.random, "adversarial": curves.adversarial}
+    return {
         "radii": curves.radii.tolist(),
         **{kind: _percent(curve) for kind, curve in of_all.items()},
         "area": {kind: 100 * area(curves.radii, curve).item() for kind, curve in of_all.items()},
@@ -167,7 +174,8 @@ def load_network(folder: Path, settings: Settings, data: DataSet) -> nn.Module:
     """The network that a run has left, in evaluation mode, on the CPU."""
     model = make_network(settings.model.name, data, settings.model.width)
     load_state_(model, {}, load_file(folder / MODEL))
-    return model.eval()
+    order = torch.channels_last if settings.training.channels_last else torch.preserve_format
+    return model.to(memory_format=order).eval()
 
 
 @lru_cache(maxsize=1)

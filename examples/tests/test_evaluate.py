@@ -23,6 +23,7 @@ from experiments.datasets import evaluation_batches
 from experiments.evaluate import (
     EVALUATION,
     Options,
+    evaluate,
     evaluate_all,
     evaluate_run,
     load_data,
@@ -304,8 +305,14 @@ def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(r
 def test_settings_that_fit_no_run_are_refused_at_once():
     with pytest.raises(SettingError, match="ascending"):
         Options((), radii=(0.5, 1.5))
-    with pytest.raises(SettingError, match="--samples must be 1 or more, not 0"):
-        Options((), samples=0)
+    with pytest.raises(SettingError, match="--samples must be 0 or more, not -1"):
+        Options((), samples=-1)
+
+
+def test_corruptions_and_shifts_are_left_out_on_request(run):
+    measured = evaluate(load_network(run, read_config(run / "config.json"), DIGITS), DIGITS, Options((run,), samples=0))
+    assert "test_error" in measured
+    assert not {"corruptions", "area", "random", "adversarial"} & set(measured)
 
 
 def test_a_run_that_was_not_measured_is_named_with_the_command(tmp_path):

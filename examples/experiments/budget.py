@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +23,38 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
-from experiments.budget_table import search_table, test_tables
 from experiments.environment import environment
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
 from experiments.loop import train
 from experiments.nonfinite import NonFiniteError
+from experiments.paired import (
+    Key,
+    PairedDifference,
+    difference_by_key,
+    estimate,
+    holm,
+    over_images,
+    welch_by_key,
+)
 from experiments.runs import FolderError, RunError, is_finished, read_run
-from experiments.tables import markdown
+from experiments.tables import ResultTable, bold, format_error, format_gain, markdown
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
+NOTHING = 0.5  # points: an interval within ± of it is that of no effect
 REFINE_SEEDS = (1, 2)
+Line = Mapping[str, Any]
+FIGURES: dict[str, Callable[[Line], float]] = {
+    "test error %": lambda line: line["test_error"],
+    "error on corrupted images %": lambda line: float(np.mean(list(line["corruptions"].values()))),
+    "error by exact statistics %": lambda line: line["exact_error"],
+    "accuracy, random shifts %": lambda line: line["area"]["random"],
+    "accuracy, adversarial shifts %": lambda line: line["area"]["adversarial"],
+    "training loss": lambda line: line["train_loss"],
+    "training error %": lambda line: line["train_error"],
+}
+PRIMARY = tuple(FIGURES)[:2]
 
 
 class Range(NamedTuple):
@@ -59,7 +79,7 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What all arms share."""
+    """What all arms share; of `shifted_samples` test images accuracies under shifts and corruptions are measured."""
 
     options: str
     shared: Mapping[str, Range]
@@ -67,7 +87,7 @@ class Study(NamedTuple):
     draws: int = 20
     test_splits: int = 8
     refined: int = 3
-    shifted_samples: int = 10_000  # test images that are corrupted and seen under shifted statistics
+    shifted_samples: int = 10_000
 
 
 def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
@@ -131,11 +151,9 @@ class Options:
         """Refuse what is not there."""
         if self.study not in STUDIES:
             raise ValueError(f"there is no study {self.study!r}: choose one of {', '.join(STUDIES)}")
-        if unknown := set(self.arms) - set(STUDIES[self.study].arms):
-            raise ValueError(
-                f"{self.study} has no arm {', '.join(sorted(unknown))}: choose of its arms "
-                f"{', '.join(STUDIES[self.study].arms)}"
-            )
+        known = STUDIES[self.study].arms
+        if unknown := ", ".join(sorted(set(self.arms) - set(known))):
+            raise ValueError(f"{self.study} has no arm {unknown}: choose of its arms {', '.join(known)}")
 
 
 class Trial(NamedTuple):
@@ -192,14 +210,10 @@ def search(options: Options, _: Results) -> list[Trial]:
 
 def refine(options: Options, results: Results) -> list[Trial]:
     """The best of each arm, with further seeds."""
-    refined = STUDIES[options.study].refined
-    best = {arm: ranked(results, arm)[:refined] for arm in options.arms}
-    return [
-        Trial("refine", arm, best[arm][place], 0, seed)
-        for seed in REFINE_SEEDS
-        for place in range(refined)
-        for arm in options.arms
-    ]
+    best = {arm: ranked(results, arm) for arm in options.arms}
+    places = range(STUDIES[options.study].refined)
+    orders = [(seed, place, arm) for seed in REFINE_SEEDS for place in places for arm in options.arms]
+    return [Trial("refine", arm, best[arm][place], 0, seed) for seed, place, arm in orders]
 
 
 def test(options: Options, results: Results) -> list[Trial]:
@@ -211,12 +225,8 @@ def test(options: Options, results: Results) -> list[Trial]:
 
 def ranked(results: Results, arm: str) -> list[int]:
     """The draws of an arm by the validation error of its search, the best first; of equals the earlier draw."""
-    errors = {
-        trial.draw: line["validation_error"]
-        for trial, line in results.items()
-        if (trial.stage, trial.arm) == ("search", arm)
-    }
-    return sorted(errors, key=lambda draw: (errors[draw], draw))
+    searched = {trial.draw: line for trial, line in results.items() if (trial.stage, trial.arm) == ("search", arm)}
+    return sorted(searched, key=lambda draw: (searched[draw]["validation_error"], draw))
 
 
 def choice(results: Results, arm: str) -> int:
@@ -271,10 +281,9 @@ def run(options: Options, trial: Trial, path: Path) -> None:
 def _measured(folder: Path, options: Options) -> dict[str, Any]:
     """What a tested network withstands."""
     if not is_finished(folder):
-        return {"test_error": DIVERGED}
+        return {"test_error": DIVERGED, "exact_error": DIVERGED, "corruptions": {"all": [DIVERGED]}}
     samples = STUDIES[options.study].shifted_samples
-    problem = evaluate_run(folder, Measurement((folder,), samples=samples, data_dir=options.data_dir))
-    if problem:
+    if problem := evaluate_run(folder, Measurement((folder,), samples=samples, data_dir=options.data_dir)):
         raise FolderError(f"{folder} could not be measured: {problem}")
     return read_evaluation(folder)
 
@@ -301,22 +310,6 @@ def main(argv: Sequence[str]) -> None:
             return
 
 
-def write_tables(options: Options, path: Path) -> None:
-    """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
-    results = read_results(path)
-    lines, arms = list(results.values()), list(dict.fromkeys([*options.arms, *(trial.arm for trial in results)]))
-    tables = [search_table(options.study, arms, lines)]
-    tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
-    if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
-        tables += test_tables(options.study, list(options.arms), lines)
-    else:
-        study = STUDIES[options.study]
-        planned = len(options.arms) * (study.draws + study.refined * len(REFINE_SEEDS) + study.test_splits)
-        notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
-        tables = [tables[0]._replace(notes=notes)]
-    path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
-
-
 def is_settled(options: Options, results: Results) -> bool:
     """Whether what was chosen can be tested; tells what each arm has chosen, and what lies at an edge."""
     are_inside = True
@@ -330,3 +323,89 @@ def is_settled(options: Options, results: Results) -> bool:
     if not (are_inside or options.test_at_edge):
         print("Extend the ranges as the plan says before anything is tested, or add --test-at-edge.")
     return are_inside or options.test_at_edge
+
+
+def write_tables(options: Options, path: Path) -> None:
+    """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
+    results, study = read_results(path), STUDIES[options.study]
+    lines, arms = list(results.values()), list(dict.fromkeys([*options.arms, *(trial.arm for trial in results)]))
+    tables = [search_table(options.study, arms, lines)]
+    tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
+    if tested and len(tested) == len(options.arms) * study.test_splits:
+        tables += test_tables(options.study, options.arms, lines)
+    else:
+        planned = len(options.arms) * (study.draws + study.refined * len(REFINE_SEEDS) + study.test_splits)
+        notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
+        tables = [tables[0]._replace(notes=notes)]
+    path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
+
+
+def decision(difference: PairedDifference, p: float) -> str:
+    """What the plan concludes from the points by which one pass is below plain training, and p after Holm."""
+    is_small = difference.low >= -NOTHING and difference.high <= NOTHING
+    if p < 0.05 and difference.low > 0:
+        return "helps" + ", by less than half a point" * is_small
+    if p < 0.05 and difference.high < 0:
+        return "harms" + ", by less than half a point" * is_small
+    return "does nothing" if is_small else "not shown"
+
+
+def search_table(study: str, arms: Sequence[str], lines: Sequence[Line]) -> ResultTable:
+    """Validation errors of all draws that have begun; with refinement, their means over seeds."""
+    errors: dict[tuple[int, str], list[float]] = {}
+    for line in lines:
+        if line["stage"] != "test":
+            errors.setdefault((line["draw"], line["arm"]), []).append(line["validation_error"])
+    means = {key: format_error(estimate(found)) for key, found in errors.items()}
+    rows = [[str(draw), *(means.get((draw, arm), "") for arm in arms)] for draw in sorted({draw for draw, _ in errors})]
+    notes = "Validation error in percent of each draw; a mean over three seeds, ± standard error, where it was refined."
+    return ResultTable(f"{study}: search", ("draw", *arms), rows, notes)
+
+
+def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[ResultTable]:
+    """What was tested, and the contrasts of every arm with plain training, of which two are primary."""
+    tests: dict[str, dict[Key, Line]] = {arm: {} for arm in arms}
+    for line in lines:
+        if line["stage"] == "test" and line["arm"] in tests:
+            tests[line["arm"]][line["split"], line["seed"]] = line
+    found: dict[tuple[str, str], dict[Key, float]] = {}
+    for arm in arms:
+        for name, figure in FIGURES.items():
+            try:
+                found[arm, name] = {key: figure(line) for key, line in tests[arm].items()}
+            except KeyError:
+                continue  # it was not measured in this study
+    names = [name for name in FIGURES if all((arm, name) in found for arm in arms)]
+    means = [[arm, *(format_error(estimate(list(found[arm, name].values()))) for name in names)] for arm in arms]
+    table = ResultTable(f"{study}: test", ("arm", *names), means, "Means over splits, ± standard error.")
+
+    contrasts = [(arm, name) for arm in arms if arm != "plain" for name in names]
+    differences = {(arm, name): difference_by_key(found["plain", name], found[arm, name]) for arm, name in contrasts}
+    primary = [("one_pass", name) for name in PRIMARY if name in names]
+    adjusted = dict(zip(primary, holm([differences[key] for key in primary]), strict=True))
+    rows = []
+    for (arm, name), difference in differences.items():
+        assert difference is not None, "all arms have the same splits"
+        p = adjusted.get((arm, name))
+        cells = [arm, name, format_gain(difference), format_gain(welch_by_key(found["plain", name], found[arm, name]))]
+        cells += [_over_images(tests["plain"], tests[arm]) if name == PRIMARY[0] else ""]
+        cells += ["", ""] if p is None else [f"{p:.2g}", decision(difference, p)]
+        rows.append([bold(text, p is not None) for text in cells])
+    columns = ("arm", "figure", "plain − arm", "without pairs", "over splits and test images", "p, Holm", "decision")
+    notes = (
+        "Student's 95 % interval over splits; positive is a lower figure than plain training's. In bold the "
+        "primary contrasts, with the decision of the plan; all others decide nothing."
+    )
+    return [table, ResultTable(f"{study}: contrasts", columns, rows, notes)]
+
+
+def _over_images(plain: Mapping[Key, Line], arm: Mapping[Key, Line]) -> str:
+    """The interval of a difference in test error that speaks of other test images too."""
+    if any("wrong" not in line for line in (*plain.values(), *arm.values())):
+        return ""  # it diverged
+
+    def wrong(line: Line) -> Any:
+        return np.isin(np.arange(line["test_samples"]), line["wrong"]).astype(float)
+
+    low, high = over_images([wrong(plain[key]) - wrong(arm[key]) for key in sorted(plain)])
+    return f"[{low:+.2f}, {high:+.2f}]"

@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments.groups import word
 from experiments.paired import Key, difference_by_key, estimate, holm, welch_by_key
+from experiments.report import DECAY, word
 from experiments.tables import DecayCurve, ResultTable, bold, draw_decays, format_error, format_gain, markdown
 
 Entry = TypeVar("Entry", bound=Mapping[str, Any])
@@ -42,7 +42,6 @@ ABOUT = ("method", "chosen", "is_chosen", "at the edge", "passes", "settings", *
 CHOSEN = tuple(
     f"method.{name}" for name in ("epsilon", "rho", "groups", "clean_fraction", "ghost_size", "label_smoothing")
 )
-DECAY = "training.weight_decay"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ file; several may run side by side on one machine. What is tested is measured wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +30,7 @@ from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
 from experiments.loop import train
 from experiments.nonfinite import NonFiniteError
-from experiments.paired import (
-    Key,
-    PairedDifference,
-    difference_by_key,
-    estimate,
-    holm,
-    over_images,
-    welch_by_key,
-)
+from experiments.paired import Key, PairedDifference, difference_by_key, estimate, holm, over_images, welch_by_key
 from experiments.runs import FolderError, RunError, is_finished, read_run
 from experiments.tables import ResultTable, bold, format_error, format_gain, markdown
 from experiments.train import parse
@@ -155,6 +149,11 @@ class Options:
         if unknown := ", ".join(sorted(set(self.arms) - set(known))):
             raise ValueError(f"{self.study} has no arm {unknown}: choose of its arms {', '.join(known)}")
 
+    @property
+    def plan(self) -> Study:
+        """The study."""
+        return STUDIES[self.study]
+
 
 class Trial(NamedTuple):
     """A run of the plan."""
@@ -193,40 +192,32 @@ def drawn(study: Study, arm: str, draw: int) -> dict[str, float]:
 
 def arguments(options: Options, trial: Trial) -> list[str]:
     """The command line of a run, as train takes it."""
-    study = STUDIES[options.study]
-    values = drawn(study, trial.arm, trial.draw)
-    where = ["--data-dir", str(options.data_dir)] if options.data_dir else []
-    command = [*study.options.split(), *study.arms[trial.arm].options.split(), *where, "--no-tensorboard"]
-    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    command += ["--split-seed", str(trial.split), "--seed", str(trial.seed), "--workers", "0"]
-    return [*command, "--evaluate-every", "1000000", "--out", str(options.out / trial.name)]
+    values: dict[str, Any] = {"data-dir": options.data_dir} if options.data_dir else {}
+    values |= drawn(options.plan, trial.arm, trial.draw) | {"split-seed": trial.split, "seed": trial.seed}
+    values |= {"workers": 0, "evaluate-every": 10**6, "out": options.out / trial.name}
+    command = f"{options.plan.options} {options.plan.arms[trial.arm].options} --no-tensorboard".split()
+    return [*command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))]
 
 
 def search(options: Options, _: Results) -> list[Trial]:
     """Every draw of every arm; all arms advance together, so that what has finished can be compared."""
-    draws = range(STUDIES[options.study].draws)
-    return [Trial("search", arm, draw, 0, 0) for draw in draws for arm in options.arms]
+    return [Trial("search", arm, draw, 0, 0) for draw in range(options.plan.draws) for arm in options.arms]
 
 
 def refine(options: Options, results: Results) -> list[Trial]:
     """The best of each arm, with further seeds."""
-    best = {arm: ranked(results, arm) for arm in options.arms}
-    places = range(STUDIES[options.study].refined)
+    errors = [(line["validation_error"], trial) for trial, line in results.items() if trial.stage == "search"]
+    ranked = {arm: [trial.draw for _, trial in sorted(errors) if trial.arm == arm] for arm in options.arms}
+    places = range(options.plan.refined)
     orders = [(seed, place, arm) for seed in REFINE_SEEDS for place in places for arm in options.arms]
-    return [Trial("refine", arm, best[arm][place], 0, seed) for seed, place, arm in orders]
+    return [Trial("refine", arm, ranked[arm][place], 0, seed) for seed, place, arm in orders]
 
 
 def test(options: Options, results: Results) -> list[Trial]:
     """What each arm has chosen, on fresh splits and seeds."""
     chosen = {arm: choice(results, arm) for arm in options.arms}
-    splits = range(1, 1 + STUDIES[options.study].test_splits)
+    splits = range(1, 1 + options.plan.test_splits)
     return [Trial("test", arm, chosen[arm], split, 10 + split) for split in splits for arm in options.arms]
-
-
-def ranked(results: Results, arm: str) -> list[int]:
-    """The draws of an arm by the validation error of its search, the best first; of equals the earlier draw."""
-    searched = {trial.draw: line for trial, line in results.items() if (trial.stage, trial.arm) == ("search", arm)}
-    return sorted(searched, key=lambda draw: (searched[draw]["validation_error"], draw))
 
 
 def choice(results: Results, arm: str) -> int:
@@ -258,7 +249,7 @@ def read_results(path: Path) -> Results:
 def run(options: Options, trial: Trial, path: Path) -> None:
     """Train a run from where it stands, and add its line; a run that another process is at is left to it."""
     settings = parse(arguments(options, trial)).settings
-    line = trial._asdict() | {"settings": drawn(STUDIES[options.study], trial.arm, trial.draw)}
+    line = trial._asdict() | {"settings": drawn(options.plan, trial.arm, trial.draw)}
     try:
         train([settings], show=lambda _: None)
         found = read_run(settings.out, "validation")
@@ -269,23 +260,18 @@ def run(options: Options, trial: Trial, path: Path) -> None:
         return print(f"  {error}", flush=True)
     except NonFiniteError as error:
         line |= {"validation_error": DIVERGED, "diverged": str(error).splitlines()[0]}
-    if trial.stage == "test":
-        line |= _measured(settings.out, options)
+    if trial.stage == "test" and not is_finished(settings.out):
+        line |= {"test_error": DIVERGED, "exact_error": DIVERGED, "corruptions": {"all": [DIVERGED]}}
+    elif trial.stage == "test":
+        wanted = Measurement((settings.out,), samples=options.plan.shifted_samples, data_dir=options.data_dir)
+        if problem := evaluate_run(settings.out, wanted):
+            raise FolderError(f"{settings.out} could not be measured: {problem}")
+        line |= read_evaluation(settings.out)
     line["machine"] = environment()
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _measured(folder: Path, options: Options) -> dict[str, Any]:
-    """What a tested network withstands."""
-    if not is_finished(folder):
-        return {"test_error": DIVERGED, "exact_error": DIVERGED, "corruptions": {"all": [DIVERGED]}}
-    samples = STUDIES[options.study].shifted_samples
-    if problem := evaluate_run(folder, Measurement((folder,), samples=samples, data_dir=options.data_dir)):
-        raise FolderError(f"{folder} could not be measured: {problem}")
-    return read_evaluation(folder)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -304,34 +290,29 @@ def main(argv: Sequence[str]) -> None:
                 write_tables(options, path)
         write_tables(options, path)
         if not set(trials) <= set(read_results(path)):
-            print(
-                "Other processes are at the last runs of this stage; the same command goes on when they have finished."
-            )
-            return
+            return print("Other processes are at the last runs of this stage; go on when they have finished.")
 
 
 def is_settled(options: Options, results: Results) -> bool:
     """Whether what was chosen can be tested; tells what each arm has chosen, and what lies at an edge."""
-    are_inside = True
+    at_edge = []
     for arm in options.arms:
         draw = choice(results, arm)
-        at_edge = edges(STUDIES[options.study], arm, draw)
-        are_inside &= not at_edge
-        print(f"{arm}: draw {draw}, {drawn(STUDIES[options.study], arm, draw)}")
-        for each in at_edge:
-            print(f"  at the edge: {each}")
-    if not (are_inside or options.test_at_edge):
+        found = [f"\n  at the edge: {each}" for each in edges(options.plan, arm, draw)]
+        print(f"{arm}: draw {draw}, {drawn(options.plan, arm, draw)}{''.join(found)}")
+        at_edge += found
+    if at_edge and not options.test_at_edge:
         print("Extend the ranges as the plan says before anything is tested, or add --test-at-edge.")
-    return are_inside or options.test_at_edge
+    return not at_edge or options.test_at_edge
 
 
 def write_tables(options: Options, path: Path) -> None:
     """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
-    results, study = read_results(path), STUDIES[options.study]
+    results, study = read_results(path), options.plan
     lines, arms = list(results.values()), list(dict.fromkeys([*options.arms, *(trial.arm for trial in results)]))
     tables = [search_table(options.study, arms, lines)]
     tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
-    if tested and len(tested) == len(options.arms) * study.test_splits:
+    if len(tested) == len(options.arms) * study.test_splits:
         tables += test_tables(options.study, options.arms, lines)
     else:
         planned = len(options.arms) * (study.draws + study.refined * len(REFINE_SEEDS) + study.test_splits)
@@ -369,12 +350,9 @@ def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[
         if line["stage"] == "test" and line["arm"] in tests:
             tests[line["arm"]][line["split"], line["seed"]] = line
     found: dict[tuple[str, str], dict[Key, float]] = {}
-    for arm in arms:
-        for name, figure in FIGURES.items():
-            try:
-                found[arm, name] = {key: figure(line) for key, line in tests[arm].items()}
-            except KeyError:
-                continue  # it was not measured in this study
+    for arm, (name, figure) in itertools.product(arms, FIGURES.items()):
+        with suppress(KeyError):  # it was not measured in this study
+            found[arm, name] = {key: figure(line) for key, line in tests[arm].items()}
     names = [name for name in FIGURES if all((arm, name) in found for arm in arms)]
     means = [[arm, *(format_error(estimate(list(found[arm, name].values()))) for name in names)] for arm in arms]
     table = ResultTable(f"{study}: test", ("arm", *names), means, "Means over splits, ± standard error.")

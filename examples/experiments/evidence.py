@@ -18,22 +18,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from experiments.appendix import CHOSEN, DECAY, chosen_of, edges_of, section
+from experiments import report
+from experiments.appendix import CHOSEN, chosen_of, edges_of, section
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.groups import (
-    Group,
-    base_epochs,
-    by_data,
-    by_text,
-    group_runs,
-    has_zero_radius,
-    label,
-    machines_of,
-    varied_settings,
-    word,
-)
+from experiments.report import DECAY, Group, word
 from experiments.runs import FolderError, find_finished, read_run
+from experiments.tables import show
 
 RADII = ("method.epsilon", "method.rho")  # are told even where there is one
 
@@ -73,7 +64,7 @@ def candidates_of(test: Sequence[Group], validation: Sequence[Group]) -> list[li
     its weight decay among what is chosen. Where no decay is that of most, as in a grid, it is chosen for all.
     """
     all_settings = [group.settings for group in test]
-    varied, usual_epochs = varied_settings(all_settings), base_epochs(all_settings)
+    varied, usual_epochs = report.varied_settings(all_settings), report.base_epochs(all_settings)
     told = [name for name in CHOSEN if name in RADII or name in varied]
     told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
     decays = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(2)
@@ -84,9 +75,9 @@ def candidates_of(test: Sequence[Group], validation: Sequence[Group]) -> list[li
     for group, validated in zip(test, validation, strict=True):
         settings = group.settings
         smoothed = bool(settings["method.label_smoothing"])
-        called = label(settings, told_apart, usual_epochs) + ", label smoothing" * smoothed
+        called = report.label(settings, told_apart, usual_epochs) + ", label smoothing" * smoothed
         rest = {name: value for name, value in settings.items() if name not in (*CHOSEN, DECAY)}
-        key = json.dumps([rest, smoothed, has_zero_radius(settings)], sort_keys=True)
+        key = json.dumps([rest, smoothed, report.has_zero_radius(settings)], sort_keys=True)
         names = [name for name in told if name in settings and (smoothed or name != "method.label_smoothing")]
         values = [f"{word(name)} {settings[name]:g}" for name in names]
         if settings[DECAY] == usual:
@@ -110,8 +101,8 @@ def _candidate(method: str, values: Sequence[str], test: Group, validation: Grou
         "passes": test.epochs * test.passes_per_epoch,
         "settings": test.settings,
         "at the edge": {},
-        "validation error %": by_text(validation.errors),
-        "test error %": by_text(test.errors),
+        "validation error %": report.by_text(validation.errors),
+        "test error %": report.by_text(test.errors),
     }
     return Candidate(entry, test)
 
@@ -136,7 +127,7 @@ def measured(group: Group) -> dict[str, dict[str, float]]:
         "area, adversarial %": lambda of: of["area"]["adversarial"],
         "corruption error %": lambda of: float(np.mean(list(of["corruptions"].values()))),
     }
-    return {name: by_text({key: figure(of) for key, of in found.items()}) for name, figure in figures.items()}
+    return {name: report.by_text({key: figure(of) for key, of in found.items()}) for name, figure in figures.items()}
 
 
 def measure(data: str, chosen: Sequence[Candidate], options: Options) -> None:
@@ -154,7 +145,7 @@ def measure(data: str, chosen: Sequence[Candidate], options: Options) -> None:
         each.entry.update(measured(each.group))
 
 
-def report(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> None:
+def write(data: str, test: Sequence[Group], validation: Sequence[Group], options: Options) -> None:
     """Choose, measure, write the numbers of one data set, and print their tables."""
     if not any(group.is_plain for group in test):
         raise FolderError(f"no plain training among the runs on {data}: expected what every method is set against")
@@ -163,11 +154,12 @@ def report(data: str, test: Sequence[Group], validation: Sequence[Group], option
     if not options.errors_only:
         measure(data, chosen, options)
     entries = [each.entry for family in families for each in family]
-    content = json.dumps({"environment": machines_of(test), "groups": entries}, indent=2, ensure_ascii=False)
+    content = json.dumps({"environment": report.machines_of(test), "groups": entries}, indent=2, ensure_ascii=False)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{data}-evidence.json"
     path.write_text(content + "\n", encoding="utf-8")
-    print(f"{section(path)}\n\nWritten: {path}")
+    show(section(path))
+    print(f"Written: {path}")
     for entry in (each.entry for each in chosen):
         for name, edge in entry["at the edge"].items():
             print(f"warning: {data}, {entry['method']}: {name} {edge} is at the edge; the best may lie beyond")
@@ -177,6 +169,8 @@ def main(arguments: Sequence[str]) -> None:
     """Report on every data set among the runs."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments evidence", description=__doc__)
     folders = find_finished(options.folders)
-    test, validation = (by_data(read_run(folder, split) for folder in folders) for split in ("test", "validation"))
+    test, validation = (
+        report.by_data(read_run(folder, split) for folder in folders) for split in ("test", "validation")
+    )
     for data in test:
-        report(data, group_runs(test[data]), group_runs(validation[data]), options)
+        write(data, report.group_runs(test[data]), report.group_runs(validation[data]), options)

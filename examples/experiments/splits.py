@@ -43,15 +43,11 @@ Self = TypeVar("Self", bound="Split")
 
 
 class Split(Protocol):
-    """One share of a data set.
-
-    Attributes:
-        labels: (N,), int64.
-    """
+    """One share of a data set."""
 
     @property
     def labels(self) -> Tensor:
-        """Of all samples."""
+        """Of all samples: (N,), int64."""
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -65,14 +61,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """Samples of one shape, in a tensor.
-
-    Attributes:
-        samples: all of them, the first dimension counts.
-        labels: (N,), int64.
-        vary: makes training samples of a batch; None leaves them as they are.
-        side: height and width that images are enlarged to at last; None leaves them as they are.
-    """
+    """Samples in a tensor; `vary` makes training samples of a batch, and images are enlarged to `side` at last."""
 
     samples: Tensor
     labels: Tensor
@@ -96,15 +85,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFiles:
-    """Image files, in any of `FORMATS`.
-
-    Attributes:
-        paths: of the files.
-        labels: (N,), int64.
-        vary: from an image to a training sample.
-        fit: from an image to a sample for measuring.
-        side: height and width that every image must have; None takes any.
-    """
+    """Image files, all of `side` if it is given; `vary` makes training samples of them, `fit` those for measuring."""
 
     paths: Sequence[str]
     labels: Tensor
@@ -135,13 +116,7 @@ class InFiles:
 
 
 class Shares(NamedTuple):
-    """A data set, divided.
-
-    Attributes:
-        train: what is trained on.
-        validation: what settings are chosen on; None where there are no such samples.
-        test: what a result is measured on.
-    """
+    """A data set, divided into what is trained on, what settings are chosen on, if anything, and what is tested on."""
 
     train: Split
     validation: Split | None

@@ -12,10 +12,8 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 
 from experiments.paired import ByKey, Estimate, PairedDifference, difference_by_key, holm
 
@@ -74,18 +72,12 @@ def gains(rows: Sequence[tuple[ByKey | None, ByKey]]) -> list[str]:
     return cells
 
 
-def print_table(results: ResultTable) -> None:
-    """Print a table."""
+def show(text: str) -> None:
+    """Print Markdown, its tables as tables."""
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    justify = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=results.title, caption=results.notes, box=SIMPLE_HEAD, **justify)  # type: ignore[arg-type]
-    for number, column in enumerate(results.columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for cells in results.rows:
-        table.add_row(*(Text(cell.strip("*"), style="bold" if cell.startswith("**") else "") for cell in cells))
-    console.print(table)
+    console.print(Markdown(text))
 
 
 def markdown(results: ResultTable) -> str:

@@ -10,24 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments.corruptions import (
+from experiments.datasets import evaluation_batches
+from experiments.evaluate import (
     COLOUR_CORRUPTIONS,
     CORRUPTIONS,
+    EVALUATION,
     SEVERITIES,
+    Options,
     blur,
     contrast,
     corruptions_of,
-    noise,
-)
-from experiments.datasets import evaluation_batches
-from experiments.evaluate import (
-    EVALUATION,
-    Options,
     evaluate,
     evaluate_all,
     evaluate_run,
     load_data,
     load_network,
+    noise,
     read_evaluation,
     scores,
     with_exact_statistics,

@@ -6,6 +6,7 @@ chose, against the plain training that they chose; and what was chosen from. Eac
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments.paired import Key, difference_by_key, estimate, holm, welch_by_key
+from experiments.paired import Estimate, Key, difference_by_key, estimate, holm, welch_by_key
 from experiments.report import DECAY, word
-from experiments.tables import DecayCurve, ResultTable, bold, draw_decays, format_error, format_gain, markdown
+from experiments.tables import COLOURS, ResultTable, bold, format_error, format_gain, markdown
 
 Entry = TypeVar("Entry", bound=Mapping[str, Any])
 
@@ -150,24 +151,33 @@ def section(path: Path) -> str:
     return "\n\n".join(part.strip() for part in parts if part)
 
 
-def draw(source: Path, path: Path) -> None:
-    """Draw the test error of every method over its weight decay, at each that of the best candidate by validation."""
-    entries = json.loads(source.read_text(encoding="utf-8"))["groups"]
-    curves = {method: curve for method, found in by_method(entries).items() if (curve := decay_curve(found))}
+def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw errors over the weight decay, with a circle where validation data chose it; what diverges leaves the top."""
+    curves = {method: curve for method, found in by_method(entries).items() if len(curve := over_decays(found)) > 1}
+    chosen = {method: chosen_of(found)["settings"][DECAY] for method, found in by_method(entries).items()}
+    decays = sorted({decay for curve in curves.values() for decay in curve})
     figure, axes = plt.subplots(figsize=(4.6, 5.2), layout="constrained")
-    draw_decays(axes, curves, entries[0]["settings"]["data.name"])
+    for (method, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        means, errors = zip(*curve.values(), strict=True)
+        axes.errorbar(list(curve), means, errors, label=method, color=colour, capsize=2)
+        at = chosen[method]
+        axes.plot(at, curve[at].mean, "o", markersize=9, markerfacecolor="none", color=colour)
+    title = entries[0]["settings"]["data.name"]
+    axes.set(title=title, xlabel="weight decay", ylabel="test error (%)", xscale="log")
+    axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0, top=2 * max(curve[chosen[method]].mean for method, curve in curves.items()))
+    axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def decay_curve(entries: Sequence[Mapping[str, Any]]) -> DecayCurve | None:
-    """The error of a method over its weight decay; None where it is one."""
+def over_decays(entries: Sequence[Mapping[str, Any]]) -> dict[float, Estimate]:
+    """The test error of a method over its weight decay: at each, that of the candidate of lowest validation error."""
     best: dict[float, Mapping[str, Any]] = {}
     for entry in sorted(entries, key=validation_error):
         best.setdefault(entry["settings"][DECAY], entry)
-    decays = sorted(best)
-    errors = [estimate(list(best[decay]["test error %"].values())) for decay in decays]
-    return DecayCurve(decays, errors, decays.index(chosen_of(entries)["settings"][DECAY])) if len(best) > 1 else None
+    return {decay: estimate(list(best[decay]["test error %"].values())) for decay in sorted(best)}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -179,5 +189,6 @@ def main(arguments: Sequence[str]) -> None:
         sections.append(f"## {path.stem}\n\n{path.read_text(encoding='utf-8').strip()}")
     (folder / "README.md").write_text("\n\n".join([TITLE.strip(), *sections]) + "\n", encoding="utf-8")
     if options.picture is not None:
-        draw(folder / f"{options.picture}-evidence.json", folder / "decays.png")
+        content = json.loads((folder / f"{options.picture}-evidence.json").read_text(encoding="utf-8"))
+        draw(content["groups"], folder / "decays.png")
     print(f"Written: {folder / 'README.md'}")

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import tyro
+from cycler import cycler
+from matplotlib.ticker import LogLocator
 
 from experiments.methods import OWN_RULES
 from experiments.paired import ByKey, Key, estimate
 from experiments.runs import METHODS, FinishedRun, FolderError, find_finished, is_fitted, read_run
-from experiments.tables import Curve, ResultTable, draw_curves, format_error, gains, markdown, show
+from experiments.tables import COLOURS, ResultTable, format_error, gains, markdown, show
 
 Settings = Mapping[str, Any]  # by `section.name`
 
@@ -49,6 +52,8 @@ ORDINARY = {
 NAMED_ALONE = ("data.name", "data.train_samples", "data.augment")  # in the name of a data set
 GUESSED_CLASSES = {"cifar100": 100, "tiny-imagenet": 200, "imagenet": 1000}
 DECAY = "training.weight_decay"
+STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS)
+MOST_CURVES = 12  # more cannot be told apart
 COLUMNS = ("method", "runs", "passes", "time a step", "training loss", "error %")
 GAINS = {"gain on plain": 1, "gain on plain, 2× epochs": 2}  # by column: how often the epochs
 EXPLANATION = (
@@ -274,16 +279,28 @@ def _step_time(group: Group, plain: Group) -> str:
 
 
 def draw(path: Path, groups: Sequence[Group], title: str) -> None:
-    """Draw the learning curves of all groups."""
-    runs = {
-        group.label: [
-            Curve([epoch * group.passes_per_epoch for epoch in run.errors], list(run.errors.values()))
-            for run in group.runs.values()
-        ]
-        for group in groups
-    }
+    """Draw mean errors against the passes they have cost, with a band of one standard error."""
+    last = {group.label: estimate(list(group.errors.values())).mean for group in groups}
+    shown = sorted(last, key=lambda label: last[label])[:MOST_CURVES]
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    draw_curves(axes, runs, title)
+    axes.set_prop_cycle(STYLES)
+    for group in (each for each in groups if each.label in shown):
+        first, *_ = runs = list(group.runs.values())
+        passes = [epoch * group.passes_per_epoch for epoch in first.errors]
+        errors = np.array([list(run.errors.values()) for run in runs])
+        mean = errors.mean(axis=0)
+        (line,) = axes.plot(passes, mean, label=group.label, marker="o" if len(passes) < 3 else "")
+        if len(errors) > 1:
+            error = errors.std(axis=0, ddof=1) / len(errors) ** 0.5
+            axes.fill_between(passes, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    of_how_many = f", the lowest {len(shown)} of {len(groups)}" if len(shown) < len(groups) else ""
+    axes.set(title=f"Learning curves{of_how_many}: mean ± standard error", ylabel=f"{title} (%)")
+    axes.set(xlabel="forward-backward passes over the training data")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -16,6 +16,7 @@ from experiments.methods import OWN_RULES
 from experiments.paired import PairedDifference, difference_by_key, holm, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
@@ -367,11 +368,14 @@ def test_the_printed_table_says_what_the_written_one_says(grid, capsys):
 
 def test_the_curves_show_error_against_passes(runs, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "draw_curves", lambda axes, runs, title: drawn.update(runs))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.update(lines_of(figure)))
     write_runs(runs, {0: 5.0, 1: 6.0}, **method("apart"))
     make(runs)
-    assert [run.passes for run in drawn["APART"]] == [[2, 4], [2, 4]]
-    assert [run.errors for run in drawn["APART"]] == [[6, 5], [7, 6]]
+    assert drawn == {"APART": ([2, 4], [6.5, 5.5])}
+
+
+def lines_of(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
 
 
 def test_unfinished_runs_and_other_folders_are_named_and_left_out(runs, capsys):

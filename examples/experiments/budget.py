@@ -324,11 +324,9 @@ def write_tables(options: Options, path: Path) -> None:
 def decision(difference: PairedDifference, p: float) -> str:
     """What the plan concludes from the points by which one pass is below plain training, and p after Holm."""
     is_small = difference.low >= -NOTHING and difference.high <= NOTHING
-    if p < 0.05 and difference.low > 0:
-        return "helps" + ", by less than half a point" * is_small
-    if p < 0.05 and difference.high < 0:
-        return "harms" + ", by less than half a point" * is_small
-    return "does nothing" if is_small else "not shown"
+    if p >= 0.05 or difference.low <= 0 <= difference.high:
+        return "does nothing" if is_small else "not shown"
+    return ("helps" if difference.low > 0 else "harms") + ", by less than half a point" * is_small
 
 
 def search_table(study: str, arms: Sequence[str], lines: Sequence[Line]) -> ResultTable:

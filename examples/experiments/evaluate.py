@@ -136,7 +136,6 @@ def when_shifted(model: nn.Module, data: DataSet, options: Options) -> dict[str,
         **{kind: (100 * curve).tolist() for kind, curve in of_all.items()},
         "area": {kind: 100 * area(curves.radii, curve).item() for kind, curve in of_all.items()},
         "corruptions": corrupted_errors(model, data, few),
-        "layers": {name: (100 * curve).tolist() for name, curve in curves.layer_adversarial.items()},
     }
 
 

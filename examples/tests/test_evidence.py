@@ -40,7 +40,6 @@ def write_measured(folder: Path, error: float, level: float | None = None, **opt
         "adversarial": curve,
         "area": {"random": 90 - level, "adversarial": 80 - level},
         "corruptions": {name: [level + severity for severity in SEVERITIES] for name in CORRUPTIONS},
-        "layers": {"stem.1": curve},
     }
     (folder / evaluate.EVALUATION).write_text(json.dumps(content))
     return folder

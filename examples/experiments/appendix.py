@@ -39,10 +39,9 @@ are forward-backward passes over the training data. One run has no interval and 
 ERRORS = ("validation error %", "test error %")
 COLUMNS = ("method", "chosen", "runs", "passes", *ERRORS, "gain", "without pairs", "p, Holm")
 ABOUT = ("method", "chosen", "is_chosen", "at the edge", "passes", "settings", *ERRORS)  # what else is measured is not
-# What is chosen on validation data, beside the weight decay where it is tuned.
-CHOSEN = tuple(
-    f"method.{name}" for name in ("epsilon", "rho", "groups", "clean_fraction", "ghost_size", "label_smoothing")
-)
+# What is chosen on validation data.
+OWN = ("epsilon", "rho", "groups", "clean_fraction", "ghost_size", "label_smoothing")
+CHOSEN = (*(f"method.{name}" for name in OWN), DECAY)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def chosen_of(entries: Sequence[Entry]) -> Entry:
 def edges_of(chosen: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Which chosen settings are the smallest or largest that were tried, 0 aside: the best may lie beyond them."""
     found = {}
-    for name in (*CHOSEN, DECAY):
+    for name in CHOSEN:
         values = sorted({settings[name] for settings in candidates if name in settings})
         value = chosen.get(name)
         if len(values) > 1 and (value == values[-1] or value == values[0] != 0):

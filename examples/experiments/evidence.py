@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from experiments import report
 from experiments.appendix import CHOSEN, chosen_of, edges_of, section
 from experiments.evaluate import EVALUATION, evaluate_all, read_evaluation
 from experiments.evaluate import Options as Measurement
-from experiments.report import DECAY, Group, word
+from experiments.report import Group, word
 from experiments.runs import FolderError, find_finished, read_run
 from experiments.tables import show
 
@@ -58,53 +57,33 @@ class Candidate(NamedTuple):
 
 
 def candidates_of(test: Sequence[Group], validation: Sequence[Group]) -> list[list[Candidate]]:
-    """Groups by method: those that differ in nothing but what is chosen; zero radius is a method of its own.
+    """Groups by method: those that differ in nothing but what is chosen.
 
-    All methods stand at the weight decay that most of them have. What was trained at several is a rival once more, with
-    its weight decay among what is chosen. Where no decay is that of most, as in a grid, it is chosen for all.
+    Zero radius is a method of its own, and so is plain training with label smoothing.
     """
     all_settings = [group.settings for group in test]
     varied, usual_epochs = report.varied_settings(all_settings), report.base_epochs(all_settings)
-    told = [name for name in CHOSEN if name in RADII or name in varied]
-    told_apart = [name for name in varied if name not in (*CHOSEN, DECAY)]
-    decays = Counter(group.settings[DECAY] for group in [g for g in test if not g.is_plain] or test).most_common(2)
-    usual = decays[0][0] if len({count for _, count in decays}) == len(decays) else None
-    found: dict[str, list[Candidate]] = {}
-    tuned: dict[str, list[Candidate]] = {}
-
+    told_apart = [name for name in varied if name not in CHOSEN]
+    families: dict[str, list[Candidate]] = {}
     for group, validated in zip(test, validation, strict=True):
         settings = group.settings
         smoothed = bool(settings["method.label_smoothing"])
-        called = report.label(settings, told_apart, usual_epochs) + ", label smoothing" * smoothed
-        rest = {name: value for name, value in settings.items() if name not in (*CHOSEN, DECAY)}
+        rest = {name: value for name, value in settings.items() if name not in CHOSEN}
         key = json.dumps([rest, smoothed, report.has_zero_radius(settings)], sort_keys=True)
-        names = [name for name in told if name in settings and (smoothed or name != "method.label_smoothing")]
-        values = [f"{word(name)} {settings[name]:g}" for name in names]
-        if settings[DECAY] == usual:
-            found.setdefault(key, []).append(_candidate(called, values, group, validated))
-        name = called if usual is None else f"{called}, tuned weight decay"
-        values.append(f"{word(DECAY)} {settings[DECAY]:g}")
-        tuned.setdefault(key, []).append(_candidate(name, values, group, validated))
-    rivals = [
-        family
-        for key, family in tuned.items()
-        if key not in found or len({each.group.settings[DECAY] for each in family}) > 1
-    ]
-    return [*found.values(), *rivals]
-
-
-def _candidate(method: str, values: Sequence[str], test: Group, validation: Group) -> Candidate:
-    entry = {
-        "method": method,
-        "chosen": ", ".join(values),
-        "is_chosen": False,
-        "passes": test.epochs * test.passes_per_epoch,
-        "settings": test.settings,
-        "at the edge": {},
-        "validation error %": report.by_text(validation.errors),
-        "test error %": report.by_text(test.errors),
-    }
-    return Candidate(entry, test)
+        told = [name for name in CHOSEN if name in settings and (name in RADII or name in varied)]
+        told = [name for name in told if smoothed or name != "method.label_smoothing"]
+        entry = {
+            "method": report.label(settings, told_apart, usual_epochs) + ", label smoothing" * smoothed,
+            "chosen": ", ".join(f"{word(name)} {settings[name]:g}" for name in told),
+            "is_chosen": False,
+            "passes": group.epochs * group.passes_per_epoch,
+            "settings": settings,
+            "at the edge": {},
+            "validation error %": report.by_text(validated.errors),
+            "test error %": report.by_text(group.errors),
+        }
+        families.setdefault(key, []).append(Candidate(entry, group))
+    return list(families.values())
 
 
 def choose(family: Sequence[Candidate]) -> Candidate:

@@ -46,15 +46,10 @@ CHOSEN = (*(f"method.{name}" for name in OWN), DECAY)
 
 @dataclass(frozen=True)
 class Options:
-    """What is written.
+    """What is written."""
 
-    Attributes:
-        folder: where the numbers are, and README.md is to be.
-        picture: the set of numbers of which decays.png is drawn: the error over the weight decay.
-    """
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    picture: str | None = None
+    folder: Annotated[Path, tyro.conf.Positional]  # where the numbers are, and README.md is to be.
+    picture: str | None = None  # the set of numbers of which decays.png is drawn: the error over the weight decay.
 
 
 def values_of(entry: Mapping[str, Any], figure: str) -> dict[Key, float]:

@@ -123,26 +123,17 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is run.
+    """What is run."""
 
-    Attributes:
-        study: which one.
-        arms: of it; all have the same draws, so that one can be added later.
-        data_dir: where its data lie, if they do not come with a package.
-        out: folder of the run folders.
-        results: file of the finished runs, a line each; OUT/results.jsonl where none is named.
-        test_at_edge: test even what lies at the edge of its range.
-    """
-
-    study: str = "cifar10"
+    study: str = "cifar10"  # which one.
+    # of it; all have the same draws, so that one can be added later.
     arms: tuple[str, ...] = ("plain", "ghost_noise", "one_pass", "apart")
-    data_dir: Path | None = None
-    out: Path = Path("runs/budget")
-    results: Path | None = None
-    test_at_edge: tyro.conf.FlagCreatePairsOff[bool] = False
+    data_dir: Path | None = None  # where its data lie, if they do not come with a package.
+    out: Path = Path("runs/budget")  # folder of the run folders.
+    results: Path | None = None  # file of the finished runs, a line each; OUT/results.jsonl where none is named.
+    test_at_edge: tyro.conf.FlagCreatePairsOff[bool] = False  # test even what lies at the edge of its range.
 
     def __post_init__(self) -> None:
-        """Refuse what is not there."""
         if self.study not in STUDIES:
             raise ValueError(f"there is no study {self.study!r}: choose one of {', '.join(STUDIES)}")
         known = STUDIES[self.study].arms

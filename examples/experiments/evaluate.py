@@ -71,31 +71,22 @@ PIXELS = (0.95, 0.9, 0.85, 0.75, 0.65)
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        folders: run folders, and folders of run folders.
-        radii: of the shift in the running statistics, ascending, below 1; 0 is always measured.
-        draws: random shifts at each radius.
-        samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; 0 leaves
-            both out. All other figures are from all of them.
-        test_samples: the test samples themselves, at most: for sets and processors where all of them take too long.
-        again: measure folders anew that have been measured.
-        data_dir: where the data lies, if not where it was in training.
-        processes: that measure at the same time, with one thread each.
-    """
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, and folders of run folders.
+    # of the shift in the running statistics, ascending, below 1; 0 is always measured.
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    draws: int = 4
+    draws: int = 4  # random shifts at each radius.
+    # test samples that accuracies under a shift and corrupted samples are measured on, at most; 0 leaves both out. All
+    # other figures are from all of them.
     samples: int = 1500
+    # the test samples themselves, at most: for sets and processors where all of them take too long.
     test_samples: int | None = None
-    again: tyro.conf.FlagCreatePairsOff[bool] = False
-    data_dir: Path | None = None
-    processes: int = 2
+    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders anew that have been measured.
+    data_dir: Path | None = None  # where the data lies, if not where it was in training.
+    processes: int = 2  # that measure at the same time, with one thread each.
 
     def __post_init__(self) -> None:
-        """Refuse, before any run is measured, what no run can be measured with."""
         check_radii(self.radii)
         for name, least in {"draws": 1, "samples": 0, "test_samples": 1, "processes": 1}.items():
             count = getattr(self, name)

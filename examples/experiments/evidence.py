@@ -30,23 +30,14 @@ RADII = ("method.epsilon", "method.rho")  # are told even where there is one
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        folders: run folders, and folders of run folders.
-        evaluate: first measure the chosen runs that have not been measured.
-        errors_only: tables of errors alone, for which no run need be measured.
-        samples: test samples that accuracies under a shift are then measured on, at most.
-        processes: that then measure at the same time, with one thread each.
-        out: folder for the numbers of every seed, a file named after each data set.
-    """
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    evaluate: tyro.conf.FlagCreatePairsOff[bool] = False
-    errors_only: tyro.conf.FlagCreatePairsOff[bool] = False
-    samples: int = Measurement.samples
-    processes: int = Measurement.processes
-    out: Path = Path("runs/evidence")
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, and folders of run folders.
+    evaluate: tyro.conf.FlagCreatePairsOff[bool] = False  # first measure the chosen runs that have not been measured.
+    errors_only: tyro.conf.FlagCreatePairsOff[bool] = False  # errors alone, for which no run need be measured.
+    samples: int = Measurement.samples  # test samples that accuracies under a shift are then measured on, at most.
+    processes: int = Measurement.processes  # that then measure at the same time, with one thread each.
+    out: Path = Path("runs/evidence")  # folder for the numbers of every seed, a file named after each data set.
 
 
 class Candidate(NamedTuple):

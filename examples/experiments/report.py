@@ -67,16 +67,12 @@ EXPLANATION = (
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        folders: run folders, and folders of run folders.
-        measure_on: whose error: settings are chosen on validation data, results stated on test data.
-        out: folder for tables (.md), the errors of every seed (.json) and figures (.png), named after the data.
-    """
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, and folders of run folders.
+    # whose error: settings are chosen on validation data, results stated on test data.
     measure_on: Literal["test", "validation"] = "test"
+    # folder for tables (.md), the errors of every seed (.json) and figures (.png), named after the data.
     out: Path = Path("runs/report")
 
 

@@ -41,30 +41,19 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied. All other options are those of train, and go to every run.
+    """What is varied. All other options are those of train, and go to every run."""
 
-    Attributes:
-        methods: what is trained.
-        epsilons: radii ε of APART, in two passes, one or with SAM; 0 is the control without perturbation.
-        seeds: runs of each.
-        factors: methods of one pass run for these multiples of the epochs.
-        vary: further options of train and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
-        processes: that train at the same time, with one thread each; --workers are those that load data for each.
-        together: seeds of a run that one process trains at the same time; without TensorBoard files.
-        out: folder of the run folders.
-    """
-
-    methods: tuple[MethodName, ...] = ("plain", "apart")
+    methods: tuple[MethodName, ...] = ("plain", "apart")  # what is trained.
+    # radii ε of APART, in two passes, one or with SAM; 0 is the control without perturbation.
     epsilons: tuple[float, ...] = (0.1,)
-    seeds: int = 5
-    factors: tuple[int, ...] = (1, 2)
-    vary: tuple[str, ...] = ()
-    processes: int = 2
-    together: int = 1
-    out: Path = Path("runs/sweep")
+    seeds: int = 5  # runs of each.
+    factors: tuple[int, ...] = (1, 2)  # methods of one pass run for these multiples of the epochs.
+    vary: tuple[str, ...] = ()  # further options of train and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
+    processes: int = 2  # that train at the same time, with one thread each; --workers load data for each.
+    together: int = 1  # seeds of a run that one process trains at the same time; without TensorBoard files.
+    out: Path = Path("runs/sweep")  # folder of the run folders.
 
     def __post_init__(self) -> None:
-        """Refuse a grid without runs, and axes that are none."""
         if not (self.methods and self.epsilons and self.factors):
             raise SweepError("--methods, --epsilons and --factors need one value or more")
         counts = {"seeds": self.seeds, "processes": self.processes, "together": self.together}

@@ -1,26 +1,27 @@
 """Results in detail, from the numbers of every seed: `python -m experiments appendix results` writes results/README.md.
 
 Each `*-evidence.json` of the folder, which `evidence` wrote, becomes a section: every method with what validation data
-chose, against the plain training that they chose; and what was chosen from.
+chose, against the plain training that they chose; and what was chosen from. Each `*-budget.md` is one as it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments.figures import format_error, format_gain
-from experiments.groups import edges_of, word
-from experiments.paired import Key, difference_by_key, estimate, holm, welch_by_key
-from experiments.tables import Cell, ResultTable, markdown
+from experiments.paired import Estimate, Key, difference_by_key, estimate, holm, welch_by_key
+from experiments.report import DECAY, word
+from experiments.tables import COLOURS, ResultTable, bold, format_error, format_gain, markdown
 
-Entry = Mapping[str, Any]
+Entry = TypeVar("Entry", bound=Mapping[str, Any])
 
 TITLE = """# Results in detail
 
@@ -35,107 +36,153 @@ Student's 95 % interval over seeds, or over splits where there are several. In b
 the rows of a table is below 0.05. *Without pairs*: Welch's interval, where seeds do not correlate above zero. Passes
 are forward-backward passes over the training data. One run has no interval and shows nothing.
 """
-COLUMNS = (
-    "method",
-    "chosen",
-    "runs",
-    "passes",
-    "validation error %",
-    "test error %",
-    "gain",
-    "without pairs",
-    "p, Holm",
-)
-MEASURED_ONCE = ("method", "chosen", "is_chosen", "at the edge", "passes", "settings")
+ERRORS = ("validation error %", "test error %")
+COLUMNS = ("method", "chosen", "runs", "passes", *ERRORS, "gain", "without pairs", "p, Holm")
+ABOUT = ("method", "chosen", "is_chosen", "at the edge", "passes", "settings", *ERRORS)  # what else is measured is not
+# What is chosen on validation data.
+OWN = ("epsilon", "rho", "groups", "clean_fraction", "ghost_size", "label_smoothing")
+CHOSEN = (*(f"method.{name}" for name in OWN), DECAY)
 
 
-def values_of(entry: Entry, figure: str) -> dict[Key, float]:
+@dataclass(frozen=True)
+class Options:
+    """What is written."""
+
+    folder: Annotated[Path, tyro.conf.Positional]  # where the numbers are, and README.md is to be.
+    picture: str | None = None  # the set of numbers of which decays.png is drawn: the error over the weight decay.
+
+
+def values_of(entry: Mapping[str, Any], figure: str) -> dict[Key, float]:
     """A figure of every run, by split and seed: the key `1/3` is that of seed 3 of split 1."""
     keys = {key: tuple(map(int, key.split("/"))) for key in entry[figure]}
     return {(0, *parts)[-2:]: entry[figure][key] for key, parts in keys.items()}  # type: ignore[misc]
 
 
-def mean_of(entry: Entry, figure: str) -> str:
+def mean_of(entry: Mapping[str, Any], figure: str) -> str:
     """A figure's mean and standard error."""
-    return format_error(estimate(list(values_of(entry, figure).values()))) if entry.get(figure) else ""
+    return format_error(estimate(list(entry[figure].values()))) if entry.get(figure) else ""
+
+
+def validation_error(entry: Mapping[str, Any]) -> float:
+    """The mean over all runs."""
+    return float(np.mean(list(entry["validation error %"].values())))
 
 
 def chosen_of(entries: Sequence[Entry]) -> Entry:
-    """Of the candidates with the most runs, that of the lowest mean validation error over them; of equals the first."""
+    """Of the candidates with the most runs, that of the lowest mean validation error over them; of equals the first.
+
+    Candidates with fewer were dropped in a search: a low error of a single seed is often luck.
+    """
     most = max(len(entry["validation error %"]) for entry in entries)
-    refined = [entry for entry in entries if len(entry["validation error %"]) == most]
-    return min(refined, key=lambda entry: float(np.mean(list(entry["validation error %"].values()))))
+    return min((entry for entry in entries if len(entry["validation error %"]) == most), key=validation_error)
 
 
-def tables_of(name: str, entries: Sequence[Entry]) -> list[ResultTable]:
-    """The tables of a set: errors, and what else was measured, if anything was."""
+def edges_of(chosen: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Which chosen settings are the smallest or largest that were tried, 0 aside: the best may lie beyond them."""
+    found = {}
+    for name in CHOSEN:
+        values = sorted({settings[name] for settings in candidates if name in settings})
+        value = chosen.get(name)
+        if len(values) > 1 and (value == values[-1] or value == values[0] != 0):
+            found[word(name)] = f"{value:g} of {values[0]:g} to {values[-1]:g}"
+    return found
+
+
+def by_method(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The candidates of every method."""
     methods: dict[str, list[Entry]] = {}
     for entry in entries:
         methods.setdefault(entry["method"], []).append(entry)
+    return methods
+
+
+def tables_of(name: str, entries: Sequence[Mapping[str, Any]]) -> list[ResultTable]:
+    """The tables of a set: errors, and what else was measured, if anything was."""
+    methods = by_method(entries)
     chosen = {method: chosen_of(found) for method, found in methods.items()}
     plain = chosen_of([entry for method, entry in chosen.items() if method.startswith("plain")])
     pairs = [(values_of(plain, "test error %"), values_of(entry, "test error %")) for entry in chosen.values()]
-    differences = [
-        None if entry is plain else difference_by_key(*both) for entry, both in zip(chosen.values(), pairs, strict=True)
-    ]
-    ps = holm([difference.p if difference else math.nan for difference in differences])
+    rivals = [entry is not plain for entry in chosen.values()]
+    differences = [difference_by_key(*both) if rival else None for rival, both in zip(rivals, pairs, strict=True)]
     rows = []
-    for (method, entry), difference, both, p in zip(chosen.items(), differences, pairs, ps, strict=True):
-        edges = edges_of(entry["settings"], [each["settings"] for each in methods[method]])
-        texts = [method, entry["chosen"] + (f" (at the edge: {', '.join(edges)})" if edges else "")]
-        texts += [str(len(both[1])), f"{entry['passes']:g}", mean_of(entry, "validation error %")]
-        texts += [mean_of(entry, "test error %"), format_gain(difference) if difference else ""]
-        without_pairs = welch_by_key(*both) if difference else None
-        texts += [format_gain(without_pairs) if without_pairs else "", "" if math.isnan(p) else f"{p:.2g}"]
-        rows.append(
-            [Cell(text, bold=p < 0.05 and column == "gain") for column, text in zip(COLUMNS, texts, strict=True)]
-        )
-    tables = [ResultTable(f"{name}: test error", COLUMNS, rows, "")]
-    figures = [figure for figure in plain if figure not in (*MEASURED_ONCE, "validation error %", "test error %")]
-    if figures:
-        rows = [
-            [Cell(method), *(Cell(mean_of(entry, figure)) for figure in figures)] for method, entry in chosen.items()
-        ]
-        tables.append(ResultTable(f"{name}: what the chosen networks withstand", ("method", *figures), rows, ""))
+    for entry, difference, both, p in zip(chosen.values(), differences, pairs, holm(differences), strict=True):
+        edges = edges_of(entry["settings"], [each["settings"] for each in methods[entry["method"]]])
+        at_edge = f" (at the edge: {', '.join(edges)})" if edges else ""
+        cells = [entry["method"], entry["chosen"] + at_edge, str(len(both[1])), f"{entry['passes']:g}"]
+        cells += [mean_of(entry, figure) for figure in ERRORS]
+        cells += [bold(format_gain(difference), p < 0.05), format_gain(welch_by_key(*both) if difference else None)]
+        rows.append([*cells, "" if np.isnan(p) else f"{p:.2g}"])
+    tables = [ResultTable(f"{name}: test error", COLUMNS, rows)]
+    if figures := [figure for figure in plain if figure not in ABOUT]:
+        rows = [[method, *(mean_of(entry, figure) for figure in figures)] for method, entry in chosen.items()]
+        tables.append(ResultTable(f"{name}: what the chosen networks withstand", ("method", *figures), rows))
     return tables
 
 
-def candidates_of(entries: Sequence[Entry]) -> str:
+def chosen_from(entries: Sequence[Mapping[str, Any]]) -> str:
     """What was chosen from, a line for each method: validation error and runs."""
-    methods: dict[str, list[str]] = {}
-    for entry in entries:
-        runs = len(entry["validation error %"])
-        text = f"{entry['chosen']}: {mean_of(entry, 'validation error %')} ({runs})"
-        methods.setdefault(entry["method"], []).append(text)
-    lines = [f"- {method}: {'; '.join(found)}" for method, found in methods.items() if len(found) > 1]
+    lines = []
+    for method, found in by_method(entries).items():
+        texts = [f"{e['chosen']}: {mean_of(e, ERRORS[0])} ({len(e[ERRORS[0]])})" for e in found]
+        lines += [f"- {method}: {'; '.join(texts)}"] if len(texts) > 1 else []
     return "\n".join(["Chosen from, by validation error % (runs):", "", *lines]) if lines else ""
 
 
-def shared_settings_of(entries: Sequence[Entry]) -> str:
+def shared_settings_of(entries: Sequence[Mapping[str, Any]]) -> str:
     """The settings that all have."""
-    all_settings = [entry["settings"] for entry in entries]
-    names = [name for name in all_settings[0] if name.startswith(("training.", "model.", "data."))]
-    same = [name for name in names if len({str(settings.get(name)) for settings in all_settings}) == 1]
-    return ", ".join(f"{word(name)} {all_settings[0][name]}" for name in same if all_settings[0][name] is not None)
+    first, *others = [entry["settings"] for entry in entries]
+    names = [name for name, value in first.items() if not name.startswith("method.") and value is not None]
+    same = [name for name in names if all(str(other.get(name)) == str(first[name]) for other in others)]
+    return ", ".join(f"{word(name)} {first[name]}" for name in same)
 
 
 def section(path: Path) -> str:
-    """The section of one file."""
+    """The section of one file of numbers."""
     content = json.loads(path.read_text(encoding="utf-8"))
     entries, name = content["groups"], path.stem.removesuffix("-evidence")
     settings = f"Settings: {shared_settings_of(entries)}. Trained with {content['environment']}."
-    parts = [f"## {name}", settings, *map(markdown, tables_of(name, entries)), candidates_of(entries)]
+    parts = [f"## {name}", settings, *map(markdown, tables_of(name, entries)), chosen_from(entries)]
     return "\n\n".join(part.strip() for part in parts if part)
+
+
+def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw errors over the weight decay, with a circle where validation data chose it; what diverges leaves the top."""
+    curves = {method: curve for method, found in by_method(entries).items() if len(curve := over_decays(found)) > 1}
+    chosen = {method: chosen_of(found)["settings"][DECAY] for method, found in by_method(entries).items()}
+    decays = sorted({decay for curve in curves.values() for decay in curve})
+    figure, axes = plt.subplots(figsize=(4.6, 5.2), layout="constrained")
+    for (method, curve), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
+        means, errors = zip(*curve.values(), strict=True)
+        axes.errorbar(list(curve), means, errors, label=method, color=colour, capsize=2)
+        at = chosen[method]
+        axes.plot(at, curve[at].mean, "o", markersize=9, markerfacecolor="none", color=colour)
+    title = entries[0]["settings"]["data.name"]
+    axes.set(title=title, xlabel="weight decay", ylabel="test error (%)", xscale="log")
+    axes.set_xticks(decays, [f"{decay:g}" for decay in decays])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(bottom=0, top=2 * max(curve[chosen[method]].mean for method, curve in curves.items()))
+    axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def over_decays(entries: Sequence[Mapping[str, Any]]) -> dict[float, Estimate]:
+    """The test error of a method over its weight decay: at each, that of the candidate of lowest validation error."""
+    best: dict[float, Mapping[str, Any]] = {}
+    for entry in sorted(entries, key=validation_error):
+        best.setdefault(entry["settings"][DECAY], entry)
+    return {decay: estimate(list(best[decay]["test error %"].values())) for decay in sorted(best)}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write the appendix of a folder of results."""
-    folder = tyro.cli(
-        Annotated[Path, tyro.conf.Positional],
-        args=arguments,
-        prog="python -m experiments appendix",
-        description=__doc__,
-    )
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments appendix", description=__doc__)
+    folder = options.folder
     sections = [section(path) for path in sorted(folder.glob("*-evidence.json"))]
+    for path in sorted(folder.glob("*-budget.md")):
+        sections.append(f"## {path.stem}\n\n{path.read_text(encoding='utf-8').strip()}")
     (folder / "README.md").write_text("\n\n".join([TITLE.strip(), *sections]) + "\n", encoding="utf-8")
+    if options.picture is not None:
+        content = json.loads((folder / f"{options.picture}-evidence.json").read_text(encoding="utf-8"))
+        draw(content["groups"], folder / "decays.png")
     print(f"Written: {folder / 'README.md'}")

@@ -3,7 +3,7 @@
 The plan, with its rules of decision, is examples/results/PLAN.md.
 
     search   the same draws of learning rate and weight decay for every arm, and its own knobs    one split, one seed
-    refine   each arm's best three with two seeds more
+    refine   each arm's best few with two seeds more
     test     each arm's lowest mean validation error, trained again                               fresh splits and seeds
 
 Every finished run is a line of `--results`. The same command goes on where it was stopped, on any machine that has this
@@ -12,9 +12,11 @@ file; several may run side by side on one machine. What is tested is measured wh
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +25,30 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
-from experiments.budget_table import search_table, test_tables
 from experiments.environment import environment
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
 from experiments.loop import train
 from experiments.nonfinite import NonFiniteError
+from experiments.paired import Key, PairedDifference, difference_by_key, estimate, holm, over_images, welch_by_key
 from experiments.runs import FolderError, RunError, is_finished, read_run
-from experiments.tables import markdown
+from experiments.tables import ResultTable, bold, format_error, format_gain, markdown
 from experiments.train import parse
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
-REFINED, REFINE_SEEDS = 3, (1, 2)
+NOTHING = 0.5  # points: an interval within ± of it is that of no effect
+REFINE_SEEDS = (1, 2)
+Line = Mapping[str, Any]
+FIGURES: dict[str, Callable[[Line], float]] = {
+    "test error %": lambda line: line["test_error"],
+    "error on corrupted images %": lambda line: float(np.mean(list(line["corruptions"].values()))),
+    "error by exact statistics %": lambda line: line["exact_error"],
+    "accuracy, random shifts %": lambda line: line["area"]["random"],
+    "accuracy, adversarial shifts %": lambda line: line["area"]["adversarial"],
+    "training loss": lambda line: line["train_loss"],
+    "training error %": lambda line: line["train_error"],
+}
+PRIMARY = tuple(FIGURES)[:2]
 
 
 class Range(NamedTuple):
@@ -59,13 +73,15 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What all arms share."""
+    """What all arms share; of `shifted_samples` test images accuracies under shifts and corruptions are measured."""
 
     options: str
     shared: Mapping[str, Range]
     arms: Mapping[str, Arm]
     draws: int = 20
     test_splits: int = 8
+    refined: int = 3
+    shifted_samples: int = 10_000
 
 
 def arms_of(epochs: int, groups: int, ghost_sizes: Range) -> dict[str, Arm]:
@@ -90,44 +106,44 @@ _DECAYS = Range(5e-4, 5e-2)
 _LARGE = {"lr": Range(0.03, 0.6), "weight-decay": _DECAYS}
 _SMALL = {"lr": Range(0.01, 0.3), "weight-decay": _DECAYS}
 _FEW = Range(2, 16, is_whole=True)
+_FINE = (
+    "--data cifar10 --train-samples 1000 --validation-samples 2000 --test-samples 2000 --resize 48 --channels-last "
+    "--model efficientnet_lite0_imagenet --schedule cosine --batch-size 32"
+)
+_SMALLER = {"lr": Range(1e-3, 0.1), "weight-decay": Range(1e-5, 1e-2)}
 STUDIES = {
     "cifar10": Study(f"{_CIFAR} 128", _LARGE, arms_of(120, 4, Range(4, 64, is_whole=True))),
     "cifar10-batch16": Study(f"{_CIFAR} 16", _SMALL, arms_of(30, 2, _FEW), draws=12),
     "cifar10-batch8": Study(f"{_CIFAR} 8", _SMALL, arms_of(30, 2, _FEW), draws=12),
     "digits-batch16": Study(f"{_DIGITS} 16", _SMALL, arms_of(60, 2, _FEW), draws=12, test_splits=20),
     "digits-batch8": Study(f"{_DIGITS} 8", _SMALL, arms_of(30, 2, _FEW), draws=12, test_splits=20),
+    "finetune": Study(_FINE, _SMALLER, arms_of(8, 4, _FEW), draws=8, refined=2, shifted_samples=0),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is run.
+    """What is run."""
 
-    Attributes:
-        study: which one.
-        arms: of it; all have the same draws, so that one can be added later.
-        data_dir: where its data lie, if they do not come with a package.
-        out: folder of the run folders.
-        results: file of the finished runs, a line each; OUT/results.jsonl where none is named.
-        test_at_edge: test even what lies at the edge of its range.
-    """
-
-    study: str = "cifar10"
+    study: str = "cifar10"  # which one.
+    # of it; all have the same draws, so that one can be added later.
     arms: tuple[str, ...] = ("plain", "ghost_noise", "one_pass", "apart")
-    data_dir: Path | None = None
-    out: Path = Path("runs/budget")
-    results: Path | None = None
-    test_at_edge: tyro.conf.FlagCreatePairsOff[bool] = False
+    data_dir: Path | None = None  # where its data lie, if they do not come with a package.
+    out: Path = Path("runs/budget")  # folder of the run folders.
+    results: Path | None = None  # file of the finished runs, a line each; OUT/results.jsonl where none is named.
+    test_at_edge: tyro.conf.FlagCreatePairsOff[bool] = False  # test even what lies at the edge of its range.
 
     def __post_init__(self) -> None:
-        """Refuse what is not there."""
         if self.study not in STUDIES:
             raise ValueError(f"there is no study {self.study!r}: choose one of {', '.join(STUDIES)}")
-        if unknown := set(self.arms) - set(STUDIES[self.study].arms):
-            raise ValueError(
-                f"{self.study} has no arm {', '.join(sorted(unknown))}: choose of its arms "
-                f"{', '.join(STUDIES[self.study].arms)}"
-            )
+        known = STUDIES[self.study].arms
+        if unknown := ", ".join(sorted(set(self.arms) - set(known))):
+            raise ValueError(f"{self.study} has no arm {unknown}: choose of its arms {', '.join(known)}")
+
+    @property
+    def plan(self) -> Study:
+        """The study."""
+        return STUDIES[self.study]
 
 
 class Trial(NamedTuple):
@@ -167,47 +183,32 @@ def drawn(study: Study, arm: str, draw: int) -> dict[str, float]:
 
 def arguments(options: Options, trial: Trial) -> list[str]:
     """The command line of a run, as train takes it."""
-    study = STUDIES[options.study]
-    values = drawn(study, trial.arm, trial.draw)
-    where = ["--data-dir", str(options.data_dir)] if options.data_dir else []
-    command = [*study.options.split(), *study.arms[trial.arm].options.split(), *where, "--no-tensorboard"]
-    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    command += ["--split-seed", str(trial.split), "--seed", str(trial.seed), "--workers", "0"]
-    return [*command, "--evaluate-every", "1000000", "--out", str(options.out / trial.name)]
+    values: dict[str, Any] = {"data-dir": options.data_dir} if options.data_dir else {}
+    values |= drawn(options.plan, trial.arm, trial.draw) | {"split-seed": trial.split, "seed": trial.seed}
+    values |= {"workers": 0, "evaluate-every": 10**6, "out": options.out / trial.name}
+    command = f"{options.plan.options} {options.plan.arms[trial.arm].options} --no-tensorboard".split()
+    return [*command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))]
 
 
 def search(options: Options, _: Results) -> list[Trial]:
     """Every draw of every arm; all arms advance together, so that what has finished can be compared."""
-    draws = range(STUDIES[options.study].draws)
-    return [Trial("search", arm, draw, 0, 0) for draw in draws for arm in options.arms]
+    return [Trial("search", arm, draw, 0, 0) for draw in range(options.plan.draws) for arm in options.arms]
 
 
 def refine(options: Options, results: Results) -> list[Trial]:
     """The best of each arm, with further seeds."""
-    best = {arm: ranked(results, arm)[:REFINED] for arm in options.arms}
-    return [
-        Trial("refine", arm, best[arm][place], 0, seed)
-        for seed in REFINE_SEEDS
-        for place in range(REFINED)
-        for arm in options.arms
-    ]
+    errors = [(line["validation_error"], trial) for trial, line in results.items() if trial.stage == "search"]
+    ranked = {arm: [trial.draw for _, trial in sorted(errors) if trial.arm == arm] for arm in options.arms}
+    places = range(options.plan.refined)
+    orders = [(seed, place, arm) for seed in REFINE_SEEDS for place in places for arm in options.arms]
+    return [Trial("refine", arm, ranked[arm][place], 0, seed) for seed, place, arm in orders]
 
 
 def test(options: Options, results: Results) -> list[Trial]:
     """What each arm has chosen, on fresh splits and seeds."""
     chosen = {arm: choice(results, arm) for arm in options.arms}
-    splits = range(1, 1 + STUDIES[options.study].test_splits)
+    splits = range(1, 1 + options.plan.test_splits)
     return [Trial("test", arm, chosen[arm], split, 10 + split) for split in splits for arm in options.arms]
-
-
-def ranked(results: Results, arm: str) -> list[int]:
-    """The draws of an arm by the validation error of its search, the best first; of equals the earlier draw."""
-    errors = {
-        trial.draw: line["validation_error"]
-        for trial, line in results.items()
-        if (trial.stage, trial.arm) == ("search", arm)
-    }
-    return sorted(errors, key=lambda draw: (errors[draw], draw))
 
 
 def choice(results: Results, arm: str) -> int:
@@ -239,7 +240,7 @@ def read_results(path: Path) -> Results:
 def run(options: Options, trial: Trial, path: Path) -> None:
     """Train a run from where it stands, and add its line; a run that another process is at is left to it."""
     settings = parse(arguments(options, trial)).settings
-    line = trial._asdict() | {"settings": drawn(STUDIES[options.study], trial.arm, trial.draw)}
+    line = trial._asdict() | {"settings": drawn(options.plan, trial.arm, trial.draw)}
     try:
         train([settings], show=lambda _: None)
         found = read_run(settings.out, "validation")
@@ -250,23 +251,18 @@ def run(options: Options, trial: Trial, path: Path) -> None:
         return print(f"  {error}", flush=True)
     except NonFiniteError as error:
         line |= {"validation_error": DIVERGED, "diverged": str(error).splitlines()[0]}
-    if trial.stage == "test":
-        line |= _measured(settings.out, options)
+    if trial.stage == "test" and not is_finished(settings.out):
+        line |= {"test_error": DIVERGED, "exact_error": DIVERGED, "corruptions": {"all": [DIVERGED]}}
+    elif trial.stage == "test":
+        wanted = Measurement((settings.out,), samples=options.plan.shifted_samples, data_dir=options.data_dir)
+        if problem := evaluate_run(settings.out, wanted):
+            raise FolderError(f"{settings.out} could not be measured: {problem}")
+        line |= read_evaluation(settings.out)
     line["machine"] = environment()
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _measured(folder: Path, options: Options) -> dict[str, Any]:
-    """What a tested network withstands."""
-    if not is_finished(folder):
-        return {"test_error": DIVERGED}
-    problem = evaluate_run(folder, Measurement((folder,), samples=10_000, data_dir=options.data_dir))
-    if problem:
-        raise FolderError(f"{folder} could not be measured: {problem}")
-    return read_evaluation(folder)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -285,38 +281,98 @@ def main(argv: Sequence[str]) -> None:
                 write_tables(options, path)
         write_tables(options, path)
         if not set(trials) <= set(read_results(path)):
-            print(
-                "Other processes are at the last runs of this stage; the same command goes on when they have finished."
-            )
-            return
+            return print("Other processes are at the last runs of this stage; go on when they have finished.")
+
+
+def is_settled(options: Options, results: Results) -> bool:
+    """Whether what was chosen can be tested; tells what each arm has chosen, and what lies at an edge."""
+    at_edge = []
+    for arm in options.arms:
+        draw = choice(results, arm)
+        found = [f"\n  at the edge: {each}" for each in edges(options.plan, arm, draw)]
+        print(f"{arm}: draw {draw}, {drawn(options.plan, arm, draw)}{''.join(found)}")
+        at_edge += found
+    if at_edge and not options.test_at_edge:
+        print("Extend the ranges as the plan says before anything is tested, or add --test-at-edge.")
+    return not at_edge or options.test_at_edge
 
 
 def write_tables(options: Options, path: Path) -> None:
     """Write what has been found so far beside the results, as Markdown; of tests nothing before all have finished."""
-    results = read_results(path)
+    results, study = read_results(path), options.plan
     lines, arms = list(results.values()), list(dict.fromkeys([*options.arms, *(trial.arm for trial in results)]))
     tables = [search_table(options.study, arms, lines)]
     tested = {(trial.arm, trial.split) for trial in results if trial.stage == "test"}
-    if tested and len(tested) == len(options.arms) * STUDIES[options.study].test_splits:
-        tables += test_tables(options.study, list(options.arms), lines)
+    if len(tested) == len(options.arms) * study.test_splits:
+        tables += test_tables(options.study, options.arms, lines)
     else:
-        planned = len(options.arms) * (STUDIES[options.study].draws + REFINED * len(REFINE_SEEDS))
-        planned += len(options.arms) * STUDIES[options.study].test_splits
+        planned = len(options.arms) * (study.draws + study.refined * len(REFINE_SEEDS) + study.test_splits)
         notes = f"{tables[0].notes} Under way: {len(results)} of {planned} runs have finished, and decide nothing yet."
         tables = [tables[0]._replace(notes=notes)]
     path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
 
 
-def is_settled(options: Options, results: Results) -> bool:
-    """Whether what was chosen can be tested; tells what each arm has chosen, and what lies at an edge."""
-    are_inside = True
-    for arm in options.arms:
-        draw = choice(results, arm)
-        at_edge = edges(STUDIES[options.study], arm, draw)
-        are_inside &= not at_edge
-        print(f"{arm}: draw {draw}, {drawn(STUDIES[options.study], arm, draw)}")
-        for each in at_edge:
-            print(f"  at the edge: {each}")
-    if not (are_inside or options.test_at_edge):
-        print("Extend the ranges as the plan says before anything is tested, or add --test-at-edge.")
-    return are_inside or options.test_at_edge
+def decision(difference: PairedDifference, p: float) -> str:
+    """What the plan concludes from the points by which one pass is below plain training, and p after Holm."""
+    is_small = difference.low >= -NOTHING and difference.high <= NOTHING
+    if p >= 0.05 or difference.low <= 0 <= difference.high:
+        return "does nothing" if is_small else "not shown"
+    return ("helps" if difference.low > 0 else "harms") + ", by less than half a point" * is_small
+
+
+def search_table(study: str, arms: Sequence[str], lines: Sequence[Line]) -> ResultTable:
+    """Validation errors of all draws that have begun; with refinement, their means over seeds."""
+    errors: dict[tuple[int, str], list[float]] = {}
+    for line in lines:
+        if line["stage"] != "test":
+            errors.setdefault((line["draw"], line["arm"]), []).append(line["validation_error"])
+    means = {key: format_error(estimate(found)) for key, found in errors.items()}
+    rows = [[str(draw), *(means.get((draw, arm), "") for arm in arms)] for draw in sorted({draw for draw, _ in errors})]
+    notes = "Validation error in percent of each draw; a mean over three seeds, ± standard error, where it was refined."
+    return ResultTable(f"{study}: search", ("draw", *arms), rows, notes)
+
+
+def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[ResultTable]:
+    """What was tested, and the contrasts of every arm with plain training, of which two are primary."""
+    tests: dict[str, dict[Key, Line]] = {arm: {} for arm in arms}
+    for line in lines:
+        if line["stage"] == "test" and line["arm"] in tests:
+            tests[line["arm"]][line["split"], line["seed"]] = line
+    found: dict[tuple[str, str], dict[Key, float]] = {}
+    for arm, (name, figure) in itertools.product(arms, FIGURES.items()):
+        with suppress(KeyError):  # it was not measured in this study
+            found[arm, name] = {key: figure(line) for key, line in tests[arm].items()}
+    names = [name for name in FIGURES if all((arm, name) in found for arm in arms)]
+    means = [[arm, *(format_error(estimate(list(found[arm, name].values()))) for name in names)] for arm in arms]
+    table = ResultTable(f"{study}: test", ("arm", *names), means, "Means over splits, ± standard error.")
+
+    contrasts = [(arm, name) for arm in arms if arm != "plain" for name in names]
+    differences = {(arm, name): difference_by_key(found["plain", name], found[arm, name]) for arm, name in contrasts}
+    primary = [("one_pass", name) for name in PRIMARY if name in names]
+    adjusted = dict(zip(primary, holm([differences[key] for key in primary]), strict=True))
+    rows = []
+    for (arm, name), difference in differences.items():
+        assert difference is not None, "all arms have the same splits"
+        p = adjusted.get((arm, name))
+        cells = [arm, name, format_gain(difference), format_gain(welch_by_key(found["plain", name], found[arm, name]))]
+        cells += [_over_images(tests["plain"], tests[arm]) if name == PRIMARY[0] else ""]
+        cells += ["", ""] if p is None else [f"{p:.2g}", decision(difference, p)]
+        rows.append([bold(text, p is not None) for text in cells])
+    columns = ("arm", "figure", "plain − arm", "without pairs", "over splits and test images", "p, Holm", "decision")
+    notes = (
+        "Student's 95 % interval over splits; positive is a lower figure than plain training's. In bold the "
+        "primary contrasts, with the decision of the plan; all others decide nothing."
+    )
+    return [table, ResultTable(f"{study}: contrasts", columns, rows, notes)]
+
+
+def _over_images(plain: Mapping[Key, Line], arm: Mapping[Key, Line]) -> str:
+    """The interval of a difference in test error that speaks of other test images too."""
+    if any("wrong" not in line for line in (*plain.values(), *arm.values())):
+        return ""  # it diverged
+
+    def wrong(line: Line) -> Any:
+        return np.isin(np.arange(line["test_samples"]), line["wrong"]).astype(float)
+
+    low, high = over_images([wrong(plain[key]) - wrong(arm[key]) for key in sorted(plain)])
+    return f"[{low:+.2f}, {high:+.2f}]"

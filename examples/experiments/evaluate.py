@@ -4,14 +4,20 @@ For every finished run, its network is measured on the test samples: error and c
 the training samples, accuracy when the running statistics are off, error when the samples are. Loss and error on the
 training samples are measured in evaluation mode. The result is `evaluation.json` in the run's folder. Folders that have
 one are passed over. A folder that holds run folders stands for all of them.
+
+Corruptions are those of Hendrycks and Dietterich (arXiv 1903.12261). Colour images get those of CIFAR-10-C that need no
+files, on pixels in [0, 1], with its severities. Other images and signals get blur, noise and loss of contrast, on
+samples as the network sees them: noise is measured in deviations of the data and blur in sides of the image. Signals
+have no limits, and nothing is clipped there.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,16 +26,19 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from rich.progress import Progress
 from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.functional.classification import multiclass_calibration_error
+from torchvision.transforms.v2 import functional as images_to
 
 from apart_func import SettingError, load_state_
 from apart_func.robustness import area, check_radii, robustness
 from experiments.checkpoints import write_whole
-from experiments.corruptions import SEVERITIES, corruptions_of
 from experiments.datasets import DataSet, evaluation_batches, load_dataset
 from experiments.networks import make_network
 from experiments.runs import CONFIG, MODEL, FolderError, find_finished, read_config
@@ -41,67 +50,59 @@ EVALUATION = "evaluation.json"
 BATCH_SIZE = 256
 CALIBRATION_BINS = 15
 EXACT_BATCH_SIZE = 1000
+Corruption = Callable[[Tensor, int], Tensor]
+
+SEVERITIES = (1, 2, 3, 4, 5)
+# Of grey images and signals: deviation of the Gaussian kernel as a share of the shortest side (0.3 to 0.8 pixels of a
+# digit of 8 × 8); of the noise, where that of the data is 1; and, for colours too, what is left of a sample's distance
+# from its own mean, as in CIFAR-10-C.
+BLUR = (0.04, 0.055, 0.07, 0.085, 0.1)
+NOISE = (0.2, 0.4, 0.6, 0.8, 1.0)
+CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)
+# Of CIFAR-10-C: deviation of Gaussian noise, photons of shot noise, deviation of blur in pixels, what is added to the
+# value, JPEG quality, and the share of the side that pixelation keeps.
+COLOUR_NOISE = (0.04, 0.06, 0.08, 0.09, 0.10)
+SHOTS = (500, 250, 100, 75, 50)
+COLOUR_BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)
+BRIGHTNESS = (0.05, 0.1, 0.15, 0.2, 0.3)
+QUALITY = (80, 65, 58, 50, 40)
+PIXELS = (0.95, 0.9, 0.85, 0.75, 0.65)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        folders: run folders, and folders of run folders.
-        radii: of the shift in the running statistics, ascending, below 1; 0 is always measured.
-        draws: random shifts at each radius.
-        samples: test samples that accuracies under a shift and corrupted samples are measured on, at most; all other
-            figures are from all of them.
-        test_samples: the test samples themselves, at most: for sets and processors where all of them take too long.
-        again: measure folders anew that have been measured.
-        data_dir: where the data lies, if not where it was in training.
-        processes: that measure at the same time, with one thread each.
-    """
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, and folders of run folders.
+    # of the shift in the running statistics, ascending, below 1; 0 is always measured.
     radii: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-    draws: int = 4
+    draws: int = 4  # random shifts at each radius.
+    # test samples that accuracies under a shift and corrupted samples are measured on, at most; 0 leaves both out. All
+    # other figures are from all of them.
     samples: int = 1500
+    # the test samples themselves, at most: for sets and processors where all of them take too long.
     test_samples: int | None = None
-    again: tyro.conf.FlagCreatePairsOff[bool] = False
-    data_dir: Path | None = None
-    processes: int = 2
+    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders anew that have been measured.
+    data_dir: Path | None = None  # where the data lies, if not where it was in training.
+    processes: int = 2  # that measure at the same time, with one thread each.
 
     def __post_init__(self) -> None:
-        """Refuse, before any run is measured, what no run can be measured with."""
         check_radii(self.radii)
-        counts = {"draws": self.draws, "samples": self.samples, "processes": self.processes}
-        for name, count in {**counts, "test-samples": 1 if self.test_samples is None else self.test_samples}.items():
-            if count < 1:
-                raise SettingError(f"--{name} must be 1 or more, not {count}")
+        for name, least in {"draws": 1, "samples": 0, "test_samples": 1, "processes": 1}.items():
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise SettingError(f"--{name.replace('_', '-')} must be {least} or more, not {count}")
 
 
 def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
     """Measure a network."""
-    if options.test_samples is not None:
-        data = data._replace(test=data.test.subset(torch.arange(min(options.test_samples, len(data.test)))))
     test_scores, labels = scores(model, data, data.test)
-    few = data.test.subset(torch.arange(min(options.samples, len(data.test))))
-    held_out = data.train if data.validation is None else data.validation
-    some = held_out.subset(torch.arange(min(options.samples, len(held_out))))
-    curves = robustness(
-        model,
-        F.cross_entropy,
-        list(evaluation_batches(data, some, batch_size=BATCH_SIZE)),
-        list(evaluation_batches(data, few, batch_size=BATCH_SIZE)),
-        options.radii,
-        draws=options.draws,
-        layer_draws=0,
-    )
-    of_all = {"random": curves.random, "adversarial": curves.adversarial}
+    train_scores, train_labels = scores(model, data, data.train)
     calibration = multiclass_calibration_error(
         test_scores.softmax(dim=1), labels, num_classes=data.classes, n_bins=CALIBRATION_BINS
     )
-    validation = None if data.validation is None else error_percent(*scores(model, data, data.validation))
-    train_scores, train_labels = scores(model, data, data.train)
     return {
-        "validation_error": validation,
+        "validation_error": None if data.validation is None else error_percent(*scores(model, data, data.validation)),
         "test_error": error_percent(test_scores, labels),
         "exact_error": error_percent(*scores(with_exact_statistics(model, data), data, data.test)),
         "train_error": error_percent(train_scores, train_labels),
@@ -110,11 +111,22 @@ def evaluate(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any
         "test_samples": len(labels),
         "loss": F.cross_entropy(test_scores, labels).item(),
         "ece": 100 * calibration.item(),
+        **(when_shifted(model, data, options) if options.samples else {}),
+    }
+
+
+def when_shifted(model: nn.Module, data: DataSet, options: Options) -> dict[str, Any]:
+    """Accuracy under shifted statistics, and error on corrupted samples."""
+    held_out = data.train if data.validation is None else data.validation
+    some, few = (split.subset(torch.arange(min(options.samples, len(split)))) for split in (held_out, data.test))
+    towards, on = (list(evaluation_batches(data, split, batch_size=BATCH_SIZE)) for split in (some, few))
+    curves = robustness(model, F.cross_entropy, towards, on, options.radii, draws=options.draws, layer_draws=0)
+    of_all = {"random": curves.random, "adversarial": curves.adversarial}
+    return {
         "radii": curves.radii.tolist(),
-        **{kind: _percent(curve) for kind, curve in of_all.items()},
+        **{kind: (100 * curve).tolist() for kind, curve in of_all.items()},
         "area": {kind: 100 * area(curves.radii, curve).item() for kind, curve in of_all.items()},
         "corruptions": corrupted_errors(model, data, few),
-        "layers": {name: _percent(curve) for name, curve in curves.layer_adversarial.items()},
     }
 
 
@@ -127,10 +139,7 @@ def scores(model: nn.Module, data: DataSet, split: Split) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def with_exact_statistics(model: nn.Module, data: DataSet) -> nn.Module:
-    """A copy of a network whose batch norm has the statistics of the training samples, as they are, for running ones.
-
-    They are means over batches of one size, at most `EXACT_BATCH_SIZE`; all other layers are as in testing.
-    """
+    """A copy whose running statistics are those of the training samples: means over batches of one size."""
     model = copy.deepcopy(model)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     for layer in layers:
@@ -152,10 +161,8 @@ def corrupted_errors(model: nn.Module, data: DataSet, split: Split) -> dict[str,
     def error(corrupted: Tensor) -> float:
         return error_percent(torch.cat([model(part) for part in corrupted.split(BATCH_SIZE)]), truth)
 
-    return {
-        name: [error(corrupt(clean, severity)) for severity in SEVERITIES]
-        for name, corrupt in corruptions_of(data).items()
-    }
+    corruptions = corruptions_of(data).items()
+    return {name: [error(corrupt(clean, severity)) for severity in SEVERITIES] for name, corrupt in corruptions}
 
 
 def error_percent(scores: Tensor, labels: Tensor) -> float:
@@ -167,7 +174,8 @@ def load_network(folder: Path, settings: Settings, data: DataSet) -> nn.Module:
     """The network that a run has left, in evaluation mode, on the CPU."""
     model = make_network(settings.model.name, data, settings.model.width)
     load_state_(model, {}, load_file(folder / MODEL))
-    return model.eval()
+    order = torch.channels_last if settings.training.channels_last else torch.preserve_format
+    return model.to(memory_format=order).eval()
 
 
 @lru_cache(maxsize=1)
@@ -180,7 +188,9 @@ def evaluate_run(folder: Path, options: Options) -> str | None:
     """Measure the network of a run and write its `evaluation.json`, in a worker."""
     try:
         settings = read_config(folder / CONFIG)
-        data = load_data(replace(settings.data, folder=options.data_dir or settings.data.folder))
+        folder_of_data = options.data_dir or settings.data.folder
+        few = options.test_samples or settings.data.test_samples
+        data = load_data(replace(settings.data, folder=folder_of_data, test_samples=few))
         result = evaluate(load_network(folder, settings, data), data, options)
         write_whole(folder / EVALUATION, json.dumps(result, indent=1).encode())
     except Exception as error:  # of any kind: it is told at the end
@@ -207,19 +217,105 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """What was measured on a run: the content of its `evaluation.json`."""
     path = folder / EVALUATION
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(
-            f"{path} cannot be read ({error}): python -m experiments evaluate --again {folder}"
-        ) from error
-    return content
-
-
-def _percent(fractions: Tensor) -> list[float]:
-    return (100 * fractions).tolist()
+        again = f"python -m experiments evaluate --again {folder}"
+        raise FolderError(f"{path} cannot be read ({error}): {again}") from error
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments evaluate", description=__doc__)
     evaluate_all(find_finished(options.folders), options)
+
+
+# corruptions
+
+
+def _generator() -> torch.Generator:
+    """One that draws the same on every call."""
+    return torch.Generator().manual_seed(0)
+
+
+def blur(samples: Tensor, severity: int) -> Tensor:
+    """Smooth every sample along its positions."""
+    sigma = BLUR[severity - 1] * min(samples.shape[2:])
+    return torch.from_numpy(gaussian_filter(samples.numpy(), sigma, axes=tuple(range(2, samples.dim()))))
+
+
+def noise(samples: Tensor, severity: int) -> Tensor:
+    """Add Gaussian noise."""
+    return samples + NOISE[severity - 1] * torch.randn(samples.shape, generator=_generator())
+
+
+def contrast(samples: Tensor, severity: int) -> Tensor:
+    """Draw every sample towards its own mean."""
+    mean = samples.flatten(1).mean(dim=1).view(-1, *[1] * (samples.dim() - 1))
+    return mean + CONTRAST[severity - 1] * (samples - mean)
+
+
+def _colour_noise(pixels: Tensor, severity: int) -> Tensor:
+    return pixels + COLOUR_NOISE[severity - 1] * torch.randn(pixels.shape, generator=_generator())
+
+
+def _shot(pixels: Tensor, severity: int) -> Tensor:
+    return torch.poisson(pixels * SHOTS[severity - 1], generator=_generator()) / SHOTS[severity - 1]
+
+
+def _colour_blur(pixels: Tensor, severity: int) -> Tensor:
+    return torch.from_numpy(gaussian_filter(pixels.numpy(), COLOUR_BLUR[severity - 1], axes=(2, 3), mode="nearest"))
+
+
+def _colour_contrast(pixels: Tensor, severity: int) -> Tensor:
+    mean = pixels.mean(dim=(2, 3), keepdim=True)
+    return mean + CONTRAST[severity - 1] * (pixels - mean)
+
+
+def _brightness(pixels: Tensor, severity: int) -> Tensor:
+    """Add to the value of hue, saturation and value."""
+    value = pixels.amax(dim=1, keepdim=True)
+    raised = (value + BRIGHTNESS[severity - 1]).clamp(0, 1)
+    return torch.where(value > 0, pixels * raised / value.clamp(min=1e-12), raised.expand_as(pixels))
+
+
+def _jpeg(pixels: Tensor, severity: int) -> Tensor:
+    coded = []
+    for image in (255 * pixels).round().to(torch.uint8):
+        with io.BytesIO() as file:
+            images_to.to_pil_image(image).save(file, "jpeg", quality=QUALITY[severity - 1])
+            coded.append(images_to.pil_to_tensor(Image.open(file)))
+    return torch.stack(coded).float() / 255
+
+
+def _pixelate(pixels: Tensor, severity: int) -> Tensor:
+    size = list(pixels.shape[2:])
+    few = interpolate(pixels, [max(1, int(side * PIXELS[severity - 1])) for side in size], mode="area")
+    return interpolate(few, size, mode="nearest")
+
+
+CORRUPTIONS: dict[str, Corruption] = {"blur": blur, "noise": noise, "contrast": contrast}
+COLOUR_CORRUPTIONS: dict[str, Corruption] = {
+    "noise": _colour_noise,
+    "shot noise": _shot,
+    "blur": _colour_blur,
+    "contrast": _colour_contrast,
+    "brightness": _brightness,
+    "jpeg": _jpeg,
+    "pixelate": _pixelate,
+}
+
+
+def corruptions_of(data: DataSet) -> dict[str, Corruption]:
+    """By name, functions of a data set's normalised samples and a severity from 1 to 5 to new ones."""
+    if data.sample_shape[0] != 3 or len(data.sample_shape) != 3:
+        return CORRUPTIONS
+    mean, std = (part.view(-1, 1, 1) for part in (data.mean, data.std))
+
+    def on_samples(corrupt: Corruption) -> Corruption:
+        def corrupted(samples: Tensor, severity: int) -> Tensor:
+            pixels = (samples * std + mean).clamp(0, 1)
+            return (corrupt(pixels, severity).clamp(0, 1) - mean) / std
+
+        return corrupted
+
+    return {name: on_samples(corrupt) for name, corrupt in COLOUR_CORRUPTIONS.items()}

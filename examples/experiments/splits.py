@@ -43,15 +43,11 @@ Self = TypeVar("Self", bound="Split")
 
 
 class Split(Protocol):
-    """One share of a data set.
-
-    Attributes:
-        labels: (N,), int64.
-    """
+    """One share of a data set."""
 
     @property
     def labels(self) -> Tensor:
-        """Of all samples."""
+        """Of all samples: (N,), int64."""
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -65,17 +61,12 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """Samples of one shape, in a tensor.
-
-    Attributes:
-        samples: all of them, the first dimension counts.
-        labels: (N,), int64.
-        vary: makes training samples of a batch; None leaves them as they are.
-    """
+    """Samples in a tensor; `vary` makes training samples of a batch, and images are enlarged to `side` at last."""
 
     samples: Tensor
     labels: Tensor
     vary: Callable[[Tensor], Tensor] | None = None
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +75,8 @@ class InMemory:
         """See `Split`."""
         chosen = torch.as_tensor(indices)
         samples = self.samples[chosen]
-        return self.vary(samples) if augment and self.vary else samples, self.labels[chosen]
+        samples = self.vary(samples) if augment and self.vary else samples
+        return images_to.resize(samples, [self.side] * 2) if self.side else samples, self.labels[chosen]
 
     def subset(self, indices: Tensor) -> InMemory:
         """See `Split`."""
@@ -93,15 +85,7 @@ class InMemory:
 
 @dataclass(frozen=True)
 class InFiles:
-    """Image files, in any of `FORMATS`.
-
-    Attributes:
-        paths: of the files.
-        labels: (N,), int64.
-        vary: from an image to a training sample.
-        fit: from an image to a sample for measuring.
-        side: height and width that every image must have; None takes any.
-    """
+    """Image files, all of `side` if it is given; `vary` makes training samples of them, `fit` those for measuring."""
 
     paths: Sequence[str]
     labels: Tensor
@@ -132,13 +116,7 @@ class InFiles:
 
 
 class Shares(NamedTuple):
-    """A data set, divided.
-
-    Attributes:
-        train: what is trained on.
-        validation: what settings are chosen on; None where there are no such samples.
-        test: what a result is measured on.
-    """
+    """A data set, divided into what is trained on, what settings are chosen on, if anything, and what is tested on."""
 
     train: Split
     validation: Split | None

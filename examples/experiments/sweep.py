@@ -12,9 +12,8 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +25,13 @@ from experiments.interrupts import Interrupted
 from experiments.loop import train
 from experiments.methods import PASSES, READ_BY
 from experiments.runs import CHECKPOINTS, METHODS, is_complete, passes_per_epoch
-from experiments.settings import DataSettings, MethodName, Settings, TrainingSettings
+from experiments.settings import MethodName, Settings
 from experiments.train import parse
 from experiments.workers import run_in_workers, tell
 
 SHORT = {"epsilon": "eps"}  # in the names of folders
 # For as many passes as other methods take, these can run twice as long.
 ONE_PASS_METHODS = tuple(name for name, passes in PASSES.items() if len(passes) == 1)
-SWITCHES = {field.name for part in (DataSettings, TrainingSettings) for field in fields(part) if field.type == "bool"}
 OWN = ("--method", "--epsilon", "--seed", "--out", "--resume")  # options of train that the sweep sets
 
 
@@ -43,41 +41,25 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied. All other options are those of train, and go to every run.
+    """What is varied. All other options are those of train, and go to every run."""
 
-    Attributes:
-        methods: what is trained.
-        epsilons: radii ε of APART, in two passes, one or with SAM; 0 is the control without perturbation.
-        seeds: runs of each.
-        first_seed: their seeds count from here. Choose settings with other seeds than the result's.
-        factors: methods of one pass run for these multiples of the epochs.
-        vary: further options of train and their values, as in `lr=0.05,0.1 rho=0.05,0.1 augment=true,false`.
-        processes: that train at the same time, with one thread each; --workers are those that load data for each.
-        together: seeds of a run that one process trains at the same time; without TensorBoard files.
-        out: folder of the run folders.
-    """
-
-    methods: tuple[MethodName, ...] = ("plain", "apart")
+    methods: tuple[MethodName, ...] = ("plain", "apart")  # what is trained.
+    # radii ε of APART, in two passes, one or with SAM; 0 is the control without perturbation.
     epsilons: tuple[float, ...] = (0.1,)
-    seeds: int = 5
-    first_seed: int = 0
-    factors: tuple[int, ...] = (1, 2)
-    vary: tuple[str, ...] = ()
-    processes: int = 2
-    together: int = 1
-    out: Path = Path("runs/sweep")
+    seeds: int = 5  # runs of each.
+    factors: tuple[int, ...] = (1, 2)  # methods of one pass run for these multiples of the epochs.
+    vary: tuple[str, ...] = ()  # further options of train and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
+    processes: int = 2  # that train at the same time, with one thread each; --workers load data for each.
+    together: int = 1  # seeds of a run that one process trains at the same time; without TensorBoard files.
+    out: Path = Path("runs/sweep")  # folder of the run folders.
 
     def __post_init__(self) -> None:
-        """Refuse a grid without runs, and axes that are none."""
         if not (self.methods and self.epsilons and self.factors):
             raise SweepError("--methods, --epsilons and --factors need one value or more")
         counts = {"seeds": self.seeds, "processes": self.processes, "together": self.together}
-        counts["factors"] = min(self.factors)
-        for name, count in counts.items():
+        for name, count in {**counts, "factors": min(self.factors)}.items():
             if count < 1:
                 raise SweepError(f"--{name} must be 1 or more, not {count}")
-        if self.first_seed < 0:
-            raise SweepError(f"--first-seed must be 0 or more, not {self.first_seed}")
         for axis in self.vary:
             name, _, values = axis.partition("=")
             if f"--{name}" in OWN or not all((name, *values.split(","))):
@@ -104,11 +86,10 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
     """All runs of a sweep. Seed comes after seed, so that an unfinished sweep has full pairs."""
     own = [name for name in (option.partition("=")[0] for option in options) if name in OWN]
     if own:
-        raise SweepError(f"{own[0]} is set by the sweep: use --methods, --epsilons, --seeds, --first-seed")
-    seeds = range(grid.first_seed, grid.first_seed + grid.seeds)
+        raise SweepError(f"{own[0]} is set by the sweep: use --methods, --epsilons, --seeds")
     runs = [
         planned_run(grid.out, method, chosen, factor, seed, options)
-        for seed in seeds
+        for seed in range(grid.seeds)
         for method in grid.methods
         for chosen in choices(grid, method)
         for factor in (grid.factors if method in ONE_PASS_METHODS else (1,))
@@ -119,19 +100,14 @@ def plan(grid: Grid, options: Sequence[str]) -> list[Planned]:
 
 
 def choices(grid: Grid, method: str) -> Iterator[dict[str, str]]:
-    """Every combination of the values that concern a method."""
+    """Every combination of the values that concern a method: those of options that it reads."""
     axes = {"epsilon": [f"{epsilon:g}" for epsilon in grid.epsilons]}
     for axis in grid.vary:
         name, _, values = axis.partition("=")
         axes[name] = values.split(",")
-    own = {name: values for name, values in axes.items() if method in _readers(name)}
-    for chosen in itertools.product(*own.values()):
+    own = [name for name in axes if method in READ_BY.get(f"method.{name.replace('-', '_')}", METHODS)]
+    for chosen in itertools.product(*(axes[name] for name in own)):
         yield dict(zip(own, chosen, strict=True))
-
-
-def _readers(option: str) -> Collection[str]:
-    """The methods that an option of train concerns."""
-    return READ_BY.get(f"method.{option.replace('-', '_')}", METHODS)
 
 
 def planned_run(
@@ -141,22 +117,12 @@ def planned_run(
     marks = [f"{SHORT.get(name, name)}{value.replace('/', '_')}" for name, value in chosen.items()]
     name = "-".join([method, *marks, *([f"{factor}xepochs"] if factor > 1 else []), f"seed{seed}"])
     arguments = [*options, "--method", method, "--seed", str(seed), "--out", str(out / name)]
-    for option, value in chosen.items():
-        arguments += _as_arguments(option, value)
+    arguments += [part for option, value in chosen.items() for part in (f"--{option}", value)]
     settings = parse(arguments).settings
     if factor > 1:
         arguments += ["--epochs", str(factor * settings.training.epochs)]
         settings = parse(arguments).settings
     return Planned(name, arguments, settings)
-
-
-def _as_arguments(option: str, value: str) -> list[str]:
-    """An option and its value, as train takes them; those of a switch are `true` and `false`."""
-    if option.replace("-", "_") not in SWITCHES:
-        return [f"--{option}", value]
-    if value not in ("true", "false"):
-        raise SweepError(f"--vary {option}={value}: expected true or false")
-    return [f"--{option}" if value == "true" else f"--no-{option}"]
 
 
 class Job(NamedTuple):
@@ -170,11 +136,6 @@ class Job(NamedTuple):
         others = len(self.runs) - 1
         return self.runs[0].name + (f" and {others} more" if others else "")
 
-    @property
-    def passes(self) -> float:
-        """What it costs; see `Planned`."""
-        return sum(run.passes for run in self.runs)
-
 
 def jobs_of(runs: Sequence[Planned], together: int) -> list[Job]:
     """Put the runs together that differ in their seed alone. A run that has begun by itself goes on by itself."""
@@ -182,11 +143,8 @@ def jobs_of(runs: Sequence[Planned], together: int) -> list[Job]:
     for run in runs:
         is_alone = together == 1 or (run.settings.out / CHECKPOINTS).exists()
         alike.setdefault(run.name if is_alone else replace(run.settings, seed=0, out=Path()), []).append(run)
-    jobs = [
-        Job(tuple(group[start : start + together]))
-        for group in alike.values()
-        for start in range(0, len(group), together)
-    ]
+    starts = [(group, start) for group in alike.values() for start in range(0, len(group), together)]
+    jobs = [Job(tuple(group[start : start + together])) for group, start in starts]
     return sorted(jobs, key=lambda job: runs.index(job.runs[0]))
 
 
@@ -205,16 +163,8 @@ def train_job(job: Job) -> str | None:
 
 
 def train_all(jobs: Sequence[Job], processes: int) -> dict[str, str]:
-    """Do all jobs, under a progress bar."""
-    with progress_bar(jobs) as show:
-        problems = run_in_workers(train_job, jobs, processes, show)
-    return {job.name: problem for job, problem in zip(jobs, problems, strict=True) if problem is not None}
-
-
-@contextmanager
-def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[list[tuple[str, float]]], None]]:
-    """A bar over all jobs, with the time left; it is moved by (name of a job, share of it that is done) pairs."""
-    passes = {job.name: job.passes for job in jobs}
+    """Do all jobs, under a bar over the passes that all take; return what went wrong, by job."""
+    passes = {job.name: sum(run.passes for run in job.runs) for job in jobs}
     done = dict.fromkeys(passes, 0.0)
     with Progress(expand=True, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=sum(passes.values()))
@@ -225,17 +175,12 @@ def progress_bar(jobs: Sequence[Job]) -> Iterator[Callable[[list[tuple[str, floa
             completed = sum(passes[name] * share for name, share in done.items())
             progress.update(task, completed=completed, description=f"{finished} of {len(jobs)} jobs")
 
-        show([])
-        yield show
+        problems = run_in_workers(train_job, jobs, processes, show)
+    return {job.name: problem for job, problem in zip(jobs, problems, strict=True) if problem is not None}
 
 
 def run(grid: Grid, options: Sequence[str]) -> None:
-    """Train what is left of a sweep.
-
-    Raises:
-        RunError: a folder holds another run than the sweep wants there.
-        SystemExit: with status 1, if a run failed.
-    """
+    """Train what is left of a sweep; the program ends with status 1 if a run failed."""
     runs = plan(grid, options)
     left = [run for run in runs if not is_complete(run.settings, resume=True)]
     print(f"{len(runs)} runs in {grid.out}, {len(runs) - len(left)} of them finished")
@@ -253,8 +198,5 @@ def run(grid: Grid, options: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    run(
-        *tyro.cli(
-            Grid, args=arguments, prog="python -m experiments sweep", description=__doc__, return_unknown_args=True
-        )
-    )
+    prog = "python -m experiments sweep"
+    run(*tyro.cli(Grid, args=arguments, prog=prog, description=__doc__, return_unknown_args=True))

@@ -1,27 +1,22 @@
-"""Tables of results: the same cells are printed and written as Markdown."""
+"""How results are written: numbers with intervals, tables in terminal and Markdown, and the colours of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from rich.box import SIMPLE_HEAD
+import matplotlib
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markdown import Markdown
 
-from experiments.figures import format_gain, write_json
-from experiments.paired import Key, clear_of_zero, difference_by_key
+from experiments.paired import ByKey, Estimate, PairedDifference, difference_by_key, holm
+
+matplotlib.use("Agg")
 
 FILE_WIDTH = 180  # of the printed table where there is no terminal
-
-
-class Cell(NamedTuple):
-    """A cell of the table."""
-
-    text: str
-    bold: bool = False
+# Okabe and Ito, without their yellow, which is faint on white: told apart with every kind of colour vision.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 
 
 class ResultTable(NamedTuple):
@@ -29,59 +24,57 @@ class ResultTable(NamedTuple):
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    notes: str
+    rows: Sequence[Sequence[str]]
+    notes: str = ""
 
 
-Errors = Mapping[Key, float]
+def format_gain(difference: PairedDifference | None) -> str:
+    """A difference and its interval, as in `+1.26 [+0.91, +1.61]`; a single pair has no interval."""
+    if difference is None:
+        return ""
+    interval = "" if math.isnan(difference.low) else f" [{difference.low:+.2f}, {difference.high:+.2f}]"
+    return f"{difference.mean:+.2f}{interval}"
 
 
-def gains(rows: Sequence[tuple[Errors | None, Errors]]) -> list[Cell]:
+def format_error(error: Estimate) -> str:
+    """An error and its standard error, as in `6.40 ± 0.28`; a single run has no standard error."""
+    return f"{error.mean:.2f}" + ("" if math.isnan(error.standard_error) else f" ± {error.standard_error:.2f}")
+
+
+def bold(text: str, is_bold: bool = True) -> str:
+    """Text in Markdown, bold if it is to be."""
+    return f"**{text}**" if text and is_bold else text
+
+
+def gains(rows: Sequence[tuple[ByKey | None, ByKey]]) -> list[str]:
     """A column: by how many points the error of a row lies below that of plain training, over the runs that both have.
 
     Args:
         rows: of each, the errors of plain training, if there is one to set it against, and its own.
 
     Returns:
-        Differences and intervals, and the number of pairs where it is not that of the seeds; nothing without pairs. In
-        bold what is clear of zero by Holm's procedure over the rows.
+        Differences and intervals, with the number of pairs where it is not that of the seeds; bold where p is below
+        0.05 by Holm's procedure over the rows.
     """
     differences = [difference_by_key(plain, own) if plain else None for plain, own in rows]
     cells = []
-    for (plain, own), difference, is_clear in zip(rows, differences, clear_of_zero(differences), strict=True):
+    for (plain, own), difference, p in zip(rows, differences, holm(differences), strict=True):
         pairs = len((plain or {}).keys() & own.keys())
-        missing = "" if pairs == len(own) else f" ({pairs} run{'s' * (pairs > 1)})"
-        cells.append(Cell(format_gain(difference) + missing if difference else "", is_clear))
+        missing = "" if pairs in (0, len(own)) else f" ({pairs} run{'s' * (pairs > 1)})"
+        cells.append(bold(format_gain(difference) + missing, p < 0.05))
     return cells
 
 
-def print_table(results: ResultTable) -> None:
-    """Print a table."""
+def show(text: str) -> None:
+    """Print Markdown, its tables as tables."""
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    table = Table(
-        title=results.title, caption=results.notes, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-    )
-    for number, column in enumerate(results.columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for cells in results.rows:
-        table.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in cells))
-    console.print(table)
+    console.print(Markdown(text))
 
 
 def markdown(results: ResultTable) -> str:
     """A table in Markdown."""
-    body = [[f"**{cell.text}**" if cell.bold else cell.text for cell in cells] for cells in results.rows]
-    lines = [results.columns, ["---", *["---:"] * (len(results.columns) - 1)], *body]
+    lines = [results.columns, ["---", *["---:"] * (len(results.columns) - 1)], *results.rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n\n".join(part for part in (f"**{results.title}**", table, results.notes) if part) + "\n"
-
-
-def write_results(stem: Path, tables: Sequence[ResultTable], numbers: Mapping[str, Any]) -> None:
-    """Print tables, and write them as Markdown, and the numbers that they are made of as JSON."""
-    for table in tables:
-        print_table(table)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
-    write_json(stem.with_suffix(".json"), numbers)

@@ -113,6 +113,6 @@ tuned --seeds 5 --methods one_pass --epsilons 0.2 --vary $S weight-decay=0.008
 tuned --seeds 5 --methods ghost_noise --vary $S weight-decay=0.032 ghost-size=16
 tuned --seeds 5 --methods apart --epsilons 0.2 --vary $S weight-decay=0.016
 tuned --seeds 5 --methods sam --vary $S weight-decay=0.008 rho=0.4
-python -m experiments evidence runs/digits-tuned --evaluate --samples 600 --out runs/evidence --picture results/decays.png
+python -m experiments evidence runs/digits-tuned --evaluate --samples 600 --out runs/evidence
 
-python -m experiments appendix results
+python -m experiments appendix results --picture digits-tuned

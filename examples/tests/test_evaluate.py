@@ -10,23 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments.corruptions import (
+from experiments.datasets import evaluation_batches
+from experiments.evaluate import (
     COLOUR_CORRUPTIONS,
     CORRUPTIONS,
+    EVALUATION,
     SEVERITIES,
+    Options,
     blur,
     contrast,
     corruptions_of,
-    noise,
-)
-from experiments.datasets import evaluation_batches
-from experiments.evaluate import (
-    EVALUATION,
-    Options,
+    evaluate,
     evaluate_all,
     evaluate_run,
     load_data,
     load_network,
+    noise,
     read_evaluation,
     scores,
     with_exact_statistics,
@@ -151,7 +150,7 @@ def test_errors_are_those_that_training_has_measured_at_its_end(run, measured):
 
 def test_curves_begin_with_the_accuracy_on_the_test_samples(measured):
     assert measured["radii"] == [0, *RADII]
-    for curve in (measured["random"], measured["adversarial"], *measured["layers"].values()):
+    for curve in (measured["random"], measured["adversarial"]):
         assert len(curve) == 3
         assert curve[0] == pytest.approx(100 - measured["test_error"])
     assert measured["adversarial"][2] < measured["random"][2] < measured["random"][0]
@@ -242,12 +241,6 @@ def test_corruptions_of_colour_act_on_pixels_and_those_of_grey_images_on_what_th
     torch.testing.assert_close(brighter.amax(1), expected)
 
 
-def test_every_layer_is_shifted_alone(run, measured):
-    layers = [name for name, module in network(run).named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert list(measured["layers"]) == layers
-    assert all(curve[1] > measured["adversarial"][1] for curve in measured["layers"].values())
-
-
 def test_calibration_is_the_gap_between_confidence_and_accuracy_over_15_bins(run, measured):
     data = DIGITS
     probabilities = scores(network(run), data, data.test)[0].softmax(dim=1)
@@ -304,8 +297,14 @@ def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(r
 def test_settings_that_fit_no_run_are_refused_at_once():
     with pytest.raises(SettingError, match="ascending"):
         Options((), radii=(0.5, 1.5))
-    with pytest.raises(SettingError, match="--samples must be 1 or more, not 0"):
-        Options((), samples=0)
+    with pytest.raises(SettingError, match="--samples must be 0 or more, not -1"):
+        Options((), samples=-1)
+
+
+def test_corruptions_and_shifts_are_left_out_on_request(run):
+    measured = evaluate(load_network(run, read_config(run / "config.json"), DIGITS), DIGITS, Options((run,), samples=0))
+    assert "test_error" in measured
+    assert not {"corruptions", "area", "random", "adversarial"} & set(measured)
 
 
 def test_a_run_that_was_not_measured_is_named_with_the_command(tmp_path):

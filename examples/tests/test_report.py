@@ -13,9 +13,10 @@ import torch
 from experiments import report
 from experiments.__main__ import main as program
 from experiments.methods import OWN_RULES
-from experiments.paired import difference_by_key, holm, over_images, paired_difference
+from experiments.paired import PairedDifference, difference_by_key, holm, over_images, paired_difference
 from experiments.runs import FolderError
 from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"torch": "2.14.1", "hardware": "a processor"}
@@ -244,9 +245,8 @@ def test_over_several_splits_the_interval_is_that_of_their_means(runs):
 
 def test_holm_multiplies_the_smallest_p_by_all_tests_and_keeps_their_order():
     """Worked by hand: 0.01 × 4, 0.02 × 3, then 0.03 × 2 which is no more, and 0.5; what is no test stays."""
-    adjusted = holm([0.5, 0.01, math.nan, 0.03, 0.02])
-    assert adjusted[:2] + adjusted[3:] == pytest.approx([0.5, 0.04, 0.06, 0.06])
-    assert math.isnan(adjusted[2])
+    found = [None if p is None else PairedDifference(1, 0, 2, 0.95, p) for p in (0.5, 0.01, None, 0.03, 0.02)]
+    assert holm(found) == pytest.approx([0.5, 0.04, math.nan, 0.06, 0.06], nan_ok=True)
 
 
 def test_p_is_below_the_level_where_the_interval_excludes_zero():
@@ -256,17 +256,17 @@ def test_p_is_below_the_level_where_the_interval_excludes_zero():
     assert math.isnan(paired_difference([1.0], [0.0]).p)
 
 
-def test_an_interval_over_images_speaks_of_images_where_all_seeds_agree():
+def test_an_interval_over_images_speaks_of_images_where_all_splits_agree():
     generator = np.random.default_rng(0)
     wrong = (generator.random(400) < 0.1).astype(float)
-    low, high = over_images({(0, seed): wrong for seed in range(5)})
+    low, high = over_images([wrong] * 5)
     deviation = 100 * wrong.std() / 400**0.5
     assert low == pytest.approx(100 * wrong.mean() - 1.96 * deviation, abs=0.3)
     assert high == pytest.approx(100 * wrong.mean() + 1.96 * deviation, abs=0.3)
 
 
-def test_an_interval_over_images_speaks_of_seeds_where_all_images_agree():
-    low, high = over_images({(0, seed): np.full(50, float(seed % 2)) for seed in range(16)})
+def test_an_interval_over_images_speaks_of_splits_where_all_images_agree():
+    low, high = over_images([np.full(50, float(split % 2)) for split in range(16)])
     assert low == pytest.approx(50 - 1.96 * 100 * 0.5 / 4, abs=6)
     assert high == pytest.approx(50 + 1.96 * 100 * 0.5 / 4, abs=6)
 
@@ -368,11 +368,14 @@ def test_the_printed_table_says_what_the_written_one_says(grid, capsys):
 
 def test_the_curves_show_error_against_passes(runs, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "draw_curves", lambda axes, runs, title: drawn.update(runs))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.update(lines_of(figure)))
     write_runs(runs, {0: 5.0, 1: 6.0}, **method("apart"))
     make(runs)
-    assert [run.passes for run in drawn["APART"]] == [[2, 4], [2, 4]]
-    assert [run.errors for run in drawn["APART"]] == [[6, 5], [7, 6]]
+    assert drawn == {"APART": ([2, 4], [6.5, 5.5])}
+
+
+def lines_of(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
 
 
 def test_unfinished_runs_and_other_folders_are_named_and_left_out(runs, capsys):

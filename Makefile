@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 # Short forms of the experiments, as in `make train ARGS="--data digits --out runs/x"`; run in examples/.
-EXPERIMENTS := train sweep report evaluate evidence robustness
+EXPERIMENTS := train sweep report evaluate evidence appendix budget
 .PHONY: demo test test-slow lint format docs tutorial wheel matrix bench zoo gpu lines clean $(EXPERIMENTS)
 
 demo: .venv/ready

@@ -39,10 +39,9 @@ def check_epsilon(epsilon: Any, is_bounded: bool) -> None:
     """Raise a SettingError if a number or tensor is no radius, or is 1 or more under a rule that is bounded by it."""
     if isinstance(epsilon, Tensor):
         if epsilon.dim():
-            raise SettingError(
-                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
-                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
-            )
+            sweep = "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)"
+            expected = f"expected a number or 0-d tensor. For a sweep, use {sweep}"
+            raise SettingError(f"epsilon has shape {tuple(epsilon.shape)}; {expected}.")
         if not is_concrete(epsilon) or epsilon.device.type != "cpu":
             return
         epsilon = epsilon.item()
@@ -51,10 +50,8 @@ def check_epsilon(epsilon: Any, is_bounded: bool) -> None:
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
     if is_bounded and epsilon >= 1:
-        raise SettingError(
-            f"epsilon={epsilon}; a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1. "
-            "Use a radius below 1, such as 0.1."
-        )
+        problem = "a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1"
+        raise SettingError(f"epsilon={epsilon}; {problem}. Use a radius below 1, such as 0.1.")
 
 
 def check_radius(name: str, value: Any) -> None:
@@ -113,7 +110,5 @@ def check_layers(layers: Iterable[str], perturbation: Any) -> None:
         raise SettingError(f"the perturbation is a {type(perturbation).__name__}; {expected}.")
     missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
     if missing or unexpected:
-        raise SettingError(
-            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
-            "A rule returns one entry for every layer in stat_grads."
-        )
+        problem = f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}"
+        raise SettingError(f"{problem}. A rule returns one entry for every layer in stat_grads.")

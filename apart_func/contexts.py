@@ -23,10 +23,7 @@ from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, leaves, 
 
 
 class Context:
-    """The handler of a context; each forward of the model inside it has ghost groups of its own samples.
-
-    `clean` is the share of the groups that are: 1 in a proxy pass, which has one group, and 0 in an adversarial one.
-    """
+    """The handler of a context; each forward of the model inside it has ghost groups of its own samples."""
 
     def __init__(
         self,
@@ -36,7 +33,7 @@ class Context:
         point: PerturbationTree,
         groups: int,
         rows: Rows | None,
-        clean: float,
+        clean: float,  # share of clean groups: 1 in a proxy pass, which has one group, and 0 in an adversarial one
         dtype: torch.dtype,
     ) -> None:
         self.name, self.layers, self.mixes = name, layers, 0 < clean < 1

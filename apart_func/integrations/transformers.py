@@ -8,7 +8,6 @@
 Evaluation, gradient accumulation, mixed precision, clipping and checkpoints stay as the `Trainer` does them.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,13 +42,11 @@ class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into t
             problem = f"the last batch of an epoch may be shorter, and groups={groups} must divide every batch"
             raise UsageError(f"{problem}. Set dataloader_drop_last=True in TrainingArguments.")
         ranks: Any = "world" if self.args.world_size > 1 else None
-        self._drop_in = partial(APART, groups=groups, rows=rows, process_group=ranks)
-        self.apart = self._drop_in(self.model, epsilon)
+        self.apart = APART(self.model, epsilon, groups, rows=rows, process_group=ranks)
 
     def _apart_of(self, model: nn.Module) -> APART:
-        """Return the drop-in of the model, in the wrappers that it is trained in."""
-        if self.apart.model is not model:
-            self.apart = self._drop_in(model, self.apart.epsilon)
+        """Return the drop-in, of the model in the wrappers that it is trained in."""
+        self.apart.model = model
         return self.apart
 
 

@@ -29,34 +29,19 @@ def is_count(value: Any) -> bool:
 
 
 def check_rule(rule: Any) -> None:
-    """Make sure that a rule can be called.
-
-    Raises:
-        SettingError: it cannot.
-    """
+    """Raise a SettingError if a rule cannot be called."""
     if not callable(rule):
-        raise SettingError(
-            f"rule={rule!r}; expected a function (stats, stat_grads, epsilon) -> perturbation, such as "
-            "sign_perturbation."
-        )
+        expected = "expected a function (stats, stat_grads, epsilon) -> perturbation, such as sign_perturbation"
+        raise SettingError(f"rule={rule!r}; {expected}.")
 
 
 def check_epsilon(epsilon: Any, is_bounded: bool) -> None:
-    """Make sure that a perturbation radius is one, if its value can be read.
-
-    Args:
-        epsilon: a number or 0-d tensor.
-        is_bounded: whether the rule moves every statistic by at most ε, so that it has to be below 1.
-
-    Raises:
-        SettingError: it is no number, negative, not finite, has a dimension, or is 1 or more under such a rule.
-    """
+    """Raise a SettingError if a number or tensor is no radius, or is 1 or more under a rule that is bounded by it."""
     if isinstance(epsilon, Tensor):
         if epsilon.dim():
-            raise SettingError(
-                f"epsilon has shape {tuple(epsilon.shape)}; expected a number or 0-d tensor. For a sweep, use "
-                "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)."
-            )
+            sweep = "vmap(lambda e: apart_step(params, buffers, batch, epsilon=e))(epsilons)"
+            expected = f"expected a number or 0-d tensor. For a sweep, use {sweep}"
+            raise SettingError(f"epsilon has shape {tuple(epsilon.shape)}; {expected}.")
         if not is_concrete(epsilon) or epsilon.device.type != "cpu":
             return
         epsilon = epsilon.item()
@@ -65,28 +50,18 @@ def check_epsilon(epsilon: Any, is_bounded: bool) -> None:
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise SettingError(f"epsilon={epsilon}; expected a finite radius ≥ 0, such as 0.1.")
     if is_bounded and epsilon >= 1:
-        raise SettingError(
-            f"epsilon={epsilon}; a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1. "
-            "Use a radius below 1, such as 0.1."
-        )
+        problem = "a rule of signs moves every statistic by ε, and s' = s/(1 + δσ) needs |δσ| < 1"
+        raise SettingError(f"epsilon={epsilon}; {problem}. Use a radius below 1, such as 0.1.")
 
 
 def check_radius(name: str, value: Any) -> None:
-    """Make sure that a setting is a radius.
-
-    Raises:
-        SettingError: it is no number, negative, or not finite.
-    """
+    """Raise a SettingError if a setting is no finite number ≥ 0."""
     if not (is_number(value) and 0 <= value < math.inf):
         raise SettingError(f"{name}={value!r}; expected a finite radius ≥ 0, such as 0.05.")
 
 
 def scalar(value: Any, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a setting as a 0-d tensor that nothing is differentiated by.
-
-    Raises:
-        SettingError: it is no number.
-    """
+    """Return a setting as a 0-d tensor that nothing is differentiated by; raise a SettingError if it is no number."""
     if isinstance(value, Tensor) and value.dim() == 0:
         return value.detach().to(device=device, dtype=dtype)
     if not is_number(value):
@@ -95,21 +70,13 @@ def scalar(value: Any, name: str, dtype: torch.dtype, device: torch.device) -> T
 
 
 def check_clean(clean: Any, groups: int) -> None:
-    """Make sure that a mixed pass has groups of both kinds.
-
-    Raises:
-        SettingError: all groups would be of one kind.
-    """
+    """Raise a SettingError if so many clean groups leave no group of one kind."""
     if not is_count(clean) or not 0 < clean < groups:
         raise SettingError(f"clean={clean!r} of {groups} groups; expected at least one, and less than all of them.")
 
 
 def clean_groups(clean_fraction: float, groups: int) -> int:
-    """Return how many of G ghost groups are clean.
-
-    Raises:
-        SettingError: that would be none or all of them.
-    """
+    """Return how many of G ghost groups are clean; raise a SettingError if that is none or all of them."""
     clean = round(clean_fraction * groups)
     if not 0 < clean < groups:
         which = "none" if clean <= 0 else "all"
@@ -121,46 +88,27 @@ def clean_groups(clean_fraction: float, groups: int) -> int:
 
 
 def check_perturbation(layers: Mapping[str, int], perturbation: Any, groups: int) -> None:
-    """Make sure that every layer has a perturbation of its width.
-
-    Args:
-        layers: channels by name.
-        perturbation: two tensors a layer.
-        groups: number of ghost groups, of which each may have its own; 1 allows `(C,)` alone.
-
-    Raises:
-        SettingError: naming the layers.
-    """
+    """Raise a SettingError if a layer, given with its channels, has no perturbation of `(C,)` or `(groups, C)`."""
     check_layers(layers, perturbation)
     for name, channels in layers.items():
         parts = perturbation[name]
         if not isinstance(parts, (tuple, list)) or len(parts) != 2:
             given = f"{len(parts)} parts" if isinstance(parts, (tuple, list)) else f"a {type(parts).__name__}"
-            raise SettingError(
-                f"the perturbation of layer {name!r} is {given}; expected (mean, scale), as Perturbation."
-            )
+            expected = "expected (mean, scale), as Perturbation"
+            raise SettingError(f"the perturbation of layer {name!r} is {given}; {expected}.")
         for shift in parts:
             shape = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
             if shape not in ((channels,), (groups, channels)):
-                raise SettingError(
-                    f"the perturbation of layer {name!r} has shape {shape}; expected ({channels},), "
-                    f"or ({groups}, {channels}) for one in each group."
-                )
+                expected = f"expected ({channels},), or ({groups}, {channels}) for one in each group"
+                raise SettingError(f"the perturbation of layer {name!r} has shape {shape}; {expected}.")
 
 
 def check_layers(layers: Iterable[str], perturbation: Any) -> None:
-    """Make sure that a perturbation has the layers that it should have.
-
-    Raises:
-        SettingError: naming the layers.
-    """
+    """Raise a SettingError if a perturbation is not one of these layers."""
     if not isinstance(perturbation, Mapping):
-        raise SettingError(
-            f"the perturbation is a {type(perturbation).__name__}; expected a dict by layer, as of init_perturbation."
-        )
+        expected = "expected a dict by layer, as of init_perturbation"
+        raise SettingError(f"the perturbation is a {type(perturbation).__name__}; {expected}.")
     missing, unexpected = sorted(set(layers) - set(perturbation)), sorted(set(perturbation) - set(layers))
     if missing or unexpected:
-        raise SettingError(
-            f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}. "
-            "A rule returns one entry for every layer in stat_grads."
-        )
+        problem = f"the perturbation does not fit the model's BN layers: missing {missing}, unexpected {unexpected}"
+        raise SettingError(f"{problem}. A rule returns one entry for every layer in stat_grads.")

@@ -23,25 +23,7 @@ from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, leaves, 
 
 
 class Context:
-    """The handler of a context; each forward of the model inside it has ghost groups of its own samples.
-
-    Args:
-        name: of the context, for messages.
-        model: of the user.
-        layers: its BN layers, by name.
-        point: δ of every layer, `(C,)`.
-        groups: the setting of ghost groups.
-        rows: how rows belong to samples.
-        clean: share of the groups that are clean: 1 in a proxy pass, which has one group, and 0 in an adversarial one.
-        dtype: of the recorded statistics.
-
-    Attributes:
-        mixes: see `Handler`.
-        record: of the statistics of all forwards.
-        modes: whether each layer was in training mode when the context ended.
-        has_graph: whether a layer was called in a way that can be differentiated.
-        versions: of the gradients of parameters when the context began.
-    """
+    """The handler of a context; each forward of the model inside it has ghost groups of its own samples."""
 
     def __init__(
         self,
@@ -51,13 +33,16 @@ class Context:
         point: PerturbationTree,
         groups: int,
         rows: Rows | None,
-        clean: float,
+        clean: float,  # share of clean groups: 1 in a proxy pass, which has one group, and 0 in an adversarial one
         dtype: torch.dtype,
     ) -> None:
-        self.name, self.layers, self.mixes, self.has_graph = name, layers, 0 < clean < 1, False
-        self.record, self.modes = Record(int(clean), copy_into_buffer, dtype), dict.fromkeys(layers, False)
+        self.name, self.layers, self.mixes = name, layers, 0 < clean < 1
+        self.record = Record(int(clean), copy_into_buffer, dtype)
+        self.modes = dict.fromkeys(layers, False)  # whether each layer was in training mode when the context ended
+        self.has_graph = False  # whether a layer was called in a way that can be differentiated
+        self.versions = versions(model)
         self._model, self._point, self._groups, self._rows, self._clean = model, point, groups, rows, clean
-        self._task, self._depth, self._was_called, self.versions = backward_task(), 0, False, versions(model)
+        self._task, self._depth, self._was_called = backward_task(), 0, False
         self._forwards: list[PerturbedLayers] = []
         self._waiting: set[str] = set()  # checkpointed layers that have not run again
 

@@ -44,9 +44,9 @@ class APART:
         with apart.to_adver():                                  # δ = ε · sign(∂L_p/∂δ), statistics pushed by δ
             ((1 - r) * criterion(model(x[:N]), y[:N])).backward()
 
-    `backward()` may be called inside a context or after it; with activation checkpointing (`use_reentrant=False`),
-    inside. To accumulate gradients over micro-batches, take each of them through both contexts in turn. Running
-    statistics move at each call of a layer, as in plain training.
+    Call `backward()` inside a context or after it; with activation checkpointing (`use_reentrant=False`), inside. To
+    accumulate gradients, take each micro-batch through both contexts in turn. Running statistics move at each call of a
+    layer, as in plain training.
 
     Args:
         model: any module with BN layers. Those in training mode when they are called are perturbed. A compiled model is
@@ -55,12 +55,12 @@ class APART:
             want about twice the radius of those of the gradient: try 0.1 to 0.4.
         groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of the
             whole batch, -1 a group of every sample. `one_pass()` needs two or more.
-        rule: makes the perturbation from statistics and the gradients of the loss that `backward()` was called on, with
-            whatever weight and scale it had. None is `sign_perturbation`, and in `one_pass()` random signs.
+        rule: makes the perturbation from statistics and the gradients of the loss, as it was scaled for `backward()`.
+            None is `sign_perturbation`, and in `one_pass()` random signs.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
-        process_group: ranks to average statistics and their gradients over, so that all have one perturbation;
-            gradients of parameters are the wrapper's. "world" is all ranks, "local" this one alone. None takes those of
-            the `DistributedDataParallel` that `model` is or holds; without one all ranks there are, with a warning.
+        process_group: ranks to average statistics and their gradients over; those of parameters are the wrapper's.
+            "world" is all ranks, "local" this one alone. None takes those of the `DistributedDataParallel` that `model`
+            is or holds; without one all ranks there are, with a warning.
 
     Attributes:
         stats: this rank's batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`.
@@ -91,8 +91,8 @@ class APART:
         self.stats: StatTree = {}
         self.stat_grads: StatGradTree = {}
         self.perturbation: PerturbationTree = {}
-        self._proxy: Context | None = None
-        self._inside: str | None = None
+        self._proxy: Context | None = None  # until an adversarial pass has used it
+        self._inside: str | None = None  # the context that is open
         self._check = ConsistencyCheck()
         self._interception: Interception | None = None
 
@@ -127,11 +127,7 @@ class APART:
         self.model.zero_grad(set_to_none)
 
     def set_epsilon(self, epsilon: float | Tensor) -> APART:
-        """Change the perturbation radius, from the next adversarial pass on, and return this object.
-
-        Args:
-            epsilon: a number or 0-d tensor ≥ 0; below 1 for a rule of signs. A SettingError says if it is not.
-        """
+        """Change the radius, a number or 0-d tensor as in `APART`, from the next pass on, and return this object."""
         check_epsilon(epsilon, kind_of(self._rule(sign_perturbation)).is_bounded)
         self.epsilon = epsilon
         return self
@@ -156,22 +152,15 @@ class APART:
 
     @contextmanager
     def to_adver(self) -> Iterator[APART]:
-        """Make the passes inside adversarial passes: the statistics are perturbed, in ghost groups.
-
-        No buffer of the model moves, and no frozen parameter.
-        """
+        """Make the passes inside adversarial: ghost groups at δ, while no buffer or frozen parameter moves."""
         layers, ranks, radius, zero = self._enter("to_adver()")
         check_groups(self.groups, layers.values())
-        stat_grads, rule = self._stat_grads(layers), self._settings().rule
+        stat_grads, rule = self._stat_grads(layers), self._rule(sign_perturbation)
+        draws = kind_of(rule).draws
         training = {name: shift for name, shift in zero.items() if layers[name].training}
         stat_grads = {name: stat_grads[name] for name in layers if name in training or name in self.stats}
         self.stat_grads, self.perturbation = find_perturbation(
-            training,
-            self.stats,
-            stat_grads,
-            lambda stats, grads: rule(stats, grads, radius),
-            ranks,
-            draws=kind_of(rule).draws,
+            training, self.stats, stat_grads, lambda stats, grads: rule(stats, grads, radius), ranks, draws=draws
         )
         point = zero | self.perturbation
         check_perturbation(_channels(layers), point, max(self.groups, 1))
@@ -197,9 +186,7 @@ class APART:
                 "or take make_one_pass_step, where a perturbation is a value that goes in and comes out."
             )
         if self.groups in (0, 1):
-            problem = (
-                f"one_pass() needs ghost groups of both kinds, and groups={self.groups} makes one of the whole batch"
-            )
+            problem = f"one_pass() needs groups of both kinds, and groups={self.groups} makes one of the whole batch"
             raise SettingError(f"{problem}. Say APART(model, epsilon, groups=4), with groups of 16 to 32 samples.")
         if self.groups > 0:
             clean_groups(clean_fraction, self.groups)
@@ -223,14 +210,8 @@ class APART:
 
     def _settings(self, clean_fraction: float = 0.5) -> Settings:
         """Check the settings, which may have been set as attributes since."""
-        return Settings(
-            epsilon=self.epsilon,
-            groups=self.groups,
-            clean_fraction=clean_fraction,
-            rule=self._rule(sign_perturbation),
-            rows=self.rows,
-            process_group=self.process_group,
-        )
+        values = {name: getattr(self, name) for name in ("epsilon", "groups", "rows", "process_group")}
+        return Settings(rule=self._rule(sign_perturbation), clean_fraction=clean_fraction, **values)
 
     def _enter(self, context: str) -> tuple[dict[str, Any], Ranks, Tensor, PerturbationTree]:
         """Return layers, ranks, radius and no perturbation for a context, after a look at what surrounds it."""
@@ -293,23 +274,19 @@ class APART:
         if replaced or moved:
             kind = "BN layers" if replaced else "BN layers in training mode"
             changed = f"{replaced} came, went, or were replaced" if replaced else f"{moved} came or went"
-            raise UsageError(
-                f"the {kind} are not those of the proxy pass: {changed}. Leave the model's structure and modes alone "
-                "between to_proxy() and to_adver()."
-            )
+            advice = "Leave the model's structure and modes alone between to_proxy() and to_adver()"
+            raise UsageError(f"the {kind} are not those of the proxy pass: {changed}. {advice}.")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        is_cleared = all(parameter.grad is None for parameter in trained)
-        if proxy.has_gradients() and trained and is_cleared:
-            raise UsageError(
-                "the gradients of the proxy pass are gone: zero_grad() was called between to_proxy() and to_adver(), "
-                "whose gradients add up. Call it once a step, before to_proxy()."
-            )
-        if proxy.has_graph and not proxy.has_gradients() and (is_cleared or proxy.versions == versions(self.model)):
-            raise UsageError(
-                "to_adver() was entered with no backward() since the proxy pass, so there are no statistic gradients. "
-                "Call backward() on the loss that was computed under to_proxy(), in the context or after it."
-            )
-        if proxy.has_graph and not proxy.has_gradients():
+        is_cleared, has_gradients = all(parameter.grad is None for parameter in trained), proxy.has_gradients()
+        if has_gradients and trained and is_cleared:
+            problem = "the proxy pass's gradients are gone: zero_grad() was called between to_proxy() and to_adver()"
+            raise UsageError(f"{problem}, whose gradients add up. Call it once a step, before to_proxy().")
+        if proxy.has_graph and not has_gradients:
+            if is_cleared or proxy.versions == versions(self.model):
+                raise UsageError(
+                    "to_adver() was entered with no backward() since the proxy pass, so there are no statistic "
+                    "gradients. Call backward() on the loss of the pass under to_proxy(), in the context or after it."
+                )
             warnings.warn(
                 "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
                 "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",

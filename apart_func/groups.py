@@ -31,45 +31,23 @@ Rows = Literal["consecutive", "interleaved"] | Callable[[str, Tensor], Tensor]
 
 
 class Grouping(NamedTuple):
-    """How the samples of a pass form ghost groups.
-
-    Attributes:
-        groups: number of groups G.
-        samples: of the pass; None if nobody knows, and then every row counts as one.
-        rows: how the rows of a layer belong to samples, if there are others than one a sample.
-    """
+    """How the samples of a pass form ghost groups."""
 
     groups: int
-    samples: int | None
+    samples: int | None  # None if nobody knows, and then every row counts as one
     rows: Rows | None = None
 
 
 def grouped_batch_norm(
     call: BatchNormCall, perturbation: Perturbation, grouping: Grouping, reduce: Reduce | None = None
 ) -> tuple[Normalized, Any]:
-    """Normalise the ghost groups of a layer's input by their perturbed statistics.
-
-    Args:
-        call: of the layer, with activations `(R, C, ...)`.
-        perturbation: δμ and δσ, `(C,)` for all groups or `(G, C)` for each.
-        grouping: how rows form groups.
-        reduce: makes moments over all ranks from those of this one.
-
-    Returns:
-        The output with the statistics of every group, and how many values a channel a group has: a number, or
-        `(G, 1)` if groups differ.
-
-    Raises:
-        BatchError: the rows cannot be grouped by sample, or a group has no variance; the layer is named.
-    """
+    """Return the output of a layer whose groups have perturbed statistics, and the values a channel of a group."""
     (groups, samples, rows), layer, x = grouping, call.name, call.x
     parameters = call.weight, call.bias, *perturbation
     if callable(rows) and groups > 1:
         if reduce is not None:
-            raise BatchError(
-                f"layer {layer!r} is synchronised over ranks, and a function rows= makes groups of unlike sizes. Use "
-                "rows='consecutive' or 'interleaved', groups=1, or a BatchNorm layer."
-            )
+            problem = f"layer {layer!r} is synchronised over ranks, and a function rows= makes groups of unlike sizes"
+            raise BatchError(f"{problem}. Use rows='consecutive' or 'interleaved', groups=1, or a BatchNorm layer.")
         indexed = _indexed_groups(layer, x, grouping)
         return formula(x, affine(x, *parameters), call.eps, indexed), indexed.sizes
     per_sample = 1 if groups == 1 or len(x) == samples else _rows_per_sample(layer, len(x), grouping)
@@ -117,9 +95,9 @@ def _indexed_groups(layer: str, x: Tensor, grouping: Grouping) -> IndexedGroups:
         given = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         expected = f"expected the sample of every row, int64 of shape ({len(x)},)"
         raise BatchError(f"rows of layer {layer!r} returned {given}; {expected}.")
-    index, dtype = found.to(x.device) % groups, statistics_dtype(x.dtype)
-    positions = torch.full_like(index, x[0, 0].numel(), dtype=dtype)
-    sizes = torch.zeros(groups, dtype=dtype, device=x.device).index_add(0, index, positions)
+    index = found.to(x.device) % groups
+    positions = torch.full_like(index, x[0, 0].numel(), dtype=statistics_dtype(x.dtype))
+    sizes = positions.new_zeros(groups).index_add(0, index, positions)
     if is_concrete(found):
         if bool((found < 0).any()) or (samples is not None and bool((found >= samples).any())):
             raise BatchError(f"rows of layer {layer!r} names samples outside of the batch of {samples}.")
@@ -158,17 +136,7 @@ def check_rows(rows: Any) -> None:
 
 
 def number_of_groups(groups: int, samples: int, advice: str = "") -> int:
-    """Return the number of ghost groups of some samples, from the setting of `groups` (0: one, -1: one a sample).
-
-    Args:
-        groups: the setting.
-        samples: of the pass; 0 checks the setting alone.
-        advice: what else a message may advise.
-
-    Raises:
-        SettingError: `groups` is not a valid setting.
-        BatchError: G does not divide the samples.
-    """
+    """Return the number of ghost groups of some samples, from the setting of `groups`; 0 samples check it alone."""
     if not is_count(groups) or groups < -1:
         raise SettingError(f"groups={groups!r}; expected a positive number, 0 for one group, or -1 for one a sample.")
     if groups == -1:

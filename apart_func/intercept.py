@@ -25,31 +25,18 @@ from apart_func.errors import ApartError, BatchError, ModelError, UsageError
 
 
 class BatchNormCall(NamedTuple):
-    """One call of batch norm inside a layer.
-
-    Attributes:
-        name: of the layer, its first one in the model.
-        layer: the module.
-        x: activations `(N, C, ...)`.
-        weight: γ; None is 1.
-        bias: β; None is 0.
-        eps: BN's constant.
-        running_mean: what the batch's mean moves; None if the call keeps none.
-        running_var: what its unbiased variance moves, likewise.
-        momentum: weight of the batch in the running statistics; None is the cumulative average.
-        counts: whether the batch is still to be counted in `num_batches_tracked`.
-    """
+    """One call of batch norm inside a layer, with the layer's first name in the model."""
 
     name: str
     layer: _BatchNorm
-    x: Tensor
+    x: Tensor  # activations, `(N, C, ...)`
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    momentum: float | None
-    counts: bool
+    running_mean: Tensor | None  # moved by the batch's mean; None if the call keeps none
+    running_var: Tensor | None  # moved by its unbiased variance, likewise
+    momentum: float | None  # weight of the batch in these; None is the cumulative average
+    counts: bool  # whether the batch is still to be counted in `num_batches_tracked`
 
 
 class Handler(Protocol):
@@ -69,11 +56,7 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def perturbable_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BN layers of a model in either mode, by their first names.
-
-    Raises:
-        ApartError: there is none, or one is inside a context already.
-    """
+    """Return the BN layers of a model; raise an ApartError if there is none, or one is inside a context already."""
     layers = batch_norm_layers(model)
     if not layers:
         kind = type(model).__name__
@@ -113,15 +96,10 @@ def is_stock(layer: _BatchNorm) -> bool:
 
 
 class Interception:
-    """Leads the batch norm of some layers to a handler, while one is set.
-
-    Args:
-        layers: by name.
-        momenta: weights of a batch in their running statistics; None takes what the layers say at each call.
-    """
+    """Leads the batch norm of some layers to a handler, while one is set."""
 
     def __init__(self, layers: Mapping[str, _BatchNorm], momenta: Mapping[str, float | None] | None = None) -> None:
-        self.layers, self.momenta = layers, momenta
+        self.layers, self.momenta = layers, momenta  # no momenta: those that the layers have at each call
         self.handler: Handler | None = None  # without one, every layer is as it is
         self._patches = [_PatchedForward(self, name, layer) for name, layer in layers.items()]
 

@@ -1,7 +1,7 @@
 """What the ranks of a process group do together, so that each of them takes the same step.
 
-    Ranks             reductions over a process group: one a δ, one a step; in one process, the identity
-    agree             a check, once, that ranks have the same model and settings
+    Ranks             reductions over a process group: one a δ, one a step; in one process, the identity.
+                      `check` compares, once, whether ranks have the same model and settings
     synchronisation   SyncBatchNorm: the moments of a layer over all ranks, differentiably
 
 Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is
@@ -11,9 +11,9 @@ end the process before, and says why.)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
@@ -38,32 +38,23 @@ from apart_func.trees import (
     tensors_of,
 )
 
-# Settings of `process_group` besides a ProcessGroup and None.
-WORLD, LOCAL = "world", "local"
-
 
 def check_process_group(setting: Any) -> None:
     """Raise a SettingError if `process_group` is not a valid setting."""
     is_group = dist.is_available() and isinstance(setting, dist.ProcessGroup)
-    if not (setting is None or is_group or setting in (WORLD, LOCAL)):
+    if not (setting is None or is_group or setting in ("world", "local")):
         expected = "expected a ProcessGroup of this rank, 'world', 'local' or None"
         raise SettingError(f"process_group={setting!r}; {expected}.")
 
 
 def group_of(setting: Any) -> dist.ProcessGroup | None:
-    """Return the ranks to reduce over for a setting of `process_group`; None if there is no other rank.
-
-    Raises:
-        SettingError: it is "world", and no process group was initialised.
-    """
-    if setting is None or setting == LOCAL:
+    """Return the ranks to reduce over for a setting of `process_group`; None if there is no other rank."""
+    if setting is None or setting == "local":
         return None
-    if setting == WORLD and not has_world():
-        raise SettingError(
-            "process_group='world', and no process group is initialised. Call torch.distributed.init_process_group "
-            "first, or leave process_group=None in a program of one process."
-        )
-    group = dist.group.WORLD if setting == WORLD else setting
+    if setting == "world" and not has_world():
+        advice = "Call torch.distributed.init_process_group first, or leave process_group=None in a single process"
+        raise SettingError(f"process_group='world', and no process group is initialised. {advice}.")
+    group = dist.group.WORLD if setting == "world" else setting
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -73,14 +64,11 @@ def has_world() -> bool:
 
 
 def group_of_module(setting: Any, model: nn.Module) -> tuple[dist.ProcessGroup | None, bool]:
-    """Return the ranks to average over in a loop of the user's, and whether that is a guess.
-
-    If the setting is None, these are the ranks of the model's DistributedDataParallel, or as a guess all of the world.
-    """
+    """Return the ranks to average over in a loop of the user's, and whether all of the world is a guess."""
     if setting is not None or not has_world():
         return group_of(setting), False
     wrapped = data_parallel_group(model)
-    group = group_of(WORLD if wrapped is None else wrapped)
+    group = group_of("world" if wrapped is None else wrapped)
     return group, wrapped is None and group is not None
 
 
@@ -126,54 +114,36 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(tensor, group), in_dims[0]
 
 
-def all_reduce_sum(fresh: Tensor, group: Any) -> Tensor:
-    """Return the sum over ranks of a tensor that nobody else holds and nothing is differentiated by."""
-    if is_traced() and not is_compiling():
-        return _Sum.apply(fresh, group)  # type: ignore[no-any-return]  # torch types no apply
-    if is_compiling():
-        dist.all_reduce(fresh, group=group)
-        return fresh
-    with _collective():
-        dist.all_reduce(fresh, group=group)
-    return fresh
-
-
-def all_reduce_mean(tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Return the mean of every tensor over ranks, bit-equal on all: one all-reduce for all tensors of a dtype."""
-    ranks, found = dist.get_world_size(group), [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+def _all_reduce(tensors: Sequence[Tensor], group: Any, divisor: int = 1) -> list[Tensor]:
+    """Return the sum of every tensor over ranks, divided by a number, bit-equal on all; one all-reduce for a dtype."""
+    found = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
     for dtype in dict.fromkeys(tensor.dtype for tensor in found):
         places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
+        flat = torch.cat([found[place].reshape(-1) for place in places])
         # Divided first, as DistributedDataParallel does: a sum of half-precision gradients may overflow.
-        for place, mean in zip(places, _all_reduce([found[p] for p in places], group, ranks), strict=True):
-            found[place] = mean
+        flat = flat / divisor if divisor > 1 else flat
+        if is_traced() and not is_compiling():
+            flat = _Sum.apply(flat, group)
+        else:
+            with nullcontext() if is_compiling() else _collective():
+                dist.all_reduce(flat, group=group)
+        for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
+            found[place] = part.view(found[place].shape)
     return found
-
-
-def _all_reduce(tensors: Sequence[Tensor], group: Any, divisor: int = 1) -> list[Tensor]:
-    """Return the sums of tensors of one dtype over ranks, divided by a number, in one all-reduce."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    parts = all_reduce_sum(flat / divisor if divisor > 1 else flat, group).split([t.numel() for t in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def mean_over_ranks(stat_grads: StatGradTree, group: dist.ProcessGroup | None = None) -> StatGradTree:
     """Average statistic gradients over ranks (None: all of them), in one collective call; all have the same layers."""
-    means = all_reduce_mean(leaves(stat_grads), group)
+    means = _all_reduce(leaves(stat_grads), group, dist.get_world_size(group))
     return {layer: StatGrads(*pair) for layer, *pair in zip(stat_grads, means[::2], means[1::2], strict=True)}
 
 
 class CalledLayers(NamedTuple):
-    """What ranks know together of the layers of a pass.
-
-    Attributes:
-        stats: batch statistics of the layers that a rank called, `(C,)`: the mean over the calls of all ranks.
-        stat_grads: their gradients, the mean over all ranks.
-        calls: on how many ranks each was called, `(C,)` of equal numbers; empty in one process.
-    """
+    """What ranks know together of the layers that one of them called: means over all calls and over all ranks."""
 
     stats: StatTree
     stat_grads: StatGradTree
-    calls: Mapping[str, Tensor]
+    calls: Mapping[str, Tensor]  # on how many ranks each layer was called, `(C,)`; empty in one process
 
     def update(self, before: PerturbationTree, found: PerturbationTree) -> PerturbationTree:
         """Return the perturbation that was found of layers that a rank called, and that before of the others."""
@@ -193,12 +163,7 @@ class Ranks:
         self._size = 1 if group is None else dist.get_world_size(group)
 
     def called_layers(self, stats: StatTree, stat_grads: StatGradTree) -> tuple[CalledLayers, StatGradTree]:
-        """Average statistics and their gradients over ranks.
-
-        Args:
-            stats: this rank's, of the layers that were called here: ranks may call different ones.
-            stat_grads: this rank's, of all layers, with any leading dimensions; averaged they come back as well.
-        """
+        """Average over ranks statistics of called layers, and gradients of all layers, which come back as well."""
         if self._group is None:
             return CalledLayers(stats, {layer: g for layer, g in stat_grads.items() if layer in stats}, {}), stat_grads
         parts: list[Tensor] = []
@@ -221,33 +186,28 @@ class Ranks:
         """Average gradients of parameters over ranks."""
         if self._group is None:
             return grads
-        return dict(zip(grads, all_reduce_mean(list(grads.values()), self._group), strict=True))
+        return dict(zip(grads, _all_reduce(list(grads.values()), self._group, self._size), strict=True))
 
     def of_first(self, perturbation: PerturbationTree) -> PerturbationTree:
         """Return the perturbation that the first rank has drawn, on all of them."""
         if self._group is None:
             return perturbation
-        parts = [part.detach() for part in leaves(perturbation)]
-        if dist.get_rank(self._group) > 0:
-            parts = [torch.zeros_like(part) for part in parts]
+        is_first = dist.get_rank(self._group) == 0
+        parts = [part.detach() if is_first else torch.zeros_like(part) for part in leaves(perturbation)]
         sums = _all_reduce(parts, self._group)
         return {layer: Perturbation(*pair) for layer, *pair in zip(perturbation, sums[::2], sums[1::2], strict=True)}
 
     def mean_output(self, out: StepOutput, before: Tensors, moving: Iterable[str]) -> StepOutput:
-        """Average gradients, losses, and the buffers named in `moving` over ranks; the rest stays this rank's.
-
-        All ranks began with the buffers `before`. `all_finite` holds only if it does on every rank.
-        """
+        """Average gradients, losses, and how far the buffers named in `moving` have moved; the rest is this rank's."""
         if self._group is None:
             return out
         names = [name for name in moving if name in out.buffers]
         # Averaged is how far a buffer moved: one that does not move stays as it is to the last bit, even if infinite.
-        moves = [
-            torch.where(out.buffers[name] == before[name], 0, out.buffers[name] - before[name]).to(before[name].dtype)
-            for name in names
-        ]
+        pairs = [(out.buffers[name], before[name]) for name in names]
+        moves = [torch.where(new == old, 0, new - old).to(old.dtype) for new, old in pairs]
         losses = [t.to(statistics_dtype(out.loss.dtype)) for t in (out.loss, out.adversarial_loss, out.all_finite)]
-        *means, loss, other_loss, finite = all_reduce_mean([*out.grads.values(), *moves, *losses], self._group)
+        values = [*out.grads.values(), *moves, *losses]
+        *means, loss, other_loss, finite = _all_reduce(values, self._group, self._size)
         moved = {name: before[name] + move for name, move in zip(names, means[len(out.grads) :], strict=True)}
         return replace(
             out,
@@ -259,10 +219,24 @@ class Ranks:
         )
 
     def check(self, check: ConsistencyCheck, described: Callable[[], Mapping[str, str]]) -> None:
-        """Compare, once, what ranks have to have in common, if no transform or compiler hides it; see `agree`."""
-        if self._group is not None and not check.is_done and not is_traced():
-            agree(described(), self._group)
-            check.is_done = True
+        """Compare, once, what ranks have to have in common; raise a RanksError on all of them, naming what differs."""
+        if self._group is None or check.is_done or is_traced():
+            return
+        parts = described().items()
+        own = {name: text if len(text) <= 200 else sha256(text.encode()).hexdigest()[:16] for name, text in parts}
+        everyone: list[Any] = [None] * self._size
+        with _collective():
+            dist.all_gather_object(everyone, own, group=self._group)
+        for name in dict.fromkeys(key for one in everyone for key in one):
+            texts = [one.get(name) for one in everyone]
+            others = [rank for rank, text in enumerate(texts) if text != texts[0]]
+            if others:
+                advice = "Give every rank the same model and settings, and batches of one structure."
+                if name == "the values of params and buffers":
+                    advice = "Seed all ranks alike, or send the values of one to all by torch.distributed.broadcast."
+                problem = f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others})"
+                raise RanksError(f"{problem}: {texts[others[0]]!r} and {texts[0]!r}. {advice}")
+        check.is_done = True
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
@@ -271,23 +245,21 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
 
 
 class Synchronisation:
-    """The moments of one call of a layer over all values of all ranks; called with those of this rank.
+    """The moments of one call of a layer over all values of all ranks; see `batch_norm.Reduce`."""
 
-    `size` is how many values a channel a ghost group has on this rank; once called, `sizes` is that of all ranks, 0-d.
-    Sums are of float64, exact enough for float32; in a float64 model the variance loses (μ/σ)² roundings.
-    """
+    sizes: Tensor  # values a channel in a ghost group over all ranks, 0-d; there once called
 
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
-        self._group, self._size = group, size
+        self._group, self._size = group, size  # of this rank
 
     def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """See `batch_norm.Reduce`."""
+        """Return the moments over all ranks, from those of this one."""
         if is_compiling():
             raise ModelError(
                 "SyncBatchNorm does not compile if it has other ranks to synchronise with: torch.func does not "
                 "differentiate a collective call in a compiler. Take the step eagerly, or use BatchNorm layers."
             )
-        wide = mean.to(torch.float64)
+        wide = mean.to(torch.float64)  # exact enough for float32; a float64 variance loses (μ/σ)² roundings
         moments = torch.cat([wide.reshape(-1), (var + wide.square()).reshape(-1), wide.new_ones(1)])
         total = _Sum.apply(moments * self._size, self._group)
         self.sizes = total[-1].detach()
@@ -302,10 +274,7 @@ def is_synchronised(layer: nn.Module) -> bool:
 
 
 def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation | None:
-    """Return how to reduce the moments of a layer's input over ranks; None if they stay this rank's.
-
-    Ghost group g is the union of the ranks' groups g.
-    """
+    """Return how to reduce the moments of a layer over ranks, each ghost group by itself; None if they stay here."""
     if not is_synchronised(layer):
         return None
     group: Any = layer.process_group or dist.group.WORLD
@@ -331,49 +300,17 @@ class ConsistencyCheck:
         return ConsistencyCheck, ()
 
 
-def agree(parts: Mapping[str, str], group: dist.ProcessGroup) -> None:
-    """Compare what ranks have to have in common.
-
-    Args:
-        parts: what is compared, by what it is of. Long texts are compared by their hash.
-        group: the ranks, all of which call this.
-
-    Raises:
-        RanksError: on every rank, naming what differs and where.
-    """
-    own = {name: text if len(text) <= 200 else _digest(text) for name, text in parts.items()}
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    with _collective():
-        dist.all_gather_object(everyone, own, group=group)
-    for name in dict.fromkeys(key for one in everyone for key in one):
-        texts = [one.get(name) for one in everyone]
-        others = [rank for rank, text in enumerate(texts) if text != texts[0]]
-        if others:
-            advice = "Give every rank the same model and settings, and batches of one structure."
-            if name == "the values of params and buffers":
-                advice = "Seed all ranks alike, or send the values of one to all by torch.distributed.broadcast."
-            raise RanksError(
-                f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others}): "
-                f"{texts[others[0]]!r} and {texts[0]!r}. {advice}"
-            )
-
-
 def described_state(tensors: Mapping[str, Any]) -> str:
     """Describe names, shapes and dtypes of tensors."""
     return "; ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
 
 
 def described_values(tensors: Iterable[Tensor]) -> str:
-    """Hash the values of tensors: the sum of the bytes of each, in whatever order a device adds them."""
+    """Describe the values of tensors: the sum of the bytes of each, in whatever order a device adds them."""
     sums = [tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for tensor in tensors]
-    return _digest(repr([int(total) for total in sums]))
+    return repr([int(total) for total in sums])
 
 
 def described_batch(batch: Any) -> str:
     """Describe dtypes and dimensions of a batch. How many samples there are, and how large, is a rank's own."""
     return ", ".join(f"{leaf.dtype} of {leaf.dim()} dimensions" for leaf in tensors_of(batch))
-
-
-def _digest(text: str) -> str:
-    """Return a short hash of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,15 +22,7 @@ from apart_func.rules import sign_perturbation
 from apart_func.samples import batch_size
 from apart_func.snapshot import copy_model
 from apart_func.summary import summarised
-from apart_func.trees import (
-    BatchStats,
-    PerturbationTree,
-    StatGrads,
-    StatGradTree,
-    StatTree,
-    Tensors,
-    input_and_target,
-)
+from apart_func.trees import BatchStats, PerturbationTree, StatGrads, StatGradTree, StatTree, input_and_target
 
 Batches = Iterable[tuple[Any, Any]]
 NO_SAMPLE = "the batches held no sample. Pass a list or a data loader: a generator is used up after one pass."
@@ -51,8 +43,8 @@ class Robustness(NamedTuple):
     radii: Tensor
     random: Tensor
     adversarial: Tensor
-    layer_random: Tensors
-    layer_adversarial: Tensors
+    layer_random: dict[str, Tensor]
+    layer_adversarial: dict[str, Tensor]
 
 
 def robustness(
@@ -71,7 +63,7 @@ def robustness(
     Args:
         model: any module with batch-norm layers that keep running statistics.
         loss_fn: `(output, target) -> scalar`, a mean over samples; its gradient is the adversarial direction.
-        held_out: batches `(input, target)` that the gradient is taken on; not those that measure.
+        held_out: batches `(input, target)` for that gradient, other ones than in `test`.
         test: batches that accuracy is measured on. The model's output is class scores `(N, classes, ...)`.
         radii: ascending, in (0, 1); 0 is always measured.
         draws: random shifts of all layers at each radius.
@@ -107,9 +99,8 @@ def robustness(
 def check_radii(radii: Sequence[float]) -> None:
     """Raise a SettingError if radii do not ascend between 0 and 1."""
     if not radii or not all(low < high for low, high in zip((0, *radii), (*radii, 1), strict=True)):
-        raise SettingError(
-            f"radii={list(radii)}; expected ascending numbers in (0, 1), since s/(1 + δσ) needs |δσ| < 1."
-        )
+        expected = "expected ascending numbers in (0, 1), since s/(1 + δσ) needs |δσ| < 1"
+        raise SettingError(f"radii={list(radii)}; {expected}.")
 
 
 def area(radii: Tensor, accuracies: Tensor) -> Tensor:
@@ -135,8 +126,7 @@ def shifted_running_stats(
     Raises:
         ApartError: a |δσ| ≥ 1, or a layer has no statistics, or others of another width.
     """
-    unknown = sorted(set(perturbation) - set(stats))
-    if unknown:
+    if unknown := sorted(set(perturbation) - set(stats)):
         raise StateError(f"{unknown} are shifted and keep no running statistics. These do: {sorted(stats)}.")
     chosen = {layer: stats[layer] for layer in perturbation}
     before = {name: eps[name] if isinstance(eps, Mapping) else eps for name in chosen}
@@ -151,8 +141,8 @@ def shifted_running_stats(
 def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> StatGradTree:
     """Differentiate the loss in evaluation mode by the relative shifts of all running statistics, at zero.
 
-    A shift acts like other affine parameters, γ(1 + δσ) and β − γ(1 + δσ) δμ μ/s, so with their gradients gw and gb,
-    the gradients are γ·gw by δσ and −γ·(μ/s)·gb by δμ; zero for a layer that the forward does not call.
+    A shift acts like other affine parameters, γ(1 + δσ) and β − γ(1 + δσ) δμ μ/s: with their gradients gw and gb, the
+    gradients are γ·gw by δσ and −γ·(μ/s)·gb by δμ; zero for a layer that the forward does not call.
 
     Args:
         model: any module with batch-norm layers that keep running statistics.
@@ -164,7 +154,11 @@ def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batch
     """
     copy = copy_model(model).eval().requires_grad_(False)
     layers = _tracking_layers(copy)
-    leaves = [leaf for layer in layers.values() for leaf in _own_affine(layer)]
+    for layer in layers.values():  # each gets a weight and bias that it shares with no other, to differentiate by
+        weight = torch.ones_like(layer.running_mean) if layer.weight is None else layer.weight
+        bias = torch.zeros_like(layer.running_mean) if layer.bias is None else layer.bias
+        layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    leaves = [leaf for layer in layers.values() for leaf in (layer.weight, layer.bias)]
     sums, samples = [torch.zeros_like(leaf) for leaf in leaves], 0
     for batch in batches:
         (inputs, target), size = input_and_target(batch), batch_size(batch)
@@ -224,14 +218,6 @@ def _tracking_layers(model: nn.Module) -> dict[str, Any]:
     return tracking
 
 
-def _own_affine(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Give a layer a weight and bias that it shares with no other, of the same values, to differentiate by."""
-    weight = torch.ones_like(layer.running_mean) if layer.weight is None else layer.weight
-    bias = torch.zeros_like(layer.running_mean) if layer.bias is None else layer.bias
-    layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-    return layer.weight, layer.bias
-
-
 def _random_signs(stats: StatTree, generator: torch.Generator) -> StatGradTree:
     """Draw a direction on the CPU, so that it is the same on every device: +1 or −1 for every channel."""
     return {
@@ -244,9 +230,7 @@ def _hits(output: Any, target: Any) -> Tensor:
     """Return how many samples (or positions) get the right class, 0-d."""
     given, wanted = (tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (output, target))
     if isinstance(given, str) or len(given) < 2 or given[:1] + given[2:] != wanted:
-        raise UsageError(
-            f"the model's output is {given} and the target {wanted}; accuracy needs class scores (N, classes, ...) and "
-            "class indices (N, ...). Wrap a model that returns something else."
-        )
-    hits: Tensor = (output.argmax(dim=1) == target).sum()
-    return hits
+        expected = "accuracy needs class scores (N, classes, ...) and class indices (N, ...)"
+        problem = f"the model's output is {given} and the target {wanted}; {expected}"
+        raise UsageError(f"{problem}. Wrap a model that returns something else.")
+    return torch.eq(output.argmax(dim=1), target).sum()

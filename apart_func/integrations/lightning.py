@@ -57,18 +57,14 @@ class _ApartCallback(Callback):
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
-            raise UsageError(
-                f"{type(pl_module).__name__} has automatic_optimization = False. Set it to True, or put APART's "
-                "contexts around manual_backward() without the callback."
-            )
+            advice = "Set it to True, or put APART's contexts around manual_backward() without the callback"
+            raise UsageError(f"{type(pl_module).__name__} has automatic_optimization = False. {advice}.")
         if trainer.strategy.handles_gradient_accumulation:
             raise UsageError(f"{type(trainer.strategy).__name__} accumulates gradients itself. Use strategy='ddp'.")
         if sum(isinstance(other, _ApartCallback) for other in trainer.callbacks) > 1:
             raise UsageError("the trainer has another callback of APART. Keep one of them.")
         if isinstance(self, TwoPassApart) and "dataloader_iter" in signature(pl_module.training_step).parameters:
-            raise UsageError(
-                "training_step takes a dataloader_iter, which TwoPassApart cannot. Take (batch, batch_idx)."
-            )
+            raise UsageError("training_step takes a dataloader_iter, and TwoPassApart needs (batch, batch_idx).")
 
     def on_train_start(self, trainer: Any, pl_module: "LightningModule") -> None:
         """Replace the strategy's forward and backward."""
@@ -99,9 +95,7 @@ class _ApartCallback(Callback):
             for second_weight, second_args in self._open or ():
                 second_loss = _loss_of(plain_step(*second_args))
                 if second_loss is None:
-                    raise UsageError(
-                        "training_step returned a loss for the clean batch, and none for the perturbed one."
-                    )
+                    raise UsageError("training_step returned a loss for the clean batch, and none for the perturbed.")
                 plain_backward(second_weight * second_loss / trainer.accumulate_grad_batches, *args, **kwargs)
 
         vars(strategy).update(training_step=training_step, backward=backward)

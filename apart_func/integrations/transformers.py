@@ -8,7 +8,6 @@
 Evaluation, gradient accumulation, mixed precision, clipping and checkpoints stay as the `Trainer` does them.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,18 +39,14 @@ class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into t
         if self.is_deepspeed_enabled:
             raise UsageError("DeepSpeed accumulates gradients itself, which APART does not support. Use DDP.")
         if groups not in (0, 1) and not self.args.dataloader_drop_last:
-            raise UsageError(
-                f"the last batch of an epoch may be shorter, and groups={groups} must divide every batch. Set "
-                "dataloader_drop_last=True in TrainingArguments."
-            )
+            problem = f"the last batch of an epoch may be shorter, and groups={groups} must divide every batch"
+            raise UsageError(f"{problem}. Set dataloader_drop_last=True in TrainingArguments.")
         ranks: Any = "world" if self.args.world_size > 1 else None
-        self._drop_in = partial(APART, groups=groups, rows=rows, process_group=ranks)
-        self.apart = self._drop_in(self.model, epsilon)
+        self.apart = APART(self.model, epsilon, groups, rows=rows, process_group=ranks)
 
     def _apart_of(self, model: nn.Module) -> APART:
-        """Return the drop-in of the model, in the wrappers that it is trained in."""
-        if self.apart.model is not model:
-            self.apart = self._drop_in(model, self.apart.epsilon)
+        """Return the drop-in, of the model in the wrappers that it is trained in."""
+        self.apart.model = model
         return self.apart
 
 

@@ -243,6 +243,9 @@ def test_gradients_add_up_over_calls_and_none_stays_none() -> None:
     assert model.heads[2].bias.grad is None
     model.body[0].weight.grad.zero_()
     assert outs[0].grads["body.0.weight"].any()  # the sum has memory of its own
+    assign_grads_(model, outs[1].grads)  # in place of what is there
+    torch.testing.assert_close(model.body[0].weight.grad, outs[1].grads["body.0.weight"], rtol=0, atol=0)
+    assert model.heads[0].bias.grad is None
 
 
 # Losses that reach past the arguments, where no graph can be walked.

@@ -22,6 +22,16 @@ def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float
     ).to(dtype)
 
 
+def smooth(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """The same without flat directions: no statistic gradient is zero but for rounding, and no sign a coin toss."""
+    model = convolutional()
+    model[2], model[5] = nn.SiLU(inplace=True), nn.SiLU(inplace=True)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.to(dtype)
+
+
 def images(samples: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:
     """A batch for `convolutional`."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,13 +1,15 @@
 """What the step decides by itself: how many samples, which dtype, what is kept."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import STEPS, more_of
 from oracle import oracle_step
-from small import convolutional, images
+from small import convolutional, images, smooth
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
@@ -75,6 +77,63 @@ MAKERS: dict[str, Callable[[nn.Module], Any]] = {
     "two passes": lambda model: make_apart_step(model, F.cross_entropy, groups=2),
     "one pass": lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
 }
+
+
+# What steps of every kind have in common.
+
+every_step = pytest.mark.parametrize("kind", STEPS)
+
+
+@every_step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_comes_out_is_like_what_came_in_and_cut_from_every_graph(kind: str, dtype: torch.dtype) -> None:
+    model, batch = smooth(dtype=dtype), images(dtype=dtype)
+    state = split_state(model)
+    out = STEPS[kind](model)(*state, batch, *more_of(kind, model))
+    for found, given in zip((out.grads, out.buffers), state, strict=True):
+        assert list(found) == list(given)
+        for name, tensor in given.items():
+            assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for tree in (out.stats, out.stat_grads, out.perturbation):
+        assert [(p.shape, p.dtype) for pair in tree.values() for p in pair] == [((n,), wide) for n in (4, 4, 5, 5)]
+    assert not any(leaf.requires_grad for leaf in tree_leaves(out._asdict()))
+    assert out.all_finite
+
+
+@every_step
+def test_no_argument_is_changed_and_a_second_call_returns_the_same(kind: str) -> None:
+    model, batch = smooth(), images()
+    held = [model.state_dict(), *split_state(model), batch, *more_of(kind, model)]
+    before, step = copy.deepcopy(held), STEPS[kind](model)
+    first, second = (step(*held[1:]) for _ in range(2))
+    torch.testing.assert_close(held, before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(first._asdict(), second._asdict(), rtol=0, atol=0)
+
+
+@every_step
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**-10])
+def test_a_loss_scale_leaves_no_trace(kind: str, scale: float) -> None:
+    model = smooth(dtype=torch.float32)
+    step, arguments = STEPS[kind](model), (*split_state(model), images(dtype=torch.float32), *more_of(kind, model))
+    scaled, plain = step(*arguments, loss_scale=scale), step(*arguments)
+    torch.testing.assert_close(scaled._asdict(), plain._asdict(), rtol=0, atol=0)  # a power of two is exact
+
+
+@pytest.mark.parametrize("kind", ["two passes", "APART-SAM", "several steps"])
+def test_each_microbatch_is_a_step_of_its_own(kind: str) -> None:
+    model, (x, y) = smooth(), images()
+    params, buffers = split_state(model)
+    together, step = STEPS[kind](model, microbatches=2)(params, buffers, (x, y)), STEPS[kind](model)
+    first = step(params, buffers, (x[:4], y[:4]))
+    second = step(params, first.buffers, (x[4:], y[4:]))
+    mean = {name: (grad + second.grads[name]) / 2 for name, grad in first.grads.items()}
+    torch.testing.assert_close(together.grads, mean, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(together.buffers, second.buffers, rtol=1e-10, atol=1e-14)
+    for part, alone in enumerate((first, second)):
+        own = {name: Perturbation(*(p[part] for p in shift)) for name, shift in together.perturbation.items()}
+        torch.testing.assert_close(own, alone.perturbation, rtol=0, atol=0)
 
 
 # What is reported.

@@ -22,6 +22,7 @@ from apart_func import (
     StatGrads,
     adversarial_pass,
     functionalize,
+    init_perturbation,
     l2_perturbation,
     make_apart_step,
     make_one_pass_step,
@@ -35,7 +36,7 @@ from apart_func import (
 )
 from apart_func.rules import kind_of, perturbation_by
 
-settings.register_profile("laws", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("laws", settings.get_profile("deterministic"), max_examples=50)
 settings.load_profile("laws")
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -285,10 +286,15 @@ def test_a_radius_of_one_or_more_has_no_perturbed_standard_deviation(epsilon: fl
 def test_a_steps_perturbation_is_the_radius_times_the_sign_of_its_statistic_gradients(
     epsilon: float, groups: int, seed: int
 ) -> None:
-    out = step_of(convolutional(), images(seed=seed), epsilon=epsilon, groups=groups)
-    for layer, shift in out.perturbation.items():
-        for delta, g in zip(shift, out.stat_grads[layer], strict=True):
-            assert torch.equal(delta, epsilon * g.sign())
+    model, batch = convolutional(), images(seed=seed)
+    one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=epsilon, groups=2, rule=sign_perturbation)
+    for out in (
+        step_of(model, batch, epsilon=epsilon, groups=groups),
+        one_pass(*split_state(model), batch, init_perturbation(model)),
+    ):
+        for layer, shift in out.perturbation.items():
+            for delta, g in zip(shift, out.stat_grads[layer], strict=True):
+                assert torch.equal(delta, epsilon * g.sign())
 
 
 # What must not matter.

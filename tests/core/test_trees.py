@@ -1,22 +1,21 @@
-"""Trees: whatever holds tensors as input, target and output; layers that come and go; and `all_finite`."""
+"""Trees: whatever holds tensors as input and output; layers that come and go; and `all_finite`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import STEPS, more_of
 from small import convolutional, images
 from torch import Tensor, nn
 from torch.func import vmap
 
 from apart_func import (
-    BatchError,
     Perturbation,
     StatGrads,
     StepOutput,
@@ -55,7 +54,7 @@ def numbers(out: StepOutput) -> list[Any]:
     return [out.loss, out.adversarial_loss, *(list(tree.values()) for tree in trees)]
 
 
-# Inputs and targets.
+# Inputs. Targets are in models/test_samples.py.
 
 
 class Keyed(nn.Module):
@@ -97,103 +96,6 @@ def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping
     found = both_steps(Keyed(), (INPUTS[kind], Y), microbatches=microbatches)
     for one, other in zip(found, plain, strict=True):
         assert_equal(numbers(one), numbers(other))
-
-
-@dataclass
-class Labels:
-    """A target as a dataclass."""
-
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-@dataclass(frozen=True)
-class Frozen:
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-class Named(NamedTuple):
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-def smoothed(output: Tensor, target: Any) -> Tensor:
-    if isinstance(target, Labels | Frozen | Named):
-        return F.cross_entropy(output, target.classes, label_smoothing=target.smoothing)
-    if isinstance(target, list | tuple):
-        return F.cross_entropy(output, target[0], label_smoothing=target[1])
-    return F.cross_entropy(output, target["classes"], label_smoothing=target["smoothing"])
-
-
-TARGETS = {
-    "dataclass": Labels(Y),
-    "frozen dataclass": Frozen(Y),
-    "namedtuple": Named(Y),
-    "list": [Y, 0.1],
-    "tuple": (Y, 0.1),
-    "dict": {"classes": Y, "smoothing": 0.1},
-    "UserDict": UserDict(classes=Y, smoothing=0.1),
-}
-
-
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_target_is_cut_like_the_input_whatever_it_is_and_keeps_its_type(kind: str, microbatches: int) -> None:
-    def plain(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target, label_smoothing=0.1)
-
-    def typed(output: Tensor, target: Any) -> Tensor:
-        assert type(target) is type(TARGETS[kind])
-        return smoothed(output, target)
-
-    expected = both_steps(convolutional(), (X, Y), plain, microbatches=microbatches)
-    found = both_steps(convolutional(), (X, TARGETS[kind]), typed, microbatches=microbatches)
-    for one, other in zip(found, expected, strict=True):
-        assert_equal(numbers(one), numbers(other))
-
-
-def test_no_container_that_the_caller_passes_is_changed() -> None:
-    inputs, target = Cache(images=X, name="batch"), Labels(Y)
-    both_steps(Keyed(), (inputs, target), smoothed, microbatches=2)
-    assert inputs["images"] is X
-    assert inputs["name"] == "batch"
-    assert target.classes is Y
-
-
-class Names:
-    """What nobody knows how to cut."""
-
-
-def with_first_name(output: Tensor, target: Any) -> Tensor:
-    """Needs the name of every sample, at its place."""
-    classes, names = target
-    assert [int(name) for name in names] == classes.tolist()
-    return F.cross_entropy(output, classes)
-
-
-@pytest.mark.parametrize("kind", [list, tuple, np.array])
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_lists_and_arrays_with_an_entry_a_sample_are_cut_like_tensors(kind: Any, microbatches: int) -> None:
-    names = kind([str(int(y)) for y in Y])
-    expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(convolutional(), (X, (Y, names)), with_first_name, microbatches=microbatches)
-    for one, other in zip(found, expected, strict=True):
-        assert_equal(numbers(one), numbers(other))
-
-
-def test_an_object_that_cannot_be_cut_is_refused_if_it_must_be() -> None:
-    model, batch = convolutional(), (X, (Y, Names()))
-
-    def loss(output: Tensor, target: Any) -> Tensor:
-        return F.cross_entropy(output, target[0])
-
-    for options in ({"ratio": 0.5}, {"microbatches": 2}):
-        with pytest.raises(BatchError, match="holds a Names, of which only some samples are wanted"):
-            make_apart_step(model, loss, **options)(*split_state(model), batch)
-    with pytest.raises(BatchError, match="holds a Names"):
-        make_one_pass_step(model, loss, epsilon=0.1, groups=2)(*split_state(model), batch)
-    assert make_apart_step(model, loss)(*split_state(model), batch).all_finite
 
 
 # Outputs.
@@ -244,6 +146,13 @@ def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str,
     strings = {"dataclass": lambda o: o.name, "namedtuple": lambda o: o.name, "dict with a string": lambda o: o["k"]}
     if kind in strings:
         assert strings[kind](found[0].output) == strings[kind](wrap(Y))
+
+
+def test_no_container_that_the_caller_passes_is_changed() -> None:
+    inputs, target = Cache(images=X, name="batch"), Output(Y)
+    both_steps(Keyed(), (inputs, target), lambda o, t: F.cross_entropy(o, t.logits), microbatches=2)
+    assert inputs == {"images": X, "name": "batch"}
+    assert target.logits is Y
 
 
 @pytest.mark.parametrize("kind", ["dataclass", "namedtuple", "dict with a string"])
@@ -444,19 +353,17 @@ def test_a_perturbation_that_is_not_finite_is_seen_and_never_carried(bad: float)
 
     def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
         found = sign_perturbation(stats, stat_grads, epsilon)
-        return {**found, "4": replace_mean(found["4"], bad)} if wrong[0] else found
+        return {**found, "4": found["4"]._replace(mean=torch.full((5,), bad).double())} if wrong[0] else found
 
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
     out = step(*split_state(model), (X, Y), given)
     assert not out.all_finite
     assert_equal(out.perturbation, given)
     assert_equal(out.buffers, split_state(model)[1])
-    wrong[0] = False
-    after = step(*split_state(model), (X, Y), out.perturbation)
-    assert after.all_finite
-
-    two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "4": bad_pair(bad)})
+    two_passes = make_apart_step(model, F.cross_entropy, rule=rule)
     assert not two_passes(*split_state(model), (X, Y)).all_finite
+    wrong[0] = False
+    assert step(*split_state(model), (X, Y), out.perturbation).all_finite
 
 
 def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer_is_used_by_nobody() -> None:
@@ -477,33 +384,17 @@ def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer
     assert not out.all_finite
 
 
-def replace_mean(shift: Perturbation, value: float) -> Perturbation:
-    return Perturbation(torch.full_like(shift.mean, value), shift.scale)
-
-
-def bad_pair(value: float) -> Perturbation:
-    return Perturbation(torch.full((5,), value).double(), torch.zeros(5).double())
-
-
 # Radii of which some are none.
 
 
-@pytest.mark.parametrize("kind", ["two passes", "one pass"])
-@pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
-def test_a_radius_of_one_or_more_under_a_rule_of_signs_is_seen_where_it_cannot_be_refused(kind: str, rule: Any) -> None:
-    if kind == "one pass" and rule is not sign_perturbation:
-        rule = sign_perturbation
+@pytest.mark.parametrize("kind", ["two passes", "several steps", "one pass"])
+def test_a_radius_of_one_or_more_under_a_rule_of_signs_is_seen_where_it_cannot_be_refused(kind: str) -> None:
     model = convolutional()
-    state = split_state(model)
+    step, state, more = STEPS[kind](model), split_state(model), more_of(kind, model)
     radii = torch.tensor([0.5, 0.999, 1.0, 1.5, float("nan"), float("inf"), -0.1]).double()
-    if kind == "two passes":
-        step = make_apart_step(model, F.cross_entropy, rule=rule)
-        out = vmap(lambda e: step(*state, (X, Y), epsilon=e))(radii)
-    else:
-        one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
-        given = carried(model)
-        out = vmap(lambda e: one_pass(*state, (X, Y), given, epsilon=e))(radii)
-        assert_equal(out.perturbation["4"].mean[2:], given["4"].mean.expand(5, -1))
+    out = vmap(lambda e: step(*state, (X, Y), *more, epsilon=e))(radii)
+    if kind == "one pass":
+        assert_equal(out.perturbation["4"].mean[2:], more[0]["4"].mean.expand(5, -1))
     assert out.all_finite.tolist() == [True, True, False, False, False, False, False]
     assert_equal(out.buffers["1.running_mean"][2:], state[1]["1.running_mean"].expand(5, -1))
 
@@ -525,9 +416,3 @@ def test_the_pass_itself_takes_any_perturbation() -> None:
     shifts = {name: Perturbation(shift.mean + 2, shift.scale - 3) for name, shift in init_perturbation(model).items()}
     out = adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), (X, Y), shifts)
     assert out.loss.isfinite()
-
-
-def test_a_dataclass_can_be_replaced_and_compared_after_a_step() -> None:
-    model = Wrapped(Output)
-    out = make_apart_step(model, lambda o, t: F.cross_entropy(o.logits, t))(*split_state(model), (X, Y))
-    assert replace(out.output, name="other").name == "other"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import namedtuple
+from collections import UserDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +24,6 @@ from apart_func import (
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
-    mixed_pass,
     split_state,
 )
 
@@ -32,15 +31,36 @@ BATCH = images()
 X, Y = BATCH
 NAMES = ["cat", "dog", "cow"]
 
-# Targets that are no tensors.
-
-Pair = namedtuple("Pair", ["name", "weight"])
+# Targets.
 
 
 @dataclass
 class Labels:
-    names: list[str]
-    places: list[int]
+    classes: Any
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    classes: Any
+    factor: float = 1.0
+
+
+class Named(NamedTuple):
+    classes: Any
+    factor: float = 1.0
+
+
+def by_attribute(output: Tensor, target: Any) -> Tensor:
+    return target.factor * F.cross_entropy(output, torch.as_tensor(target.classes))
+
+
+def by_key(output: Tensor, target: Any) -> Tensor:
+    return target["factor"] * F.cross_entropy(output, torch.as_tensor(target["classes"]))
+
+
+def by_place(output: Tensor, target: Any) -> Tensor:
+    return target[1] * F.cross_entropy(output, target[0])
 
 
 def by_name(output: Tensor, names: Any) -> Tensor:
@@ -50,13 +70,21 @@ def by_name(output: Tensor, names: Any) -> Tensor:
 
 labels = [NAMES[y] for y in Y]
 TARGETS: dict[str, tuple[Any, Any]] = {
+    "a dataclass": (Labels(Y), by_attribute),
+    "a frozen dataclass": (Frozen(Y), by_attribute),
+    "a dataclass with a list": (Labels(Y.tolist()), by_attribute),
+    "a named tuple": (Named(Y), by_attribute),
+    "a named tuple with a list": (Named(Y.tolist()), by_attribute),
+    "a dict": ({"classes": Y, "factor": 1.0}, by_key),
+    "a dict with a list": ({"classes": Y.tolist(), "factor": 1.0}, by_key),
+    "a UserDict": (UserDict(classes=Y, factor=1.0), by_key),
+    "a list": ([Y, 1.0], by_place),
+    "a tuple": ((Y, 1.0), by_place),
     "a list of strings": (labels, by_name),
-    "a list of numbers": (Y.tolist(), lambda o, t: F.cross_entropy(o, torch.tensor(t))),
     "a tuple of strings": (tuple(labels), by_name),
+    "an array of strings": (np.array(labels), by_name),
+    "a list of numbers": (Y.tolist(), lambda o, t: F.cross_entropy(o, torch.tensor(t))),
     "an array": (Y.numpy(), lambda o, t: F.cross_entropy(o, torch.from_numpy(np.ascontiguousarray(t)))),
-    "a dict of lists": ({"names": labels, "unit": "px"}, lambda o, t: by_name(o, t["names"])),
-    "a named tuple": (Pair(labels, Y.double()), lambda o, t: by_name(o, t.name) + 0 * t.weight.sum()),
-    "a dataclass": (Labels(labels, Y.tolist()), lambda o, t: by_name(o, t.names) + 0 * sum(t.places)),
 }
 WAYS: dict[str, Any] = {
     "two passes": lambda loss, batch: functional_step(convolutional(), batch, loss_fn=loss, groups=2),
@@ -68,9 +96,14 @@ WAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", TARGETS)
-def test_targets_that_are_no_tensors_are_cut_as_the_samples_are(kind: str, way: str) -> None:
+def test_a_target_is_cut_as_the_samples_are_whatever_it_is_and_keeps_its_type(kind: str, way: str) -> None:
     target, loss_fn = TARGETS[kind]
-    found, expected = WAYS[way](loss_fn, (X, target)), WAYS[way](F.cross_entropy, BATCH)
+
+    def typed(output: Tensor, given: Any) -> Tensor:
+        assert type(given) is type(target)
+        return loss_fn(output, given)
+
+    found, expected = WAYS[way](typed, (X, target)), WAYS[way](F.cross_entropy, BATCH)
     for field in ("loss", "adversarial_loss", "grads", "perturbation"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), **ROUNDING)
 
@@ -122,54 +155,6 @@ def test_a_sparse_input_is_taken_whole_and_refused_where_a_part_of_it_is_wanted(
         make_apart_step(model, F.cross_entropy, ratio=0.5)(*split_state(model), batch)
 
 
-# Losses of more than one sample.
-
-
-def pairs(output: Tensor, target: Tensor) -> Tensor:
-    """The first half and the second half of a batch belong together."""
-    one, two = output.chunk(2)
-    first, second = target.chunk(2)
-    assert torch.equal(first, second)
-    return (one - two).square().mean() + 1 / output.square().mean()
-
-
-def similarities(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
-
-
-@pytest.mark.parametrize("loss_fn", [pairs, similarities])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_a_loss_that_couples_samples_gets_the_whole_batch_in_one_pass(loss_fn: Any, groups: int) -> None:
-    target = torch.arange(4).repeat(2)
-    out = one_pass(convolutional(), (X, target), loss_fn=loss_fn, groups=groups)
-    expected = loss_fn(out.output, target)
-    torch.testing.assert_close((out.loss, out.adversarial_loss), (expected, expected), **ROUNDING)
-    mixed = mixed_pass(
-        *parts(convolutional(), loss_fn), (X, target), out.perturbation, groups=groups, clean=groups // 2
-    )
-    torch.testing.assert_close(mixed.batch_loss, expected, **ROUNDING)
-    torch.testing.assert_close(mixed.grads, out.grads, rtol=0, atol=0)
-
-
-def parts(model: nn.Module, loss_fn: Any) -> tuple[Any, ...]:
-    return functionalize(model), loss_fn, *split_state(model)
-
-
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        F.cross_entropy,
-        nn.CrossEntropyLoss(reduction="sum"),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        lambda o, t: F.cross_entropy(o, t, reduction="none").sort().values.mean(),
-    ],
-)
-def test_a_loss_that_couples_none_is_reported_of_the_clean_samples_and_of_the_others(loss_fn: Any) -> None:
-    out = one_pass(convolutional(), BATCH, loss_fn=loss_fn)
-    torch.testing.assert_close(out.loss, loss_fn(out.output[::2], Y[::2]), **ROUNDING)
-    torch.testing.assert_close(out.adversarial_loss, loss_fn(out.output[1::2], Y[1::2]), **ROUNDING)
-
-
 def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_have_no_label() -> None:
     loss_fn = nn.CrossEntropyLoss(ignore_index=-1)
     target = Y.clone()
@@ -178,19 +163,6 @@ def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_
     assert out.all_finite
     assert out.loss.isnan()
     torch.testing.assert_close(out.adversarial_loss, loss_fn(out.output, target), **ROUNDING)
-
-
-def test_what_a_loss_returns_besides_comes_out_of_every_form() -> None:
-    def loss_fn(output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.cross_entropy(output, target), {"right": (output.argmax(1) == target).sum()}
-
-    for take in (functional_step, one_pass):
-        out = take(convolutional(), BATCH, loss_fn=loss_fn)
-        assert out.aux == {"right": (out.output.argmax(1) == Y).sum()}
-        assert take(convolutional(), BATCH).aux == ()
-        torch.testing.assert_close(out.grads, take(convolutional(), BATCH).grads, rtol=0, atol=0)
-    parts_of = functional_step(convolutional(), BATCH, loss_fn=loss_fn, microbatches=2).aux["right"]
-    assert parts_of.shape == (2,)
 
 
 # Layers that see other rows than one a sample, once.
@@ -281,7 +253,7 @@ def test_a_network_that_reads_sequences_has_the_definitions_gradients_at_every_n
 ) -> None:
     model, batch = Sequence(order).to(dtype), images(dtype=dtype)
     shifts = {name: Perturbation(0.2 + mean, scale - 0.2) for name, (mean, scale) in init_perturbation(model).items()}
-    out = adversarial_pass(*parts(model, F.cross_entropy), batch, shifts, groups=groups)
+    out = adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), batch, shifts, groups=groups)
     exact = {name: Perturbation(*(part.double() for part in shift)) for name, shift in shifts.items()}
     expected = oracle_adversarial(model.double(), F.cross_entropy, X, Y, exact, groups)
     for name, grad in out.grads.items():

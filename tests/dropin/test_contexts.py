@@ -25,19 +25,27 @@ def loss_of(model: nn.Module, batch: Any = BATCH) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def two_passes(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None) -> None:
-    """Both passes, each after something else that the user does in the context."""
+def two_passes(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None, late: bool = False) -> None:
+    """Both passes, each after something else that the user does in the context; a late backward comes after it."""
     for context in (apart.to_proxy, apart.to_adver):
         with context():
             before(apart.model)
-            (loss_of(apart.model) / 2).backward()
+            loss = loss_of(apart.model) / 2
+            if not late:
+                loss.backward()
+        if late:
+            loss.backward()
 
 
-def one_pass(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None) -> None:
+def one_pass(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None, late: bool = False) -> None:
     torch.manual_seed(0)
     with apart.one_pass():
         before(apart.model)
-        loss_of(apart.model).backward()
+        loss = loss_of(apart.model)
+        if not late:
+            loss.backward()
+    if late:
+        loss.backward()
 
 
 every_form = pytest.mark.parametrize("take", [two_passes, one_pass])
@@ -46,6 +54,14 @@ every_form = pytest.mark.parametrize("take", [two_passes, one_pass])
 def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(gradients(found), gradients(expected), **ROUNDING)
     torch.testing.assert_close(dict(found.named_buffers()), dict(expected.named_buffers()), **ROUNDING)
+
+
+@every_form
+def test_backward_may_be_called_inside_the_context_or_after_it(take: Any) -> None:
+    own, expected = APART(convolutional(), 0.3, 2), APART(convolutional(), 0.3, 2)
+    take(own, late=True)
+    take(expected)
+    assert_same_training(own.model, expected.model)
 
 
 # What happens inside.
@@ -77,7 +93,7 @@ def test_layers_may_change_their_mode_between_steps(take: Any) -> None:
 def evaluate(model: nn.Module) -> None:
     """An attack, a teacher or a pseudo-label: the model evaluates, then trains on."""
     model.eval()
-    model(BATCH[0])
+    torch.testing.assert_close(model(BATCH[0]), copy.deepcopy(model)(BATCH[0]))  # which is in no context
     model.train()
 
 

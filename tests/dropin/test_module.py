@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from architectures import Architecture, architectures
-from golden.cases import NAMES, Outcome, assert_as_recorded, load
 from hypothesis import given, settings
 from loops import both_passes, drop_in_step, gradients
 from oracle import oracle_step
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.parametrizations import spectral_norm
 
-from apart_func import APART, ApartError, Perturbation, StepOutput, make_apart_step, split_state
+from apart_func import APART, ApartError, Perturbation, make_apart_step, split_state
 
 # Rounding of float64 in another order, through two layers.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-14}
@@ -36,12 +35,6 @@ def compare(model: nn.Module, batch: Any, *, tolerance: float = TOLERANCE[torch.
     options = {"epsilon": 0.1, "groups": 0, "ratio": 1.0, "loss_fn": F.cross_entropy} | options
     definition = oracle_step(untouched, batch=batch, perturbation=library.perturbation, **options)
     return Comparison(library, definition, options["epsilon"], tolerance)
-
-
-def assert_same_step(drop_in: StepOutput, functional: StepOutput) -> None:
-    """The drop-in does not keep the statistics of its second pass."""
-    found, expected = ({**out._asdict(), "adversarial_stats": {}} for out in (drop_in, functional))
-    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 # The numbers.
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(architectures())
 def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
     model, batch = architecture.build()
@@ -92,14 +85,6 @@ def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
     assert {int(n) for key, n in step.library.buffers.items() if key.endswith("num_batches_tracked")} == {1}
 
 
-def test_the_drop_in_and_the_functional_step_do_the_same() -> None:
-    options = {"epsilon": 0.2, "groups": 2, "ratio": 0.5}
-    model, batch = convolutional(momentum=None), images()
-    functional = make_apart_step(model, F.cross_entropy, **options)(*split_state(copy.deepcopy(model)), batch)
-    drop_in = drop_in_step(model, batch, **options)
-    assert_same_step(drop_in, functional)
-
-
 class Reordered(nn.Module):
     """Calls its layers in another order than it registers them in."""
 
@@ -119,24 +104,9 @@ def test_layers_may_be_called_in_another_order_than_they_are_registered_in() -> 
     functional = make_apart_step(model, F.cross_entropy, groups=3)(*split_state(copy.deepcopy(model)), batch)
     step = compare(model, batch, groups=3)
     assert_agree(step)
-    assert_same_step(step.library, functional)
-
-
-def one_step(backward_inside: bool) -> tuple[dict[str, Tensor], dict[str, Perturbation]]:
-    model, (x, y) = convolutional(), images()
-    apart = APART(model, groups=2)
-    for context in (apart.to_proxy, apart.to_adver):
-        with context():
-            loss = F.cross_entropy(model(x), y)
-            if backward_inside:
-                loss.backward()
-        if not backward_inside:
-            loss.backward()
-    return gradients(model), apart.perturbation
-
-
-def test_backward_may_be_called_inside_the_context_or_after_it() -> None:
-    torch.testing.assert_close(one_step(True), one_step(False), rtol=0, atol=0)
+    # the drop-in does not keep the statistics of its second pass
+    found, expected = ({**out._asdict(), "adversarial_stats": {}} for out in (step.library, functional))
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def test_the_perturbation_of_every_step_starts_from_zero() -> None:
@@ -197,9 +167,10 @@ def test_outside_the_contexts_the_model_is_as_the_user_made_it(build: Callable[[
     channels = next(model.parameters()).shape[1]
     x = torch.randn(4, channels, 32, 32).double()
     before = state_of(model)
-    apart = APART(model)
+    apart = APART(model, groups=2)
     assert state_of(model) == before
-    for context in (apart.to_proxy, apart.to_adver):
+    assert not hasattr(apart, "state_dict")  # it has nothing to save
+    for context in (apart.to_proxy, apart.to_adver, apart.one_pass):
         with context():
             model(x).logsumexp(1).mean().backward()
         assert state_of(model) == before
@@ -413,16 +384,6 @@ def proxy(apart: APART, samples: int = 8) -> None:
 unused = pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
 
 
-@pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.zeros(2)])
-def test_a_radius_that_is_none(epsilon: float | Tensor) -> None:
-    with pytest.raises(ApartError, match=r"epsilon.*expected"):
-        APART(convolutional(), epsilon)
-    apart = APART(convolutional())
-    with pytest.raises(ApartError, match=r"epsilon.*expected"):
-        apart.set_epsilon(epsilon)
-    assert apart.epsilon == 0.1
-
-
 def test_an_adversarial_pass_with_no_proxy_pass() -> None:
     apart = APART(convolutional())
     with pytest.raises(ApartError, match=r"no proxy pass since.*with apart.to_proxy"), apart.to_adver():
@@ -489,39 +450,8 @@ def test_a_model_whose_structure_changes_between_the_passes() -> None:
         pytest.fail("entered")
 
 
-def test_a_model_without_batch_norm() -> None:
-    with pytest.raises(ApartError, match="Linear has no batch-norm layer"), APART(nn.Linear(2, 2)).to_proxy():
-        pytest.fail("entered")
-
-
-def test_a_layer_that_sees_one_value_a_channel() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3)).double()
-    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel \(1 samples"), APART(model).to_proxy():
-        model(images(1)[0])
-    apart = APART(model, groups=-1)
-    proxy(apart)
-    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel in each of 8 groups"), apart.to_adver():
-        model(images()[0])
-
-
-def test_inference_mode() -> None:
-    apart = APART(convolutional())
-    with torch.inference_mode(), pytest.raises(ApartError, match="inference_mode"), apart.to_proxy():
-        pytest.fail("entered")
-
-
 def test_a_rule_that_forgets_a_layer() -> None:
     apart = APART(convolutional(), rule=lambda stats, stat_grads, epsilon: {})
     proxy(apart)
     with pytest.raises(ApartError, match=r"the perturbation does not fit.*missing \['1', '4'\]"), apart.to_adver():
         pytest.fail("entered")
-
-
-def test_a_layer_that_bypasses_batch_norm() -> None:
-    class ByHand(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return x / x.std()
-
-    model = nn.Sequential(ByHand(2))
-    with pytest.raises(ApartError, match=r"layer '0' \(ByHand\) ran without calling"), APART(model).to_proxy():
-        model(torch.randn(4, 2, 3, 3))

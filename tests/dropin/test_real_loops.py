@@ -150,18 +150,6 @@ def test_an_optimizer_that_evaluates_a_closure_repeats_the_whole_step(form: Form
 
 
 @both_forms
-def test_schedulers_run_as_in_plain_training(form: Form) -> None:
-    schedules: dict[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler] = {}
-
-    def with_schedule(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        schedules[optimizer] = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=4)
-        return optimizer
-
-    assert_same_training(form, with_schedule, after_step=lambda model, optimizer, t: schedules[optimizer].step())
-
-
-@both_forms
 def test_clipping_is_of_the_sum_of_both_gradients(form: Form) -> None:
     norms = []
 
@@ -248,13 +236,9 @@ def test_the_drop_in_under_autocast_and_a_scaler_is_near_the_definition(dtype: t
     for name, parameter in loop.model.named_parameters():
         moved = dict(twin.named_parameters())[name] - 0.1 * before[name]
         torch.testing.assert_close(parameter, moved)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_perturbation_of_the_drop_in_does_not_depend_on_the_scale(dtype: torch.dtype) -> None:
-    one, other = Scaled(dtype, scale=256.0), Scaled(dtype, scale=4096.0)
-    torch.testing.assert_close(one.apart.perturbation, other.apart.perturbation, rtol=0, atol=0)
-    assert one.apart.stat_grads["4"].scale.abs().sum() < other.apart.stat_grads["4"].scale.abs().sum()
+    other = Scaled(dtype, scale=4096.0).apart  # on which the perturbation does not depend
+    torch.testing.assert_close(loop.apart.perturbation, other.perturbation, rtol=0, atol=0)
+    assert loop.apart.stat_grads["4"].scale.abs().sum() < other.stat_grads["4"].scale.abs().sum()
 
 
 def test_where_a_pass_of_the_drop_in_overflows_the_scaler_skips_and_the_statistics_move_as_in_plain_training() -> None:
@@ -280,22 +264,20 @@ def functional_under_autocast(dtype: torch.dtype, scale: float | None) -> tuple[
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), HALF)
-@pytest.mark.parametrize("scale", [None, 1024.0])
 def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(
-    dtype: torch.dtype, tolerance: float, scale: float | None
+    dtype: torch.dtype, tolerance: float
 ) -> None:
-    out, model = functional_under_autocast(dtype, scale)
-    expected = oracle_step(model, F.cross_entropy, images(64, torch.float32), perturbation=out.perturbation, **OPTIONS)
-    assert out.all_finite
-    assert relative_error(out.grads, expected.grads) < tolerance
-    assert relative_error(out.stat_grads, expected.stat_grads) < tolerance
-    assert relative_error(out.buffers, expected.buffers) < STATISTICS
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_perturbation_of_the_functional_step_does_not_depend_on_the_scale(dtype: torch.dtype) -> None:
-    one, other = (functional_under_autocast(dtype, scale)[0] for scale in (256.0, 4096.0))
-    torch.testing.assert_close(one.perturbation, other.perturbation, rtol=0, atol=0)
+    outs = []
+    for scale in (None, 256.0, 4096.0):
+        out, model = functional_under_autocast(dtype, scale)
+        given = {"perturbation": out.perturbation, **OPTIONS}
+        expected = oracle_step(model, F.cross_entropy, images(64, torch.float32), **given)
+        assert out.all_finite
+        assert relative_error(out.grads, expected.grads) < tolerance
+        assert relative_error(out.stat_grads, expected.stat_grads) < tolerance
+        assert relative_error(out.buffers, expected.buffers) < STATISTICS
+        outs.append(out)
+    torch.testing.assert_close(outs[1].perturbation, outs[2].perturbation, rtol=0, atol=0)
 
 
 def test_where_the_functional_step_overflows_it_says_so_and_returns_the_buffers_as_they_were() -> None:
@@ -407,15 +389,15 @@ def test_averages_of_weights_run_beside_it(form: Form, average: dict[str, Any]) 
 
 
 @both_forms
-def test_live_tensors_hooks_and_buffers_are_as_many_after_1000_steps_as_after_10(form: Form) -> None:
+def test_live_tensors_hooks_and_buffers_are_as_many_after_100_steps_as_after_10(form: Form) -> None:
     layers = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Flatten(), nn.Linear(64, 3)
     own = form(nn.Sequential(*layers).double())
     optimizer, batch, counts = torch.optim.SGD(own.model.parameters(), 0.01, momentum=0.9), images(4), []
     older = gc.get_objects()  # held, so that what other tests have left does not die meanwhile
-    for t in range(1, 1001):
+    for t in range(1, 101):
         own.backward(batch)
         optimizer.step()
-        if t in (10, 1000):
+        if t in (10, 100):
             counts.append(live_objects(own.model))
     del older
     assert counts[0] == counts[1]

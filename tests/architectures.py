@@ -80,6 +80,10 @@ class Architecture:
     rows: str = "consecutive"
     pooled_from: int = 0
 
+    def settings(self) -> dict[str, Any]:
+        """Those of a step of two passes."""
+        return {"epsilon": self.epsilon, "groups": self.groups, "ratio": self.ratio, "rows": self.rows_setting()}
+
     def rows_setting(self) -> Any:
         """The setting `rows` that tells a step which rows are a sample's."""
         if self.points == 1:

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import Architecture, architectures, group_counts
+from compare import TOLERANCE, flatten, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loops import gradients
 from oracle import Shift, ShiftTree, oracle_one_pass_step, oracle_proxy
 from small import convolutional, images
-from test_against_oracle import TOLERANCE, flatten, relative_error
 from torch import Tensor, nn
 
 from apart_func import (

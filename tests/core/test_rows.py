@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_agree, functional_step, relative_error, take_step
 from loops import drop_in_step, gradients
-from oracle import oracle_one_pass_step, oracle_sam_step, oracle_step
-from test_against_oracle import Comparison, assert_agree, relative_error, take_step
+from oracle import oracle_one_pass_step, oracle_sam_step
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -99,15 +99,11 @@ def network(way: str) -> nn.Module:
 
 
 @every_way
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
 @pytest.mark.parametrize(("groups", "ratio"), [(0, 1.0), (2, 1.0), (4, 1.0), (0, 0.5), (2, 0.5)])
-def test_a_step_groups_rows_by_sample_as_the_definition_says(way: str, groups: int, ratio: float) -> None:
-    options: dict[str, Any] = {"epsilon": 0.2, "groups": groups, "ratio": ratio, "rows": WAYS[way]}
-    assert_agree(take_step(network(way), batch_for(way), **options))
-    drop_in = drop_in_step(network(way), batch_for(way), **options)
-    definition = oracle_step(
-        network(way), F.cross_entropy, batch_for(way), perturbation=drop_in.perturbation, **options
-    )
-    assert_agree(Comparison(drop_in, definition, 0.2, 1e-9))
+def test_a_step_groups_rows_by_sample_as_the_definition_says(way: str, groups: int, ratio: float, take: Any) -> None:
+    options = {"epsilon": 0.2, "groups": groups, "ratio": ratio, "rows": WAYS[way]}
+    assert_agree(take_step(network(way), batch_for(way), take, **options))
 
 
 @every_way
@@ -149,16 +145,9 @@ def test_one_pass_groups_rows_by_sample_as_the_definition_says(way: str, groups:
     with apart.one_pass(clean / groups):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
     drawn = oracle_one_pass_step(network(way), F.cross_entropy, batch, apart.perturbation, clean=clean, **options)
-    for found, expected in (
-        (gradients(model), drawn.grads),
-        (apart.stats, drawn.stats),
-        (buffers(model), drawn.buffers),
-    ):
-        assert relative_error(found, expected) < 1e-9
-
-
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_buffers())
+    assert relative_error(gradients(model), drawn.grads) < 1e-9
+    assert relative_error(apart.stats, drawn.stats) < 1e-9
+    assert relative_error(dict(model.named_buffers()), drawn.buffers) < 1e-9
 
 
 @every_way
@@ -193,17 +182,13 @@ def one_pass(model: nn.Module, batch: Any, **options: Any) -> Any:
     return step(*split_state(model), batch, init_perturbation(model))
 
 
-def functional(model: nn.Module, batch: Any, **options: Any) -> Any:
-    return make_apart_step(model, F.cross_entropy, **options)(*split_state(model), batch)
-
-
 def drop_in_one_pass(model: nn.Module, batch: Any, groups: int, rows: Any = None) -> None:
     with APART(model, 0.1, groups, rows=rows).one_pass():
         F.cross_entropy(model(batch[0]), batch[1]).backward()
 
 
 FORMS: dict[str, Callable[..., Any]] = {
-    "functional": functional,
+    "functional": functional_step,
     "one pass": one_pass,
     "drop-in": drop_in_step,
     "drop-in, one pass": drop_in_one_pass,
@@ -268,7 +253,7 @@ def test_every_sample_can_be_a_group_where_it_has_several_rows() -> None:
 
 def test_the_order_in_turn_is_interleaved_by_its_old_name() -> None:
     old, new = (
-        functional(network("interleaved"), batch_for("interleaved"), groups=2, rows=r)
+        functional_step(network("interleaved"), batch_for("interleaved"), groups=2, rows=r)
         for r in ("in_turn", "interleaved")
     )
     torch.testing.assert_close(old._asdict(), new._asdict(), rtol=0, atol=0)
@@ -296,7 +281,7 @@ class Chunked(nn.Module):
 def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -> None:
     """Group g of a chunk is its rows g, g + 2, …, with statistics of its own."""
     model, (x, y) = Chunked(size).double(), clouds()
-    out = functional(model, (x, y), groups=2, epsilon=0.0)
+    out = functional_step(model, (x, y), groups=2, epsilon=0.0)
     with torch.no_grad():
         rows = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
     means = rows.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
@@ -305,6 +290,6 @@ def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -
 
 @pytest.mark.parametrize(("size", "rows", "seen"), [(4, 4, 4), (6, 8, 6)])
 def test_chunks_that_are_not_all_of_the_batch_or_not_alike_are_refused(size: int, rows: int, seen: int) -> None:
-    for form in (functional, one_pass, drop_in_step, drop_in_one_pass):
+    for form in FORMS.values():
         with pytest.raises(BatchError, match=rf"layer 'norm' sees {seen} rows of 8 samples"):
             form(Chunked(size, rows).double(), clouds(), groups=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from architectures import Architecture, architectures
+from compare import TOLERANCE, assert_agree, relative_error, take_step
 from hypothesis import given, settings
 from loops import both_passes, drop_in_step, gradients
-from oracle import oracle_step
 from small import convolutional, images
-from test_against_oracle import TOLERANCE, Comparison, assert_agree, relative_error
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,13 +28,7 @@ from apart_func import APART, ApartError, Perturbation, make_apart_step, split_s
 ROUNDING = {"rtol": 1e-11, "atol": 1e-14}
 
 
-def compare(model: nn.Module, batch: Any, *, tolerance: float = TOLERANCE[torch.float64], **options: Any) -> Comparison:
-    """A step of the model from its own state: by the drop-in, and by the definition with the drop-in's δ."""
-    untouched = copy.deepcopy(model)
-    library = drop_in_step(model, batch, **options)
-    options = {"epsilon": 0.1, "groups": 0, "ratio": 1.0, "loss_fn": F.cross_entropy} | options
-    definition = oracle_step(untouched, batch=batch, perturbation=library.perturbation, **options)
-    return Comparison(library, definition, options["epsilon"], tolerance)
+compare = partial(take_step, take=drop_in_step)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -61,18 +55,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 @settings(max_examples=100)
 @given(architectures())
 def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
-    model, batch = architecture.build()
-    assert_agree(
-        compare(
-            model,
-            batch,
-            epsilon=architecture.epsilon,
-            groups=architecture.groups,
-            ratio=architecture.ratio,
-            rows=architecture.rows_setting(),
-            tolerance=TOLERANCE[architecture.dtype],
-        )
-    )
+    assert_agree(compare(*architecture.build(), tolerance=TOLERANCE[architecture.dtype], **architecture.settings()))
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])  # norm-act layers; batch norm and in-place ReLU

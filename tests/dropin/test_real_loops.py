@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from loops import both_passes, gradients, weights
 from oracle import Step, oracle_step
 from small import convolutional, images
-from test_against_oracle import relative_error
+from compare import relative_error
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import vmap

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from architectures import Architecture, architectures
 from golden.models import conv1d
 from hypothesis import given, settings
-from oracle import Shift, oracle_adversarial, oracle_proxy, oracle_sam_step, oracle_step
+from oracle import Shift, oracle_adversarial, oracle_proxy, oracle_step
 from torch import Tensor, nn
 
 
@@ -103,7 +103,7 @@ def test_sam_differentiates_the_adversarial_pass_where_the_gradient_leads() -> N
     model, batch = small_case()
     rho, settings = 0.7, {"epsilon": 0.1, "groups": 2, "ratio": 1.0}
     plain = oracle_step(model, F.cross_entropy, batch, **settings)
-    sam = oracle_sam_step(model, F.cross_entropy, batch, **settings, rho=rho)
+    sam = oracle_step(model, F.cross_entropy, batch, **settings, rho=rho)
     gradient = oracle_proxy(model, F.cross_entropy, *batch).grads
     torch.testing.assert_close(sam.loss, plain.loss, rtol=0, atol=0)
 
@@ -122,7 +122,7 @@ def test_the_callers_model_and_batch_are_never_changed() -> None:
     model = nn.Sequential(nn.ReLU(inplace=True), model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x_before = x.clone()
-    oracle_sam_step(model, F.cross_entropy, (x, y), epsilon=0.1, groups=2, ratio=0.5, rho=0.1)
+    oracle_step(model, F.cross_entropy, (x, y), epsilon=0.1, groups=2, ratio=0.5, rho=0.1)
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
     assert torch.equal(x, x_before)
     assert all(p.grad is None for p in model.parameters())

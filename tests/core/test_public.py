@@ -11,54 +11,58 @@ import re
 import apart_func
 from apart_func import *  # noqa: F403
 
-CLASSES = {
-    "APART",
-    "AdversarialOutput",
-    "ApartStep",
-    "BatchStats",
-    "FunctionalModel",
-    "IterativeRule",
-    "MixedOutput",
-    "OnePassStep",
-    "Perturbation",
-    "PerturbedStats",
-    "Precision",
-    "ProxyOutput",
-    "Rule",
-    "RuleKind",
-    "Settings",
-    "StatGrads",
-    "StepOutput",
-}
-ERRORS = {"ApartError", "BatchError", "ModelError", "RanksError", "SettingError", "StateError", "UsageError"}
+CLASSES = set(
+    [
+        "APART",
+        "AdversarialOutput",
+        "ApartStep",
+        "BatchStats",
+        "FunctionalModel",
+        "IterativeRule",
+        "MixedOutput",
+        "OnePassStep",
+        "Perturbation",
+        "PerturbedStats",
+        "Precision",
+        "ProxyOutput",
+        "Rule",
+        "RuleKind",
+        "Settings",
+        "StatGrads",
+        "StepOutput",
+    ]
+)
+ERRORS = set(["ApartError", "BatchError", "ModelError", "RanksError", "SettingError", "StateError", "UsageError"])
 # Of dicts; these have no docstring of their own.
-ALIASES = {"PerturbationTree", "StatGradTree", "StatTree", "Tensors"}
-FUNCTIONS = {
-    "adversarial_pass",
-    "all_finite",
-    "assign_grads_",
-    "clean_stat_grads",
-    "functionalize",
-    "grad_and_value",
-    "gradients_at",
-    "init_perturbation",
-    "l2_perturbation",
-    "load_state_",
-    "make_apart_sam_step",
-    "make_apart_step",
-    "make_one_pass_step",
-    "mixed_pass",
-    "multi_step",
-    "perturbed_stats",
-    "proxy_pass",
-    "random_sign_perturbation",
-    "random_signs",
-    "rule_kind",
-    "sam_ascent",
-    "sign_flips",
-    "sign_perturbation",
-    "split_state",
-}
+ALIASES = set(["PerturbationTree", "StatGradTree", "StatTree", "Tensors"])
+FUNCTIONS = set(
+    [
+        "adversarial_pass",
+        "all_finite",
+        "assign_grads_",
+        "clean_stat_grads",
+        "functionalize",
+        "grad_and_value",
+        "gradients_at",
+        "init_perturbation",
+        "l2_perturbation",
+        "load_state_",
+        "make_apart_sam_step",
+        "make_apart_step",
+        "make_one_pass_step",
+        "mixed_pass",
+        "multi_step",
+        "perturbed_stats",
+        "proxy_pass",
+        "random_sign_perturbation",
+        "random_signs",
+        "rule_kind",
+        "sam_ascent",
+        "sign_flips",
+        "sign_perturbation",
+        "split_state",
+    ]
+)
 NAMES = CLASSES | ERRORS | ALIASES | FUNCTIONS
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_agree, functional_step, relative_error, take_step
 from loops import drop_in_step, gradients
-from oracle import oracle_one_pass_step, oracle_sam_step
+from oracle import oracle_one_pass_step, oracle_step
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -111,7 +111,7 @@ def test_apart_sam_groups_rows_by_sample(way: str) -> None:
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 4, "ratio": 1.0, "rho": 0.3, "rows": WAYS[way]}
     model, batch = network(way), batch_for(way)
     out = make_apart_sam_step(model, F.cross_entropy, **options)(*split_state(model), batch)
-    expected = oracle_sam_step(model, F.cross_entropy, batch, perturbation=out.perturbation, **options)
+    expected = oracle_step(model, F.cross_entropy, batch, perturbation=out.perturbation, **options)
     assert relative_error(out.grads, expected.grads) < 1e-9
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import gradients, weights
-from oracle import oracle_sam_step
+from oracle import oracle_step
 from small import convolutional, images
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ LEARNING_RATE = 0.1
 
 def follow_definition(model: nn.Module, batch: Any, perturbation: dict[str, Perturbation]) -> dict[str, Tensor]:
     """Gradients of the definition at the model's state, by which the model then takes a step of plain descent."""
-    out = oracle_sam_step(model, F.cross_entropy, batch, perturbation=perturbation, **OPTIONS)
+    out = oracle_step(model, F.cross_entropy, batch, perturbation=perturbation, **OPTIONS)
     params = {name: p.detach() - LEARNING_RATE * out.grads[name] for name, p in model.named_parameters()}
     model.load_state_dict(params | out.buffers)
     return out.grads

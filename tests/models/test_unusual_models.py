@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from compare import assert_agree, relative_error, take_step
 from forms import STEPS, more_of
 from loops import drop_in_step, gradients, weights
-from oracle import oracle_sam_step, oracle_step
+from oracle import oracle_step
 from plain import functional_step, plain_step
 from small import convolutional, images, smooth
 from torch import Tensor, nn
@@ -281,7 +281,7 @@ def test_the_climb_of_complex_parameters_is_that_of_the_definition() -> None:
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 0.3}
     out = make_apart_sam_step(Fourier(), F.cross_entropy, **options)(*split_state(Fourier()), spectra())
     given = {"ratio": 1.0, "perturbation": out.perturbation, **options}
-    definition = oracle_sam_step(RealFourier(), F.cross_entropy, spectra(), **given)
+    definition = oracle_step(RealFourier(), F.cross_entropy, spectra(), **given)
     assert relative_error(as_real(out.grads), definition.grads) < 1e-9
     assert out.all_finite
 
@@ -401,7 +401,7 @@ def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights
     step = make_apart_sam_step(model, F.cross_entropy, autocast_dtype=inner, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16) if around_both else nullcontext():
         out = step(*split_state(model), batch)
-    exact = oracle_sam_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
+    exact = oracle_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
     still = oracle_step(model, F.cross_entropy, batch, epsilon=0.2, groups=2, ratio=1.0, perturbation=out.perturbation)
     near, far = (relative_error(out.grads, each.grads) for each in (exact, still))
     assert near < 0.1 < far  # activations of 8 bits, against a step of length 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import both_passes, gradients
+from plain import Drops
 from small import convolutional, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -125,21 +126,9 @@ def test_a_context_in_which_the_model_only_evaluates_is_refused() -> None:
             apart.model(BATCH[0])
 
 
-class Drops(nn.Module):
-    """Skips its only layer at random, as stochastic depth does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head, self.skips = nn.BatchNorm2d(2), nn.Linear(32, 3), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x if self.skips else self.norm(x)).flatten(1))
-
-
 @every_form
 def test_a_batch_that_skips_every_layer_is_plain_training(take: Any) -> None:
-    own, plain = Drops().double(), Drops().double()
+    own, plain = Drops(), Drops()
     apart = APART(own, 0.3, 2)
     take(apart)
     loss_of(plain).backward()

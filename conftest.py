@@ -2,8 +2,12 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
+import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 # One thread a process: the tests run small models, which more threads only slow down; also in what tests start.
@@ -18,3 +22,13 @@ settings.load_profile("deterministic")
 # Some of them are about what Ctrl-C does.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Take away the process group and the settings that a framework has made: the next test would find them."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -334,8 +334,11 @@ def test_the_model_its_modes_and_its_gradients_are_left_alone(case: str) -> None
 
 # What is refused.
 
+DATA = (images(),)
+LAZY = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
 
-def curves(held_out: Any = (images(),), test: Any = (images(),), radii: Any = RADII, **options: Any) -> Any:
+
+def curves(held_out: Any = DATA, test: Any = DATA, radii: Any = RADII, **options: Any) -> Any:
     return robustness(trained(), F.cross_entropy, held_out, test, radii, **options)
 
 
@@ -370,13 +373,7 @@ def test_radii_that_do_not_ascend_between_zero_and_one_are_refused(radii: tuple[
             UsageError,
             r"shape \(8,\).*loss.mean",
         ),
-        (
-            lambda: evaluation_gradients(
-                nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3)), F.cross_entropy, [images()]
-            ),
-            ModelError,
-            "Run one forward",
-        ),
+        (lambda: evaluation_gradients(LAZY, F.cross_entropy, DATA), ModelError, "Run one forward"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(call: Any, error: type[ApartError], message: str) -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -104,62 +105,81 @@ def on_rank(rank: int, folder: Path, ranks: int) -> None:
         torch.save({name: found(rank) for name, found in WAYS[ranks].items()}, folder / f"{rank}.pt")
 
 
+# Two ways to train; what happens in a step is read where it is yielded.
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def descent(make: Any, model: nn.Module, batch_of: Batches, steps: int = STEPS, *carried: Any, **options: Any) -> Any:
+    """Steps of a functional form with plain descent between them: yields each output, and the parameters after it."""
+    step, (params, buffers) = make(model, F.cross_entropy, **(TOGETHER | options)), split_state(model)
+    for t in range(steps):
+        out = step(params, buffers, batch_of(t), *carried)
+        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
+        buffers, carried = out.buffers, (out.perturbation,) if carried else ()
+        yield out, params
+
+
+def loop(model: nn.Module, batch_of: Batches, backward: Callable[[Any], Any], steps: int = STEPS) -> Iterator[int]:
+    """A loop with an optimizer: yields where the gradients are there."""
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    for t in range(steps):
+        optimizer.zero_grad()
+        backward(batch_of(t))
+        yield t
+        optimizer.step()
+
+
+def in_one_pass(apart: APART, batch: tuple[Tensor, Tensor]) -> None:
+    with apart.one_pass():
+        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
+
+
+# The definition on averaged shards.
+
+
 @way()
 def wrapped(rank: int) -> Results:
     """The four lines around a wrapped model, which is how people write it."""
     model = DistributedDataParallel(convolutional())
     assert data_parallel_group(nn.Sequential(model)) is model.process_group
     assert data_parallel_group(model.module) is None
-    return steps(rank, model, APART(model, EPSILON, GROUPS))
+    return recorded(rank, model, APART(model, EPSILON, GROUPS))
 
 
 @way()
 def inner(rank: int) -> Results:
     """The contexts around the module inside the wrapper, which has to be told of the group."""
     model = DistributedDataParallel(convolutional())
-    return steps(rank, model, APART(model.module, EPSILON, GROUPS, process_group=dist.group.WORLD))
+    return recorded(rank, model, APART(model.module, EPSILON, GROUPS, process_group=dist.group.WORLD))
 
 
-def steps(rank: int, model: DistributedDataParallel, apart: APART) -> Results:
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    seen = []
-    for t in range(STEPS):
-        optimizer.zero_grad()
-        both_passes(apart, shard(rank, t), RATIO, model=model)
-        seen.append(
-            {
-                "grads": gradients(model.module),
-                "perturbation": without_prefix(apart.perturbation),
-                "stat_grads": without_prefix(apart.stat_grads),
-                "buffers": {name: buffer.clone() for name, buffer in model.module.named_buffers()},
-            }
-        )
-        optimizer.step()
-    return seen
+def recorded(rank: int, model: DistributedDataParallel, apart: APART) -> Results:
+    return [
+        {
+            "grads": gradients(model.module),
+            "perturbation": without_prefix(apart.perturbation),
+            "stat_grads": without_prefix(apart.stat_grads),
+            "buffers": {name: buffer.clone() for name, buffer in model.module.named_buffers()},
+        }
+        for _ in loop(model, partial(shard, rank), lambda batch: both_passes(apart, batch, RATIO, model=model))
+    ]
 
 
 @way(RANKS, 4)
 def functional(rank: int) -> Results:
     """The functional step, which reduces everything itself."""
-    model = convolutional()
-    step = make_apart_step(model, F.cross_entropy, ratio=RATIO, **TOGETHER)
-    params, buffers = split_state(model)
-    seen = []
-    for t in range(STEPS):
-        out = step(params, buffers, shard(rank, t))
-        seen.append(
-            {
-                "grads": out.grads,
-                "perturbation": without_prefix(out.perturbation),
-                # of the loss with its weight, as the drop-in has them
-                "stat_grads": {k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in out.stat_grads.items()},
-                "buffers": out.buffers,
-                "loss": out.loss,
-            }
-        )
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers = out.buffers
-    return seen
+    return [
+        {
+            "grads": out.grads,
+            "perturbation": without_prefix(out.perturbation),
+            # of the loss with its weight, as the drop-in has them
+            "stat_grads": {k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in out.stat_grads.items()},
+            "buffers": out.buffers,
+            "loss": out.loss,
+        }
+        for out, _ in descent(make_apart_step, convolutional(), partial(shard, rank), ratio=RATIO)
+    ]
 
 
 @way()
@@ -176,20 +196,17 @@ def by_rule(rank: int) -> Any:
 def wrapped_one_pass(rank: int) -> Results:
     """One context around a wrapped model, from generators that differ."""
     model = DistributedDataParallel(convolutional())
-    apart = APART(model, EPSILON, GROUPS)
+    apart, before = APART(model, EPSILON, GROUPS), dict[str, Tensor]()
+
+    def backward(batch: tuple[Tensor, Tensor]) -> None:
+        before.update({name: tensor.clone() for name, tensor in model.module.state_dict().items()})
+        in_one_pass(apart, batch)
+
     torch.manual_seed(rank)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    seen = []
-    for t in range(STEPS):
-        x, y = shard(rank, t)
-        before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-        optimizer.zero_grad()
-        with apart.one_pass():
-            F.cross_entropy(model(x), y).backward()
-        drawn = without_prefix(apart.perturbation)
-        seen.append({"before": before, "grads": gradients(model.module), "perturbation": drawn})
-        optimizer.step()
-    return seen
+    return [
+        {"before": dict(before), "grads": gradients(model.module), "perturbation": without_prefix(apart.perturbation)}
+        for _ in loop(model, partial(shard, rank), backward)
+    ]
 
 
 @way()
@@ -217,7 +234,6 @@ def mean(rank: int) -> Any:
 
 # Training that several ranks and one process are to do alike. What differs is where a batch comes from.
 
-Batches = Callable[[int], tuple[Tensor, Tensor]]
 SETTINGS = list(product((1.0, 0.5), (0, 2)))
 LONG = 5
 
@@ -238,47 +254,27 @@ def whole_batch(t: int, ranks: int, chosen: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def two_passes(batch_of: Batches, group: Any, ratio: float, groups: int, model: nn.Module | None = None) -> Any:
-    model = model or synchronised()
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, ratio=ratio, groups=groups, process_group=group)
-    params, buffers = split_state(model)
-    for t in range(LONG):
-        out = step(params, buffers, batch_of(t))
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers = out.buffers
-    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
+def last_of(steps: Any) -> Any:
+    """What a descent ends with."""
+    *_, (out, params) = steps
+    return params, out.buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
 
 
-def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module | None = None) -> Any:
-    model = model or synchronised()
-    options: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "process_group": group}
-    step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options)
-    (params, buffers), perturbation = split_state(model), init_perturbation(model)
-    for t in range(steps):
-        out = step(params, buffers, batch_of(t), perturbation)
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers, perturbation = out.buffers, out.perturbation
-    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, perturbation
+def one_pass(model: nn.Module, batch_of: Batches, steps: int, group: Any) -> Any:
+    more = {"rule": sign_perturbation, "process_group": group}
+    return last_of(descent(make_one_pass_step, model, batch_of, steps, init_perturbation(model), **more))
 
 
 def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bool = False) -> Any:
     """The drop-in; DistributedDataParallel takes SyncBatchNorm on GPUs alone, so gradients are averaged by hand."""
     model = synchronised()
     apart = APART(model, EPSILON, groups, process_group=group)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    for t in range(LONG):
-        optimizer.zero_grad()
-        if in_one:
-            x, y = batch_of(t)
-            with apart.one_pass():
-                F.cross_entropy(model(x), y).backward()
-        else:
-            both_passes(apart, batch_of(t), ratio)
+    backward = partial(in_one_pass, apart) if in_one else lambda batch: both_passes(apart, batch, ratio)
+    for _ in loop(model, batch_of, backward, LONG):
         for parameter in model.parameters() if group == "world" else ():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
-        optimizer.step()
     state = {name: p.detach().clone() for name, p in model.state_dict().items()}
     return state, apart.stats, apart.stat_grads, apart.perturbation
 
@@ -286,12 +282,15 @@ def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bo
 def all_forms(batches: Callable[[int], Batches], group: Any) -> dict[str, Any]:
     """Every form with every setting; `batches` of how many samples a rank's adversarial pass takes."""
     found = {
-        "one pass": one_pass(batches(8), group),
+        "one pass": one_pass(synchronised(), batches(8), LONG, group),
         "one-pass drop-in": drop_in(batches(8), group, 1.0, GROUPS, in_one=True),
     }
     for ratio, groups in SETTINGS:
         of_ratio = batches(int(8 * ratio))
-        found[f"two passes {ratio} {groups}"] = two_passes(of_ratio, group, ratio, groups)
+        options = {"ratio": ratio, "groups": groups, "process_group": group}
+        found[f"two passes {ratio} {groups}"] = last_of(
+            descent(make_apart_step, synchronised(), of_ratio, LONG, **options)
+        )
         found[f"drop-in {ratio} {groups}"] = drop_in(of_ratio, group, ratio, groups)
     return found
 
@@ -302,7 +301,7 @@ FORMS += [f"{form} {ratio} {groups}" for form in ("two passes", "drop-in") for r
 
 @way(RANKS, 4)
 def all_synchronised(rank: int) -> dict[str, Any]:
-    return all_forms(lambda chosen: lambda t: shard(rank, t), "world")
+    return all_forms(lambda chosen: partial(shard, rank), "world")
 
 
 @way(RANKS, 4)
@@ -313,8 +312,8 @@ def long(rank: int) -> Any:
         return images(dtype=torch.float32, seed=10 * t + rank)
 
     model = convolutional(dtype=torch.float32)
-    with patch(f"{__name__}.LONG", 50):
-        return two_passes(batch_of, "world", RATIO, GROUPS, model), one_pass(batch_of, "world", 50, model)
+    two = last_of(descent(make_apart_step, model, batch_of, 50, ratio=RATIO))
+    return two, one_pass(model, batch_of, 50, "world")
 
 
 @way()
@@ -353,12 +352,11 @@ def drawn(rank: int) -> Any:
         step_of(rank, make, rule=random_sign_perturbation).perturbation
         for make in (make_apart_step, make_one_pass_step)
     ]
-    model, (x, y) = convolutional(), shard(rank)
+    model = convolutional()
     apart, in_one = APART(model, rule=random_sign_perturbation, process_group="world"), APART(model, **TOGETHER)
     torch.manual_seed(rank)
-    both_passes(apart, (x, y))
-    with in_one.one_pass():
-        F.cross_entropy(model(x), y).backward()
+    both_passes(apart, shard(rank))
+    in_one_pass(in_one, shard(rank))
     return [*found, apart.perturbation, in_one.perturbation]
 
 
@@ -467,7 +465,7 @@ def halves(rank: int) -> Any:
     """Four ranks as two groups of two, which train apart."""
     group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional(), group)
-    return two_passes(lambda t: shard(rank % 2, t), group, 0.5, 2, model)
+    return last_of(descent(make_apart_step, model, partial(shard, rank % 2), LONG, ratio=0.5, process_group=group))
 
 
 @way()
@@ -571,15 +569,17 @@ def wrappers(rank: int) -> dict[str, Any]:
 
 def trained(rank: int, model: Any, apart: APART, first_without: int) -> dict[str, Tensor]:
     """Train, in the proxy passes from a step on without reduction of gradients."""
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    for t in range(STEPS):
-        optimizer.zero_grad()
-        x, y = shard(rank, t)
-        with apart.to_proxy(), model.no_sync() if t >= first_without else nullcontext():
+    steps = iter(range(STEPS))
+
+    def backward(batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        with apart.to_proxy(), model.no_sync() if next(steps) >= first_without else nullcontext():
             (F.cross_entropy(model(x), y) / 2).backward()
         with apart.to_adver():
             (F.cross_entropy(model(x), y) / 2).backward()
-        optimizer.step()
+
+    for _ in loop(model, partial(shard, rank), backward):
+        pass
     state = {name.removeprefix("module.").removeprefix("body."): p for name, p in model.named_parameters()}
     state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in state.items()}
     return {name: p.detach().clone() for name, p in state.items() if not name.startswith("head")}

@@ -215,6 +215,13 @@ def test_rows_that_are_no_multiple_of_the_samples_are_refused(form: str) -> None
 
 
 @every_form
+@pytest.mark.parametrize("rows", ["consecutive", "interleaved", sample_of_points])
+def test_groups_that_divide_the_rows_and_not_the_samples_are_refused(form: str, rows: Any) -> None:
+    with pytest.raises(BatchError, match="groups=3 does not divide the 8 samples"):
+        FORMS[form](network("consecutive"), batch_for("consecutive"), groups=3, rows=rows)
+
+
+@every_form
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -278,13 +285,14 @@ class Chunked(nn.Module):
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -> None:
+@pytest.mark.parametrize("rows", [None, "interleaved", "in_turn", "consecutive"])
+def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int, rows: Any) -> None:
     """Group g of a chunk is its rows g, g + 2, …, with statistics of its own."""
     model, (x, y) = Chunked(size).double(), clouds()
-    out = functional_step(model, (x, y), groups=2, epsilon=0.0)
+    out = functional_step(model, (x, y), groups=2, epsilon=0.0, rows=rows)
     with torch.no_grad():
-        rows = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
-    means = rows.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
+        seen = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
+    means = seen.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
     torch.testing.assert_close(out.adversarial_stats["norm"].mean, means, rtol=1e-9, atol=1e-12)
 
 

@@ -241,44 +241,6 @@ def test_a_radius_that_requires_gradients_leaves_no_graph_behind() -> None:
 # Samples.
 
 
-class Clips(nn.Module):
-    """Batch norm over the frames of clips, as rows of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(x.flatten(0, 1))).view(x.shape).mean(1))
-
-
-def clips(number: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(number, 8, 4, generator=generator).double(), torch.arange(number) % 3
-
-
-def test_in_groups_of_consecutive_rows_the_clean_samples_do_not_know_of_the_signs() -> None:
-    model, (x, _) = Clips().double(), clips(8)
-    outputs = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        with APART(model, 0.3, 4, rows="consecutive").one_pass():
-            outputs.append(model(x).detach())
-    moved = (outputs[0] - outputs[1]).abs().amax(1) > 1e-12
-    assert moved.tolist() == [i % 4 >= 2 for i in range(8)]
-
-
-@pytest.mark.parametrize("rows", ["consecutive", "interleaved", lambda layer, x: torch.arange(len(x)) // 8])
-def test_groups_that_do_not_divide_the_samples_are_refused_although_they_divide_the_rows(rows: Any) -> None:
-    model, (x, y) = Clips().double(), clips(6)
-    with (
-        pytest.raises(BatchError, match="groups=4 does not divide the 6 samples"),
-        APART(model, 0.3, 4, rows=rows).one_pass(),
-    ):
-        F.cross_entropy(model(x), y).backward()
-
-
 class Graphs:
     """A batch of graphs as one object, of which nobody sees how many there are."""
 

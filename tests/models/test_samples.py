@@ -197,37 +197,6 @@ def test_parts_of_a_batch_may_call_a_layer_another_number_of_times(take: Any) ->
     assert len(counts) > 1
 
 
-class InChunks(nn.Module):
-    """Gives its layer the batch in parts, one after another, as ghost batch norm does."""
-
-    def __init__(self, size: int, drops: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head, self.size, self.drops = nn.BatchNorm1d(4), nn.Linear(4, 3), size, drops
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = x[: len(x) - self.drops]
-        h = torch.cat([self.norm(part) for part in seen.split(self.size)])
-        return self.head(torch.cat([h, x[len(seen) :]]))
-
-
-@pytest.mark.parametrize("rows", [None, "interleaved", "in_turn", "consecutive"])
-def test_a_layer_that_gets_the_batch_in_chunks_is_in_groups_of_samples(rows: Any) -> None:
-    model, x = InChunks(4).double(), X.flatten(1)[:, :4]
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, rows=rows)
-    outputs = [step(*split_state(model), (x, Y)).output for _ in range(2)]
-    moved = (outputs[0] - outputs[1]).abs().amax(1) > 1e-12
-    assert not moved[::2].any()
-    assert moved[1::2].any()
-
-
-def test_chunks_that_are_not_the_whole_batch_are_refused() -> None:
-    model, x = InChunks(4, drops=4).double(), X.flatten(1)[:, :4]
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
-    with pytest.raises(BatchError, match=r"layer 'norm' sees 4 rows of 8 samples"):
-        step(*split_state(model), (x, Y))
-
-
 # As many groups as samples.
 
 

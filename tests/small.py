@@ -1,9 +1,26 @@
 """Small models and batches that several tests share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 CLASSES = 3
+
+
+class Parts(nn.Module):
+    """A model of some parts by name, in float64, whose forward is a function of the model and its inputs."""
+
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.double()
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.function(self, *inputs, **named)
 
 
 def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -190,9 +190,7 @@ def dynamo() -> Any:
 
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in STEPS), ("two passes", {"microbatches": 2})])
-def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(
-    kind: str, options: dict[str, Any]
-) -> None:
+def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(kind, options):
     model = smooth()
     model[1].momentum = None
     step, more = STEPS[kind](model, **options), more_of(kind, model)

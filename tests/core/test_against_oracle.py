@@ -11,6 +11,7 @@ from architectures import Architecture, Block, Norm, architectures
 from compare import TOLERANCE, assert_agree, relative_error, take_step
 from hypothesis import given, settings
 from oracle import Adversarial, oracle_adversarial
+from small import Parts
 from timm.layers import BatchNormAct2d, ScaledStdConv2d
 from torch import Tensor, nn
 
@@ -108,19 +109,14 @@ def test_statistics_of_half_precision_activations_are_as_exact_as_float32(dtype:
 
 
 def test_a_layer_called_twice_adds_its_statistic_gradients_and_moves_with_both_calls() -> None:
-    class Unrolled(nn.Module):
+    def unrolled(first: nn.Module, second: nn.Module) -> nn.Module:
         """Two names for what is one layer if `second` is `first`."""
+        parts = {"first": first, "second": second, "head": nn.Linear(5, 3)}
+        return Parts(lambda m, x: m.head(m.second(torch.tanh(m.first(x))).tanh()), **parts)
 
-        def __init__(self, first: nn.Module, second: nn.Module) -> None:
-            super().__init__()
-            self.first, self.second, self.head = first, second, nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.second(torch.tanh(self.first(x))).tanh())
-
-    shared = Unrolled(*[nn.BatchNorm1d(5, momentum=0.5)] * 2).double()
+    shared = unrolled(*[nn.BatchNorm1d(5, momentum=0.5)] * 2)
     nn.init.normal_(shared.first.weight)
-    apart = Unrolled(nn.BatchNorm1d(5), nn.BatchNorm1d(5)).double()
+    apart = unrolled(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
     apart.load_state_dict(shared.state_dict())  # of two layers, equal in value
 
     of_shared, of_each = take_step(shared, vectors()), take_step(apart, vectors())
@@ -249,14 +245,7 @@ def test_each_group_can_have_a_perturbation_of_its_own() -> None:
 
 
 def test_a_dict_input_is_passed_as_keywords_and_a_0d_tensor_of_it_whole() -> None:
-    class Keywords(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rest = mlp(nn.BatchNorm1d(4))
-
-        def forward(self, *, x: Tensor, temperature: Tensor) -> Tensor:
-            return self.rest(x) / temperature
-
+    model = Parts(lambda m, *, x, temperature: m.rest(x) / temperature, rest=mlp(nn.BatchNorm1d(4)))
     x, y = vectors()
     batch = {"x": x, "temperature": torch.tensor(0.5).double()}, y
-    assert_agree(take_step(Keywords(), batch, ratio=0.5))
+    assert_agree(take_step(model, batch, ratio=0.5))

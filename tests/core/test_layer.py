@@ -136,9 +136,7 @@ def test_every_form_and_its_first_two_derivatives_are_those_of_the_definition(
 
 @every_form
 @pytest.mark.parametrize("groups", [1, 2])
-def test_first_and_second_derivatives_at_no_shift_of_the_mean_are_those_of_finite_differences(
-    form: str, groups: int
-) -> None:
+def test_first_and_second_derivatives_at_no_shift_of_the_mean_are_those_of_finite_differences(form, groups):
     x, weight, bias, scale = (tensor.requires_grad_() for tensor in drawn(0, (6, 2, 3), (2,), (2,), (2,)))
     zero = torch.zeros(2, dtype=torch.float64)  # the shift of the mean is a constant, which differences do not know
 

@@ -41,9 +41,7 @@ def step_of(model: nn.Module, batch: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize(("steps", "step_size"), [(2, None), (3, None), (3, 0.3), (5, 0.4)])
 @pytest.mark.parametrize("seed", range(5))
-def test_its_perturbation_and_the_step_that_follows_are_what_the_definition_says(
-    seed: int, steps: int, step_size: float | None
-) -> None:
+def test_its_perturbation_and_the_step_that_follows_are_what_the_definition_says(seed, steps, step_size):
     model, (x, y) = smooth(seed), images(seed=seed)
     out = step_of(model, (x, y), rule=multi_step(steps, step_size))
     expected, gradients = oracle_ascent(

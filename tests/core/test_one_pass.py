@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import Architecture, architectures, group_counts
+from architectures import architectures, group_counts
 from compare import TOLERANCE, flatten, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -59,9 +59,7 @@ def take_step(model: nn.Module, batch: Any = BATCH, perturbation: Any = None, **
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(architectures(), st.data())
-def test_a_step_of_any_architecture_is_what_the_definition_says(
-    architecture: Architecture, data: st.DataObject
-) -> None:
+def test_a_step_of_any_architecture_is_what_the_definition_says(architecture, data):
     # A layer that evaluates by the statistics of the batch mixes clean and perturbed samples, and is refused.
     assume(all(block.norm.training or block.norm.tracked for block in architecture.blocks))
     smallest = 2 if architecture.dtype is torch.float64 else 8
@@ -219,9 +217,7 @@ LOSSES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("groups", [2, 4])
-def test_the_loss_of_the_whole_batch_is_differentiated_and_those_of_the_parts_are_reported(
-    kind: str, groups: int
-) -> None:
+def test_the_loss_of_the_whole_batch_is_differentiated_and_those_of_the_parts_are_reported(kind, groups):
     """As in the drop-in, whatever kind of mean it is; a loss that couples samples has no parts."""
     model, twin, loss_fn = convolutional(), convolutional(), LOSSES[kind]
     batch = BATCH[0], torch.arange(4).repeat(2) % 3

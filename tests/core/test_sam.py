@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from loops import gradients, weights
 from oracle import oracle_step
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 
 from apart_func import APART, ApartError, Perturbation, make_apart_sam_step, make_apart_step, split_state
@@ -100,15 +100,8 @@ def test_a_zero_gradient_climbs_nowhere() -> None:
 
 def test_the_climb_has_length_rho_in_the_norm_over_all_parameters() -> None:
     # With a linear model and a quadratic loss, the second gradient tells where it was taken.
-    class Probe(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.a, self.b = nn.BatchNorm1d(3), nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(2, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a.square().sum() / 2 + self.b.square().sum() / 2 + 0 * self.norm(x).sum()
-
-    model = Probe().double()
+    parts = {"norm": nn.BatchNorm1d(3), "a": nn.Parameter(torch.randn(4)), "b": nn.Parameter(torch.randn(2, 3))}
+    model = Parts(lambda m, x: (m.a.square().sum() + m.b.square().sum()) / 2 + 0 * m.norm(x).sum(), **parts)
     params, buffers = split_state(model)
     batch = (torch.randn(8, 3).double(), torch.zeros(8))
     grads = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,9 +79,7 @@ def test_the_sizes_are_on_both_sides_of_the_choice() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", SIDES)
 @pytest.mark.parametrize("take", [functional_step, drop_in_step])
-def test_a_step_with_a_gradient_penalty_is_that_of_the_definition(
-    take: Callable[..., StepOutput], size: str, dtype: torch.dtype, groups: int, layout: str
-) -> None:
+def test_a_step_with_a_gradient_penalty_is_that_of_the_definition(take, size, dtype, groups, layout):
     model, batch = Penalised().to(dtype), batch_of(size, dtype, layout)
     step = take_step(model, batch, take, loss_fn=penalised_loss, epsilon=EPSILON, groups=groups)
     assert_near(step.library, step.definition, dtype)

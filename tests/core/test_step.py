@@ -35,9 +35,7 @@ from apart_func import (
 
 
 @pytest.mark.parametrize(("samples", "ratio", "groups", "kept"), [(10, 1.0, 4, 8), (10, 0.5, 2, 4), (9, 0.5, 0, 4)])
-def test_dropping_the_remainder_lowers_the_samples_and_their_weight(
-    samples: int, ratio: float, groups: int, kept: int
-) -> None:
+def test_dropping_the_remainder_lowers_the_samples_and_their_weight(samples, ratio, groups, kept):
     model, batch = convolutional(), images(samples)
     step = make_apart_step(model, F.cross_entropy, epsilon=0.1, groups=groups, ratio=ratio, remainder="drop")
     out = step(*split_state(model), batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forms import STEPS, more_of
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -57,16 +57,9 @@ def numbers(out: StepOutput) -> list[Any]:
 # Inputs. Targets are in models/test_samples.py.
 
 
-class Keyed(nn.Module):
+def keyed() -> nn.Module:
     """A model of keywords, of which one is no tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
-
-    def forward(self, images: Tensor, name: str = "") -> Tensor:
-        assert isinstance(images, Tensor)
-        return self.body(images)
+    return Parts(lambda m, images, name="": m.body(images), body=convolutional())
 
 
 class Cache(UserDict[str, Any]):
@@ -89,11 +82,9 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping_it_is(
-    kind: str, microbatches: int
-) -> None:
+def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping_it_is(kind, microbatches):
     plain = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(Keyed(), (INPUTS[kind], Y), microbatches=microbatches)
+    found = both_steps(keyed(), (INPUTS[kind], Y), microbatches=microbatches)
     for one, other in zip(found, plain, strict=True):
         assert_equal(numbers(one), numbers(other))
 
@@ -111,15 +102,9 @@ class Output:
 Pair = namedtuple("Pair", "logits name")
 
 
-class Wrapped(nn.Module):
+def wrapped(wrap: Any) -> nn.Module:
     """A model that returns its logits in some container."""
-
-    def __init__(self, wrap: Any) -> None:
-        super().__init__()
-        self.body, self.wrap = convolutional(), wrap
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrap(self.body(x))
+    return Parts(lambda m, x: m.wrap(m.body(x)), body=convolutional(), wrap=wrap)
 
 
 OUTPUTS: dict[str, tuple[Any, Any]] = {
@@ -137,7 +122,7 @@ OUTPUTS: dict[str, tuple[Any, Any]] = {
 def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str, microbatches: int) -> None:
     wrap, logits = OUTPUTS[kind]
     expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(Wrapped(wrap), (X, Y), lambda o, t: F.cross_entropy(logits(o), t), microbatches=microbatches)
+    found = both_steps(wrapped(wrap), (X, Y), lambda o, t: F.cross_entropy(logits(o), t), microbatches=microbatches)
     for one, other in zip(found, expected, strict=True):
         assert_equal(numbers(one), numbers(other))
         assert type(one.output) is type(wrap(Y))
@@ -150,7 +135,7 @@ def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str,
 
 def test_no_container_that_the_caller_passes_is_changed() -> None:
     inputs, target = Cache(images=X, name="batch"), Output(Y)
-    both_steps(Keyed(), (inputs, target), lambda o, t: F.cross_entropy(o, t.logits), microbatches=2)
+    both_steps(keyed(), (inputs, target), lambda o, t: F.cross_entropy(o, t.logits), microbatches=2)
     assert inputs == {"images": X, "name": "batch"}
     assert target.logits is Y
 
@@ -158,7 +143,7 @@ def test_no_container_that_the_caller_passes_is_changed() -> None:
 @pytest.mark.parametrize("kind", ["dataclass", "namedtuple", "dict with a string"])
 def test_containers_pass_through_transforms(kind: str) -> None:
     wrap, logits = OUTPUTS[kind]
-    model = Wrapped(wrap)
+    model = wrapped(wrap)
     step = make_apart_step(model, lambda o, t: F.cross_entropy(logits(o), t))
     eager = step(*split_state(model), (X, Y))
     mapped = vmap(lambda x: step(*split_state(model), (x, Y)).grads)(X[None])
@@ -168,17 +153,15 @@ def test_containers_pass_through_transforms(kind: str) -> None:
 # Layers that the forward calls now and then.
 
 
-class Skipping(nn.Module):
+def skipping() -> nn.Module:
     """One of two layers sees a batch, by the sign of its mean."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Linear(2, 3)
+    def forward(model: Any, x: Tensor) -> Tensor:
+        layer = model.a if x.mean() > 0 else model.b
+        return model.head(layer(x).mean((2, 3)) + x.square().mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.a if x.mean() > 0 else self.b
-        return self.head(layer(x).mean((2, 3)) + x.square().mean((2, 3)))
+    torch.manual_seed(0)
+    return Parts(forward, a=nn.BatchNorm2d(2), b=nn.BatchNorm2d(2), head=nn.Linear(2, 3))
 
 
 SKIPPING_X = torch.cat([X.abs(), -X.abs()])
@@ -190,7 +173,7 @@ def carried(model: nn.Module) -> dict[str, Perturbation]:
 
 
 def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> None:
-    model = Skipping().double()
+    model = skipping()
     step = make_apart_step(model, F.cross_entropy, microbatches=4)
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y))
     for name, part in (("a", SKIPPING_X[:8]), ("b", SKIPPING_X[8:])):
@@ -205,7 +188,7 @@ def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatches: int) -> None:
-    model = Skipping().double()
+    model = skipping()
     given = carried(model)
     options: dict[str, Any] = {"epsilon": 0.3, "groups": 2, "rule": sign_perturbation}
     step = make_one_pass_step(model, F.cross_entropy, microbatches=microbatches, **options)
@@ -217,7 +200,7 @@ def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatc
 
 
 def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -> None:
-    model = Skipping().double()
+    model = skipping()
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=2, rule=sign_perturbation)
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y), carried(model))
     for name in ("a", "b"):
@@ -226,7 +209,7 @@ def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -
 
 @pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
 def test_a_rule_sees_no_layer_that_was_skipped_nor_needs_to(rule: Any) -> None:
-    model = Skipping().double()
+    model = skipping()
     seen: list[set[str]] = []
 
     def by_statistics(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
@@ -262,9 +245,7 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("size", [1, 7, SMALL_NUMEL, SMALL_NUMEL + 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
-def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
-    bad: float, size: int, dtype: torch.dtype
-) -> None:
+def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(bad, size, dtype):
     for place in {0, size // 2, size - 1}:
         tensor = torch.ones(size, dtype=dtype)
         others = [torch.ones(3), torch.ones(SMALL_NUMEL + 3, dtype=torch.float64)]
@@ -322,16 +303,10 @@ class Poisoned(torch.autograd.Function):
 def test_statistic_gradients_that_are_not_finite_are_seen_where_all_else_is(kind: str) -> None:
     """Parameters before the layer are frozen, so that its own NaN reaches no gradient but that of its statistics."""
 
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(2, affine=False)
-            self.body = convolutional()
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return model.body(X[: len(x)]) + 0 * Poisoned.apply(model.norm(x).mean((1, 2, 3)))[:, None]
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(X[: len(x)]) + 0 * Poisoned.apply(self.norm(x).mean((1, 2, 3)))[:, None]
-
-    model = Frozen().double()
+    model = Parts(forward, norm=nn.BatchNorm2d(2, affine=False), body=convolutional())
     params, buffers = split_state(model)
     if kind == "two passes":
         out = make_apart_step(model, F.cross_entropy, rule=rule_that_hides)(params, buffers, (X, Y))
@@ -367,16 +342,8 @@ def test_a_perturbation_that_is_not_finite_is_seen_and_never_carried(bad: float)
 
 
 def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer_is_used_by_nobody() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.body = nn.BatchNorm2d(2, affine=False), convolutional()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.norm(x)
-            return self.body(x)
-
-    model = Unused().double()
+    parts = {"norm": nn.BatchNorm2d(2, affine=False), "body": convolutional()}
+    model = Parts(lambda m, x: (m.norm(x), m.body(x))[1], **parts)
     bad = Perturbation(torch.tensor([0.1, float("nan")]).double(), torch.zeros(2).double())
     step = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "norm": bad})
     out = step(*split_state(model), (X, Y))

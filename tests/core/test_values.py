@@ -84,9 +84,7 @@ every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys(
 
 @every_step
 @every_copy
-def test_a_copy_of_a_step_takes_the_same_step_before_and_after_the_original_was_used(
-    copied: Callable[[Any], Any], kind: str
-) -> None:
+def test_a_copy_of_a_step_takes_the_same_step_before_and_after_the_original_was_used(copied, kind):
     model = model_of()
     step = KINDS[kind](model)
     early = copied(step)
@@ -290,9 +288,7 @@ def averaged(model: nn.Module) -> nn.Module:
 
 @every_context
 @pytest.mark.parametrize("copied", [*COPIES.values(), averaged], ids=[*COPIES, "AveragedModel"])
-def test_a_copy_made_inside_a_context_is_a_model_of_its_own(
-    copied: Callable[[nn.Module], nn.Module], context: str
-) -> None:
+def test_a_copy_made_inside_a_context_is_a_model_of_its_own(copied, context):
     model, reference = model_of(), model_of()
     for each in (model, reference):
         torch.manual_seed(0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from loops import both_passes, gradients
 from plain import Drops
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -175,9 +175,7 @@ def by_inputs(model: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("differentiate", [by_grad, by_inputs])
-def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_leave_no_perturbation(
-    differentiate: Any,
-) -> None:
+def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_leave_no_perturbation(differentiate):
     apart = APART(convolutional())
     with apart.to_proxy():
         differentiate(apart.model, loss_of(apart.model))
@@ -187,17 +185,8 @@ def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_lea
 
 
 def test_a_linear_probe_whose_features_have_no_graph_trains_its_head_at_no_perturbation() -> None:
-    class Probe(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = convolutional().requires_grad_(False), nn.Linear(3, 3).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = self.body(x)
-            return self.head(x)
-
-    model = Probe()
+    body = convolutional().requires_grad_(False)
+    model = Parts(lambda m, x: m.head(torch.no_grad()(m.body)(x)), body=body, head=nn.Linear(3, 3))
     plain = copy.deepcopy(model)
     both_passes(APART(model), BATCH)
     loss_of(plain).backward()
@@ -219,9 +208,7 @@ def test_a_linear_probe_whose_features_have_no_graph_trains_its_head_at_no_pertu
     ],
 )
 @pytest.mark.parametrize("context", ["to_proxy", "one_pass"])
-def test_an_attribute_that_was_set_out_of_its_range_is_refused_at_the_next_context(
-    name: str, value: Any, context: str
-) -> None:
+def test_an_attribute_that_was_set_out_of_its_range_is_refused_at_the_next_context(name, value, context):
     apart = APART(convolutional(), 0.1, 2)
     setattr(apart, name, value)
     with pytest.raises(SettingError, match=f"{name}={value!r}"), getattr(apart, context)():
@@ -272,9 +259,7 @@ class WithAdjacency(OfGraphs):
     ids=["an opaque object", "tensors of unlike lengths"],
 )
 @pytest.mark.parametrize("rows", [None, "consecutive"])
-def test_inputs_that_do_not_say_how_many_samples_there_are_are_refused_in_groups(
-    model: nn.Module, inputs: Any, rows: Any
-) -> None:
+def test_inputs_that_do_not_say_how_many_samples_there_are_are_refused_in_groups(model, inputs, rows):
     for groups in (2, -1):
         with (
             pytest.raises(BatchError, match=r"layer 'norm'.*does not say how many samples.*rows=function"),

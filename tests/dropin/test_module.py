@@ -16,7 +16,7 @@ from architectures import Architecture, architectures
 from compare import TOLERANCE, assert_agree, relative_error, take_step
 from hypothesis import given, settings
 from loops import both_passes, drop_in_step, gradients
-from small import convolutional, images
+from small import Parts, convolutional, images
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -68,22 +68,13 @@ def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
     assert {int(n) for key, n in step.library.buffers.items() if key.endswith("num_batches_tracked")} == {1}
 
 
-class Reordered(nn.Module):
-    """Calls its layers in another order than it registers them in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second, self.first, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-        for norm in (self.first, self.second):
-            nn.init.normal_(norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(x * self.first(x).tanh()))
-
-
 def test_layers_may_be_called_in_another_order_than_they_are_registered_in() -> None:
     torch.manual_seed(0)
-    model, batch = Reordered().double(), (torch.randn(12, 5).double(), torch.randint(3, (12,)))
+    parts = {"second": nn.BatchNorm1d(5), "first": nn.BatchNorm1d(5), "head": nn.Linear(5, 3)}
+    model = Parts(lambda m, x: m.head(m.second(x * m.first(x).tanh())), **parts)
+    for norm in (model.first, model.second):
+        nn.init.normal_(norm.weight)
+    batch = torch.randn(12, 5).double(), torch.randint(3, (12,))
     functional = make_apart_step(model, F.cross_entropy, groups=3)(*split_state(copy.deepcopy(model)), batch)
     step = compare(model, batch, groups=3)
     assert_agree(step)
@@ -229,9 +220,7 @@ def fail(model: nn.Module, x: Tensor | None = None) -> None:
 @pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(5), BatchNormAct2d(5, apply_act=False)])
-def test_an_exception_inside_a_context_leaves_the_model_as_plain_training_would(
-    norm: nn.Module, failing: str, after_forward: bool
-) -> None:
+def test_an_exception_inside_a_context_leaves_the_model_as_plain_training_would(norm, failing, after_forward):
     model, (x, y) = convolutional(), images()
     model[4] = copy.deepcopy(norm).double()
     apart = APART(model)
@@ -301,9 +290,7 @@ def _dynamo() -> Iterator[None]:
         (norm_act, 1.0),
     ],
 )
-def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(
-    build: Callable[[], nn.Module], ratio: float
-) -> None:
+def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build, ratio):
     model = build()
     twin = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")

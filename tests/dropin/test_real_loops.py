@@ -253,9 +253,7 @@ def functional_under_autocast(dtype: torch.dtype, scale: float | None) -> tuple[
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), HALF)
-def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(
-    dtype: torch.dtype, tolerance: float
-) -> None:
+def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(dtype, tolerance):
     outs = []
     for scale in (None, 256.0, 4096.0):
         out, model = functional_under_autocast(dtype, scale)

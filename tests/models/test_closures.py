@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import both_passes, gradients
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -138,15 +138,10 @@ def test_a_regulariser_that_is_detached_or_of_a_teacher_changes_the_loss_alone(w
 
 
 def test_the_regulariser_that_the_error_recommends_inside_the_forward_has_its_right_gradient() -> None:
-    class Regularised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = convolutional()
+    def forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return model.body(x), sum(p.square().sum() for p in model.body.parameters())
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.body(x), sum(p.square().sum() for p in self.body.parameters())
-
-    model = Regularised()
+    model = Parts(forward, body=convolutional())
     out = two_passes(model, lambda o, t: F.cross_entropy(o[0], t) + 0.1 * o[1])
     plain = two_passes(model, lambda o, t: F.cross_entropy(o[0], t))
     for name, parameter in model.named_parameters():
@@ -290,23 +285,21 @@ def test_a_gradient_of_a_function_that_reaches_past_its_argument_is_refused_too(
     assert (grads["a"].tolist(), value.item(), aux) == ([0.0, 2.0], 1.0, "aux")
 
 
-class LossInside(nn.Module):
+def loss_inside(reduction: str) -> nn.Module:
     """Computes its loss itself, as models of transformers do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
+    def forward(model: Any, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = model.body(pixels)
+        return {"loss": F.cross_entropy(logits, labels, reduction=reduction), "logits": logits}
 
-    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.body(pixels)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+    return Parts(forward, body=convolutional())
 
 
 LABELLED = {"pixels": BATCH[0], "labels": BATCH[1]}, BATCH[1]
 
 
 def test_a_loss_that_the_model_computes_trains_in_two_passes_and_is_refused_in_one() -> None:
-    model = LossInside()
+    model = loss_inside("mean")
     step = make_apart_step(model, lambda output, target: output["loss"], epsilon=0.0, groups=2)
     out, plain = step(*split_state(model), LABELLED), two_passes(model.body, F.cross_entropy)
     torch.testing.assert_close(list(out.grads.values()), list(plain.grads.values()), rtol=0, atol=0)
@@ -316,11 +309,7 @@ def test_a_loss_that_the_model_computes_trains_in_two_passes_and_is_refused_in_o
 
 
 def test_losses_of_each_sample_that_the_model_computes_train_in_one_pass() -> None:
-    class OfEach(LossInside):
-        def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": F.cross_entropy(self.body(pixels), labels, reduction="none")}
-
-    model = OfEach()
+    model = loss_inside("none")
     step = make_one_pass_step(model, lambda output, target: output["loss"].mean(), epsilon=0.1, groups=2)
     out = step(*split_state(model), LABELLED, init_perturbation(model))
     expected = one_pass(model.body, F.cross_entropy)
@@ -329,15 +318,7 @@ def test_losses_of_each_sample_that_the_model_computes_train_in_one_pass() -> No
 
 
 def test_a_temperature_that_the_output_brings_along_without_a_gradient_is_passed_whole() -> None:
-    class Tempered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = convolutional()
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.body(x), torch.tensor(2.0).double()
-
-    model = Tempered()
+    model = Parts(lambda m, x: (m.body(x), torch.tensor(2.0).double()), body=convolutional())
     out = one_pass(model, lambda o, t: F.cross_entropy(o[0] / o[1], t))
     expected = one_pass(model.body, lambda o, t: F.cross_entropy(o / 2, t))
     torch.testing.assert_close(list(out.grads.values()), list(expected.grads.values()))

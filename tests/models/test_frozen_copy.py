@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import ROUNDING, assert_plain
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils._pytree import tree_map
@@ -63,15 +63,10 @@ class ByFunction(nn.Module):
         return self.body[2:](self.normalise(self.body[0](x)))
 
 
-class Sequence(nn.Module):
+def in_list() -> nn.Module:
     """LSTM keeps its weights in a list as well, where they have to be found."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.lstm = nn.BatchNorm2d(2), nn.LSTM(2, 3, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(self.norm(x).flatten(2).transpose(1, 2))[0][:, -1]
+    parts = {"norm": nn.BatchNorm2d(2), "lstm": nn.LSTM(2, 3, batch_first=True)}
+    return Parts(lambda m, x: m.lstm(m.norm(x).flatten(2).transpose(1, 2))[0][:, -1], **parts)
 
 
 def with_layer(change: Callable[[nn.Module], Any], forwards: int = 0) -> Callable[[], nn.Module]:
@@ -117,7 +112,7 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "arrays in a dict": lambda: Scaled({"prior": np.array([0.1, 0.2, 0.7])}),
     "a function of a layer": ByFunction,
     "a hook of a layer": hooked,
-    "weights in a list": lambda: Sequence().double(),
+    "weights in a list": in_list,
     "parametrized": with_layer(parametrizations.weight_norm),
     "parametrized, used": with_layer(parametrizations.orthogonal, 1),
     "weight_norm": with_layer(weight_norm),

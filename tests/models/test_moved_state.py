@@ -164,9 +164,7 @@ REWRITES = {
 
 @pytest.mark.parametrize("make", [functional_step, one_pass])
 @pytest.mark.parametrize("way", REWRITES)
-def test_a_forward_that_rewrites_a_trained_parameter_is_refused_by_its_name_and_has_changed_nothing(
-    way: str, make: Any
-) -> None:
+def test_a_forward_that_rewrites_a_trained_parameter_is_refused_by_its_name_and_has_changed_nothing(way, make):
     model = Rewrites(REWRITES[way])
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(StateError, match=r"rewrites 'body.8.weight'.*after the optimizer's step"):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import oracle_adversarial
 from plain import ROUNDING, functional_step, one_pass, plain_step
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 
 from apart_func import (
@@ -131,14 +131,10 @@ def test_an_opaque_target_is_taken_whole_and_refused_where_some_of_it_is_wanted(
 # Inputs that cannot be sliced.
 
 
-class Graph(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(adjacency @ x)))
+def graph() -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 3)}
+    return Parts(lambda m, x, adjacency: m.head(torch.tanh(m.norm(adjacency @ x))), **parts)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
@@ -147,7 +143,7 @@ def test_a_sparse_input_is_taken_whole_and_refused_where_a_part_of_it_is_wanted(
     torch.manual_seed(1)
     dense, x = (torch.rand(8, 8) < 0.4).double(), torch.randn(8, 4).double()
     batch = (x, dense.to_sparse(layout=layout)), Y
-    model = Graph().double()
+    model = graph()
     expected = plain_step(copy.deepcopy(model), ((x, dense), Y))
     out = make_apart_step(model, F.cross_entropy, epsilon=0.0)(*split_state(model), batch)
     torch.testing.assert_close(out.grads, expected.grads, **ROUNDING)
@@ -168,22 +164,20 @@ def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_
 # Layers that see other rows than one a sample, once.
 
 
-class Looped(nn.Module):
+def looped() -> nn.Module:
     """Calls its layer as many times as chance says."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(model: Any, x: Tensor) -> Tensor:
         for _ in range(int(torch.randint(1, 4, ()))):
-            x = x + torch.tanh(self.norm(x))
-        return self.head(x)
+            x = x + torch.tanh(model.norm(x))
+        return model.head(x)
+
+    return Parts(forward, norm=nn.BatchNorm1d(4), head=nn.Linear(4, 3))
 
 
 @pytest.mark.parametrize("take", [functional_step, one_pass])
 def test_parts_of_a_batch_may_call_a_layer_another_number_of_times(take: Any) -> None:
-    model, batch = Looped().double(), (X.flatten(1)[:, :4], Y)
+    model, batch = looped(), (X.flatten(1)[:, :4], Y)
     counts = set()
     for seed in range(6):
         torch.manual_seed(seed)

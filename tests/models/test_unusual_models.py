@@ -15,7 +15,7 @@ from forms import STEPS, more_of
 from loops import drop_in_step, gradients, weights
 from oracle import oracle_step
 from plain import functional_step, plain_step
-from small import convolutional, images, smooth
+from small import Parts, convolutional, images, smooth
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -44,9 +44,7 @@ both_forms = pytest.mark.parametrize("take", [functional_step, drop_in_step])
 
 @both_forms
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_layer_without_a_counter_is_one_with_it_but_for_the_counter(
-    take: Callable[..., StepOutput], momentum: float | None
-) -> None:
+def test_a_layer_without_a_counter_is_one_with_it_but_for_the_counter(take, momentum):
     """Checkpoints from before torch 0.4 have none; without one and without momentum, plain PyTorch moves nothing."""
     model, counted, plain = (convolutional(momentum) for _ in range(3))
     for each in (model, plain):
@@ -109,9 +107,7 @@ class Reader(nn.Module):
 @pytest.mark.parametrize(
     ("look", "momentum"), [*((look, 0.1) for look in LOOKS), ("attribute", None), ("buffers", 1.0)]
 )
-def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far_as_in_plain_training(
-    take: Callable[..., StepOutput], look: str, momentum: float | None
-) -> None:
+def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far_as_in_plain_training(take, look, momentum):
     model, plain = Reader(look, momentum), Reader(look, momentum)
     output = plain(BATCH[0])
     step = take_step(model, BATCH, take, epsilon=0.2, groups=2)
@@ -126,36 +122,26 @@ def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far_as_i
 
 
 @both_forms
-def test_a_layer_that_is_called_twice_shows_its_second_call_what_the_first_has_left(
-    take: Callable[..., StepOutput],
-) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.norm, self.head = nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 3)
+def test_a_layer_that_is_called_twice_shows_its_second_call_what_the_first_has_left(take):
+    def forward(model: Any, x: Tensor) -> Tensor:
+        first = model.norm(x)
+        means = model.norm.running_mean.clone()
+        return model.head(first * model.norm(2 * x + 1) + means - model.norm.running_mean)
 
-        def forward(self, x: Tensor) -> Tensor:
-            first = self.norm(x)
-            means = self.norm.running_mean.clone()
-            return self.head(first * self.norm(2 * x + 1) + means - self.norm.running_mean)
+    def twice() -> nn.Module:
+        torch.manual_seed(0)
+        return Parts(forward, norm=nn.BatchNorm1d(3, momentum=0.5), head=nn.Linear(3, 3))
 
     batch = torch.randn(8, 3).double(), torch.arange(8) % 3
-    out, expected = take(Twice().double(), batch), plain_step(Twice().double(), batch)
+    out, expected = take(twice(), batch), plain_step(twice(), batch)
     torch.testing.assert_close(out.loss, expected.loss, **ROUNDING)
     torch.testing.assert_close(out.buffers, expected.buffers, **ROUNDING)
 
 
 def test_in_one_pass_a_forward_reads_the_running_statistics_of_the_clean_samples() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.head = nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.head(self.norm(x)), self.norm.running_mean.expand(len(x), -1).clone()
-
-    model, x, y = Reads().double(), torch.randn(8, 3).double(), torch.arange(8) % 3
+    parts = {"norm": nn.BatchNorm1d(3, momentum=0.5), "head": nn.Linear(3, 3)}
+    model = Parts(lambda m, x: (m.head(m.norm(x)), m.norm.running_mean.expand(len(x), -1).clone()), **parts)
+    x, y = torch.randn(8, 3).double(), torch.arange(8) % 3
     step = make_one_pass_step(model, lambda o, t: F.cross_entropy(o[0], t), epsilon=0.1, groups=2)
     out = step(*split_state(model), (x, y))
     torch.testing.assert_close(out.output[1][0], x[::2].mean(0) / 2, **ROUNDING)
@@ -179,9 +165,7 @@ def quantised() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*reduce_range.*:UserWarning")
 @both_forms
-def test_a_quantisation_aware_network_takes_plain_trainings_step_at_no_perturbation(
-    take: Callable[..., StepOutput],
-) -> None:
+def test_a_quantisation_aware_network_takes_plain_trainings_step_at_no_perturbation(take):
     model, plain = quantised(), quantised()
     x, y = images(16, torch.float32)
     for module in (*model.modules(), *plain.modules()):
@@ -333,9 +317,7 @@ CHECKPOINTED: dict[str, Callable[[nn.Module, Any], Any]] = {
 @pytest.mark.parametrize("form", CHECKPOINTED)
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_leaves(
-    form: str, ends: bool, dtype: torch.dtype
-) -> None:
+def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_leaves(form, ends, dtype):
     """Statistics are (C,), as of one call, their gradients are not added up twice, and the batch counts once."""
     outs = []
     for model in (Segment(ends).to(dtype), smooth(dtype=dtype)):
@@ -391,9 +373,7 @@ def test_under_one_autocast_region_the_second_pass_computes_with_the_weights_of_
 
 
 @pytest.mark.parametrize("around_both", [True, False])
-def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights_of_the_climb(
-    around_both: bool,
-) -> None:
+def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights_of_the_climb(around_both):
     model = convolutional(dtype=torch.float32)
     batch = images(16, torch.float32)
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 2.0}
@@ -451,9 +431,7 @@ def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, 
         (lambda p: {name: tensor + 1j for name, tensor in p.items()}, lambda b: b),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_changes_no_tensor(
-    params: Callable[[Any], Any], buffers: Callable[[Any], Any]
-) -> None:
+def test_a_state_that_does_not_fit_is_refused_and_changes_no_tensor(params, buffers):
     model = convolutional()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     good_params, good_buffers = split_state(moved_by_one())

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from loops import both_passes, gradients
 from oracle import Shift, ShiftTree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
@@ -360,23 +360,21 @@ def drawn(rank: int) -> Any:
     return [*found, apart.perturbation, in_one.perturbation]
 
 
-class Sometimes(nn.Module):
+def sometimes() -> nn.Module:
     """Calls a layer on the first rank alone, and one nowhere."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = (nn.BatchNorm1d(3).double() for _ in range(3))
-        self.last = nn.Linear(3, 3).double()
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = model.first(x)
+        return model.last(x if dist.get_rank() else model.second(x * x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.last(x if dist.get_rank() else self.second(x * x))  # type: ignore[no-any-return]
+    torch.manual_seed(0)
+    norms = {name: nn.BatchNorm1d(3) for name in ("first", "second", "third")}
+    return Parts(forward, **norms, last=nn.Linear(3, 3))
 
 
 @way()
 def called_sometimes(rank: int) -> Any:
-    model = Sometimes()
+    model = sometimes()
     step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **TOGETHER)
     carried = {name: type(shift)(shift.mean + 0.05, shift.scale) for name, shift in init_perturbation(model).items()}
     generator = torch.Generator().manual_seed(rank)
@@ -476,7 +474,7 @@ def disagreements(rank: int) -> dict[str, str]:
     other = convolutional()
     if rank:
         nn.init.ones_(other[0].weight)
-    tokens, of_tokens = Tokens(), (torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.long))
+    of_tokens = torch.randn(4, 2, 3).double(), torch.zeros(4, dtype=torch.long)
 
     def tried(model: nn.Module, batch: Any = batch, make: Any = make_apart_step, **settings: Any) -> Any:
         step = make(model, F.cross_entropy, **{"epsilon": 0.1, "groups": 2, "process_group": "world"} | settings)
@@ -492,7 +490,7 @@ def disagreements(rank: int) -> dict[str, str]:
         "groups": lambda: both_passes(APART(synchronised(), groups=-1, process_group="world"), batch),
         "functional groups": tried(synchronised(), groups=-1),
         "subclass": tried(nn.Sequential(Activated(2).double(), *model)),
-        "rows": tried(tokens, of_tokens, make_one_pass_step, rows=lambda layer, x: torch.arange(len(x)) // 2),
+        "rows": tried(tokens(), of_tokens, make_one_pass_step, rows=lambda layer, x: torch.arange(len(x)) // 2),
     }
     return {name: refusal(call) for name, call in calls.items()}
 
@@ -504,15 +502,9 @@ class Activated(nn.SyncBatchNorm):
         return super().forward(x).relu()
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """Two rows a sample in a synchronised layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.SyncBatchNorm(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.flatten(0, 1)).view(x.shape).mean(1)  # type: ignore[no-any-return]
+    return Parts(lambda m, x: m.norm(x.flatten(0, 1)).view(x.shape).mean(1), norm=nn.SyncBatchNorm(3))
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -526,15 +518,9 @@ def refusal(call: Callable[[], Any]) -> str:
 # Wrappers.
 
 
-class Unused(nn.Module):
+def unused() -> nn.Module:
     """A model with a layer that no loss depends on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = convolutional(), nn.Linear(3, 3).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)  # type: ignore[no-any-return]
+    return Parts(lambda m, x: m.body(x), body=convolutional(), head=nn.Linear(3, 3))
 
 
 @way()
@@ -543,7 +529,7 @@ def wrappers(rank: int) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     def data_parallel(first_without: int = STEPS, **options: Any) -> Any:
-        model = Unused() if options.get("find_unused_parameters") else convolutional()
+        model = unused() if options.get("find_unused_parameters") else convolutional()
         wrapped = DistributedDataParallel(model, **options)
         return trained(rank, wrapped, APART(wrapped, EPSILON, GROUPS), first_without)
 
@@ -684,9 +670,7 @@ def test_what_ranks_find_together_is_equal_on_all_of_them_to_the_last_bit(ranks:
         pytest.param("functional", "four_ranks", marks=pytest.mark.slow),
     ],
 )
-def test_every_step_is_that_of_the_definition_on_averaged_shards(
-    way: str, worlds: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_step_is_that_of_the_definition_on_averaged_shards(way, worlds, request):
     ranks, model = request.getfixturevalue(worlds), convolutional()
     for t, found in enumerate(ranks[0][way]):
         expected = definition(model, [shard(rank, t) for rank in range(len(ranks))], found["perturbation"], RATIO)
@@ -724,9 +708,7 @@ def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: R
         torch.testing.assert_close(seen["grads"], averaged([step.grads for step in steps]), **ROUNDING)
 
 
-def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(
-    ranks: Results,
-) -> None:
+def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(ranks):
     found = ranks[0]["accumulated"]
     parts = [
         definition(convolutional(), [shard(rank, t) for rank in range(RANKS)], perturbation, 1.0)["grads"]
@@ -756,9 +738,7 @@ def one_process() -> Callable[[int], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ranks_with_synchronised_layers_are_one_process_on_the_whole_batch(
-    form: str, some_ranks: Results, one_process: Callable[[int], dict[str, Any]]
-) -> None:
+def test_ranks_with_synchronised_layers_are_one_process_on_the_whole_batch(form, some_ranks, one_process):
     for results in some_ranks:
         torch.testing.assert_close(results["all_synchronised"][form], one_process(len(some_ranks))[form], **ROUNDING)
 
@@ -771,9 +751,7 @@ def test_fifty_steps_leave_ranks_equal_to_the_last_bit(some_ranks: Results) -> N
                 torch.testing.assert_close(own[place], first[place], rtol=0, atol=0)
 
 
-def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all_samples(
-    ranks: Results,
-) -> None:
+def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all_samples(ranks):
     out, model = ranks[0]["unlike"], convolutional()
     shards = [unequal(rank) for rank in range(RANKS)]
     cut = [(x[: len(x) // 2], y[: len(y) // 2]) for x, y in shards]
@@ -823,9 +801,7 @@ def test_rules_of_several_gradients_and_rules_that_draw_move_every_layer(ranks: 
     assert all((shift.mean != 0).all() for found in ranks[0]["drawn"] for shift in found.values())
 
 
-def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_does_keep_theirs(
-    ranks: Results,
-) -> None:
+def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_does_keep_theirs(ranks):
     first, second = (results["called_sometimes"] for results in ranks)
     torch.testing.assert_close(first.perturbation, second.perturbation, rtol=0, atol=0)
     assert "second" in first.stats
@@ -864,9 +840,7 @@ def test_a_step_on_several_ranks_compiles(ranks: Results) -> None:
         torch.testing.assert_close(in_one_graph, ranks[0]["compiled"][1], rtol=0, atol=0)
 
 
-def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differentiated(
-    ranks: Results,
-) -> None:
+def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differentiated(ranks):
     for results in ranks:
         mapped, one_by_one = results["swept"]
         for place, grads in enumerate(one_by_one):

@@ -65,7 +65,6 @@ def functional_step(model: nn.Module, batch: Any, *, loss_fn: Any = F.cross_entr
 
 
 def one_pass(model: nn.Module, batch: Any, *, loss_fn: Any = F.cross_entropy, **options: Any) -> StepOutput:
-    """A step of one pass, of the same signs each time."""
     options = {"epsilon": 0.3, "groups": 2} | options
     step = make_one_pass_step(model, loss_fn, **options)
     torch.manual_seed(0)

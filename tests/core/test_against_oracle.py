@@ -39,13 +39,11 @@ def mlp(norm: nn.Module) -> nn.Module:
 
 
 def vectors(samples: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """A batch for `mlp`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(samples, 5, generator=generator).double(), torch.randint(3, (samples,), generator=generator)
 
 
 def images(samples: int = 8, size: int = 5) -> tuple[Tensor, Tensor]:
-    """A batch of three-channel images with three classes."""
     return torch.randn(samples, 3, size, size).double(), torch.randint(3, (samples,))
 
 

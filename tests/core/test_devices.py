@@ -22,7 +22,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def described(tree: Any) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Path, shape and dtype of every tensor."""
     leaves, _ = tree_flatten_with_path(tree)
     return [(str(path), tuple(leaf.shape), leaf.dtype) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -32,7 +31,6 @@ def devices_of(tree: Any) -> set[str]:
 
 
 def outputs(form: str, dtype: torch.dtype, pretended: bool) -> Any:
-    """What one step returns, and the model's state after it."""
     model, (x, y) = convolutional(dtype=dtype), images(dtype=dtype)
     with FakeTensorMode() if pretended else nullcontext():
         if pretended:

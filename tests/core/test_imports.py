@@ -61,12 +61,10 @@ def imports(module: str) -> list[tuple[str, str]]:
 
 
 def imported(module: str) -> set[str]:
-    """The dotted names alone."""
     return {name for name, _ in imports(module)}
 
 
 def ours(module: str) -> set[str]:
-    """The modules of the library that one imports, named inside the package."""
     return {name.partition(".")[2] for name in imported(module) if name.partition(".")[0] == "apart_func"}
 
 
@@ -105,7 +103,6 @@ def test_private_names_of_torch_are_in_one_file() -> None:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of a chain of attributes."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""

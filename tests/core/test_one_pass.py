@@ -42,12 +42,10 @@ ROUNDING = {"rtol": 1e-8, "atol": 1e-12}
 
 
 def random_perturbation(model: nn.Module, radius: float = 0.2) -> dict[str, Perturbation]:
-    """Some δ, so that something is perturbed in a first step."""
     return random_signs(init_perturbation(model), radius, torch.Generator().manual_seed(0))
 
 
 def take_step(model: nn.Module, batch: Any = BATCH, perturbation: Any = None, **options: Any) -> StepOutput:
-    """A step of the model from its own state."""
     step = make_one_pass_step(
         model, F.cross_entropy, **{"epsilon": 0.1, "groups": 4, "rule": sign_perturbation, **options}
     )
@@ -157,7 +155,6 @@ def test_statistic_gradients_of_every_group_come_out_of_the_pass() -> None:
 
 
 def drawing(model: nn.Module) -> OnePassStep:
-    """The step of the default rule."""
     return make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
 
 

@@ -28,7 +28,6 @@ def _dynamo() -> Iterator[None]:
 
 
 def seen_under(transform: Callable[..., Any], look: Callable[[Tensor], Any]) -> Any:
-    """What a function sees of its argument under a transform."""
     seen: list[Any] = []
 
     def function(x: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def both_steps(model: nn.Module, batch: Any, loss_fn: Any = F.cross_entropy, **options: Any) -> list[StepOutput]:
-    """A step of two passes and one of one pass."""
     return [
         make_apart_step(model, loss_fn, epsilon=0.1, groups=2, ratio=0.5, **options)(*split_state(model), batch),
         make_one_pass_step(model, loss_fn, epsilon=0.1, groups=2, **options)(
@@ -103,7 +102,6 @@ Pair = namedtuple("Pair", "logits name")
 
 
 def wrapped(wrap: Any) -> nn.Module:
-    """A model that returns its logits in some container."""
     return Parts(lambda m, x: m.wrap(m.body(x)), body=convolutional(), wrap=wrap)
 
 
@@ -283,7 +281,6 @@ def test_it_has_no_graph() -> None:
 
 
 def rule_that_hides(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
-    """A finite perturbation whatever the gradients are."""
     return {layer: Perturbation(0 * g.mean.nan_to_num(), 0 * g.scale.nan_to_num()) for layer, g in stat_grads.items()}
 
 

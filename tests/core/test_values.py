@@ -52,7 +52,6 @@ every_step = pytest.mark.parametrize("kind", KINDS)
 
 
 def model_of(seed: int = 0) -> nn.Module:
-    """A network with a layer of PyTorch's and one with a forward of its own."""
     model = convolutional()
     model[4] = BatchNormAct2d(5, apply_act=False).double()
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +61,6 @@ def model_of(seed: int = 0) -> nn.Module:
 
 
 def taken(kind: str, step: Any, model: nn.Module, batch: Any = BATCH) -> dict[str, Any]:
-    """What a step of a kind returns for the state of a model."""
     found: dict[str, Any] = step(*split_state(model), batch, *more_of(kind, model))._asdict()
     return found
 
@@ -108,7 +106,6 @@ def test_a_copy_of_a_functional_model_computes_the_same(copied: Callable[[Any], 
 
 
 def on_worker(rank: int, folder: Path) -> None:
-    """What a spawned process does with steps that it was sent: no model was ever made in it."""
     torch.set_num_threads(1)
     steps, models = torch.load(folder / "sent.pt", weights_only=False)
     torch.save({kind: taken(kind, step, models[kind]) for kind, step in steps.items()}, folder / "returned.pt")

@@ -164,8 +164,6 @@ def test_after_a_step_the_model_can_be_copied_pickled_and_evaluated() -> None:
 
 
 class Counting(nn.Module):
-    """Counts its forwards, in place and by replacement."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("in_place", torch.tensor(0))
@@ -210,7 +208,6 @@ class UserError(Exception):
 
 
 def fail(model: nn.Module, x: Tensor | None = None) -> None:
-    """Raise, perhaps after a forward."""
     if x is not None:
         model(x)
     raise UserError
@@ -313,7 +310,6 @@ def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build,
 
 
 def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
-    """Layer names as they are in the model that was compiled."""
     return {name.removeprefix("_orig_mod."): value for name, value in tree.items()}
 
 

@@ -72,7 +72,6 @@ both_forms = pytest.mark.parametrize("form", [DropIn, Functional])
 
 
 def definition(model: nn.Module, batch: Any, perturbation: Any) -> Step:
-    """The definition's step at the model's state; its gradients and buffers are put into the model."""
     out = oracle_step(model, F.cross_entropy, batch, perturbation=perturbation, **OPTIONS)
     for name, parameter in model.named_parameters():
         parameter.grad = out.grads[name].to(parameter.dtype)

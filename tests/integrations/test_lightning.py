@@ -83,7 +83,6 @@ def loader(dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
 def fit(
     module: Any, *callbacks: Any, path: Any = None, data: Any = None, val_dataloaders: Any = None, **options: Any
 ) -> Any:
-    """Train on the CPU, quietly."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
     trainer = lightning.Trainer(callbacks=list(callbacks), **(quiet | options))
@@ -127,7 +126,6 @@ class Loop:
 
 
 def assert_same(one: nn.Module, other: nn.Module, **tolerance: Any) -> None:
-    """Parameters and buffers agree."""
     torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), **(tolerance or ROUNDING))
 
 

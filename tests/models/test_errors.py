@@ -119,8 +119,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 class OfOne(nn.Module):
-    """Takes one argument that is a dict or a list of tensors."""
-
     def __init__(self) -> None:
         super().__init__()
         self.body = convolutional()
@@ -197,8 +195,6 @@ def test_a_lazy_model_before_its_first_forward() -> None:
 
 
 class Hidden(nn.Module):
-    """Computes with a parameter that it reaches through a tuple."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.BatchNorm2d(2)

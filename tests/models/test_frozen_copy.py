@@ -37,8 +37,6 @@ BATCH = images()
 
 
 class Scaled(nn.Module):
-    """Multiplies its output by something that is no parameter and no buffer."""
-
     def __init__(self, prior: Any) -> None:
         super().__init__()
         self.body, self.prior = convolutional(), prior

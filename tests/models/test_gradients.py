@@ -86,8 +86,6 @@ def test_parameters_inside_a_block_that_runs_again_in_its_own_backward_have_thei
 
 
 class Within(torch.autograd.Function):
-    """Calls something in its backward."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Any) -> Tensor:
         ctx.function = function

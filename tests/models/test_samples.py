@@ -165,8 +165,6 @@ def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_
 
 
 def looped() -> nn.Module:
-    """Calls its layer as many times as chance says."""
-
     def forward(model: Any, x: Tensor) -> Tensor:
         for _ in range(int(torch.randint(1, 4, ()))):
             x = x + torch.tanh(model.norm(x))

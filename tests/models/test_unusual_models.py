@@ -241,7 +241,6 @@ class RealFourier(Fourier):
 
 
 def as_real(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of `Fourier`, by the names of `RealFourier`."""
     found = {name: grad for name, grad in grads.items() if name != "filters"}
     return found | {"real": grads["filters"].real, "imaginary": grads["filters"].imag}
 

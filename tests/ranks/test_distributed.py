@@ -64,7 +64,6 @@ def shard(rank: int, t: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def step_of(rank: int, make: Any = make_apart_step, model: nn.Module | None = None, **options: Any) -> Any:
-    """One step of the ranks together, each on its shard."""
     model = model or convolutional()
     step = make(model, F.cross_entropy, **(TOGETHER | options))
     torch.manual_seed(rank)  # after the model, which is made from a seed of its own
@@ -76,7 +75,6 @@ def step_of(rank: int, make: Any = make_apart_step, model: nn.Module | None = No
 
 @contextmanager
 def world(rank: int, folder: Path, ranks: int) -> Iterator[None]:
-    """A process group of so many ranks."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -121,7 +119,6 @@ def descent(make: Any, model: nn.Module, batch_of: Batches, steps: int = STEPS, 
 
 
 def loop(model: nn.Module, batch_of: Batches, backward: Callable[[Any], Any], steps: int = STEPS) -> Iterator[int]:
-    """A loop with an optimizer: yields where the gradients are there."""
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     for t in range(steps):
         optimizer.zero_grad()
@@ -255,7 +252,6 @@ def whole_batch(t: int, ranks: int, chosen: int) -> tuple[Tensor, Tensor]:
 
 
 def last_of(steps: Any) -> Any:
-    """What a descent ends with."""
     *_, (out, params) = steps
     return params, out.buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
 
@@ -318,7 +314,6 @@ def long(rank: int) -> Any:
 
 @way()
 def unlike(rank: int) -> Any:
-    """More samples on the second rank."""
     model = synchronised()
     return make_apart_step(model, F.cross_entropy, ratio=0.5, **TOGETHER)(*split_state(model), unequal(rank))
 
@@ -341,7 +336,6 @@ def sam(rank: int) -> Any:
 
 @way()
 def ascent(rank: int) -> Any:
-    """A rule that asks for further gradients."""
     return step_of(rank, rule=multi_step(3)).perturbation
 
 
@@ -384,7 +378,6 @@ def called_sometimes(rank: int) -> Any:
 
 @way()
 def not_finite(rank: int) -> Any:
-    """An infinity in the batch of the second rank."""
     model = convolutional()
     params, buffers = split_state(model)
     x, y = shard(rank)
@@ -429,7 +422,6 @@ def reductions(rank: int) -> dict[str, list[int]]:
 
 @way()
 def compiled(rank: int) -> Any:
-    """A compiled step, and what it is to equal."""
     model = convolutional()
     step, arguments = make_apart_step(model, F.cross_entropy, **TOGETHER), (*split_state(model), shard(rank))
     return step(*arguments).grads, torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments).grads
@@ -437,7 +429,6 @@ def compiled(rank: int) -> Any:
 
 @way()
 def swept(rank: int) -> Any:
-    """A step mapped over radii, and steps one by one, with synchronised layers."""
     model, batch = synchronised(), shard(rank)
     params, buffers = split_state(model)
     step = make_apart_step(model, F.cross_entropy, **TOGETHER)
@@ -448,7 +439,6 @@ def swept(rank: int) -> Any:
 
 @way()
 def compiled_synchronised(rank: int) -> str:
-    """What a compiler says about layers that are synchronised."""
     model = synchronised()
     step = torch.compile(make_apart_step(model, F.cross_entropy), backend="aot_eager", fullgraph=True)
     try:
@@ -519,7 +509,6 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def unused() -> nn.Module:
-    """A model with a layer that no loss depends on."""
     return Parts(lambda m, x: m.body(x), body=convolutional(), head=nn.Linear(3, 3))
 
 
@@ -588,7 +577,6 @@ def late(rank: int) -> dict[str, Any]:
 
 @way()
 def distributed_tensors(rank: int) -> str:
-    """A batch of DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_module
 
@@ -612,25 +600,21 @@ def results_of(ranks: int, folder: Path) -> Results:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The results of two ranks."""
     return results_of(RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Those of four, of what is to hold for any number."""
     return results_of(4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(params=["ranks", pytest.param("four_ranks", marks=pytest.mark.slow)])
 def some_ranks(request: pytest.FixtureRequest) -> Results:
-    """The results of two ranks, and of four."""
     found: Results = request.getfixturevalue(request.param)
     return found
 
 
 def averaged(trees: list[Any]) -> Any:
-    """The mean of dicts of tensors or of pairs of them."""
     if isinstance(trees[0], dict):
         return {name: averaged([tree[name] for tree in trees]) for name in trees[0]}
     return Shift(*map(averaged, zip(*trees, strict=True))) if isinstance(trees[0], tuple) else sum(trees) / len(trees)

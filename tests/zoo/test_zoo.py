@@ -21,7 +21,6 @@ from apart_func import make_apart_step, sign_perturbation, split_state
 
 
 def row_of(package: str, name: str) -> dict[str, Any]:
-    """What the zoo says about a model."""
     pytest.importorskip(package)
     return zoo.row_of(entry(package, name), seconds=600)
 
@@ -183,7 +182,6 @@ def test_statistic_gradients_that_are_zero_but_for_rounding_are_counted() -> Non
 
 
 def differing(case: Case, rule: Any) -> float:
-    """The share of δ that is another in float32 than in float64."""
     found = []
     for typed in (zoo.in_dtype(case, dtype) for dtype in (torch.float64, torch.float32)):
         step = make_apart_step(typed.model, typed.loss_fn, epsilon=0.1, rule=rule)

@@ -164,7 +164,9 @@ def test_random_signs_need_no_perturbation_of_the_step_before_and_no_statistic_g
     assert out.stat_grads == {}
     for shift in out.perturbation.values():
         assert all((part.abs() == 0.3).all() for part in shift)
+    before = torch.get_rng_state()
     again = drawing(model)(*split_state(model), BATCH, out.perturbation)
+    assert torch.equal(torch.get_rng_state(), before)  # what is given is not drawn
     assert again.stat_grads.keys() == out.perturbation.keys()  # of a δ that was given there are some
     # it was the δ of this step
     torch.testing.assert_close(again._replace(stat_grads={})._asdict(), out._asdict(), **ROUNDING)

@@ -294,11 +294,13 @@ def test_a_perturbation_is_a_constant_whatever_it_depends_on() -> None:
     state, infinite = split_state(model), (batch[0] * float("inf"), batch[1])
     steps = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
     steps.append(one_pass(*state, infinite, given))  # which returns the one that came in
+    drawn = make_one_pass_step(model, F.cross_entropy, epsilon=leaf, groups=2)(*state, batch)
+    signs = make_apart_step(model, F.cross_entropy, epsilon=leaf)(*state, batch)
     arguments = functionalize(model), F.cross_entropy, *state, batch, given
     passes = [adversarial_pass(*arguments), mixed_pass(*arguments, groups=2, clean=1), gradients_at(*arguments)]
     for out in steps:
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
-    for out in steps + passes:
+    for out in [*steps, *passes, drawn, signs]:
         tree = out if isinstance(out, dict) else out._asdict()
         assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(tree))
     assert leaf.grad is None

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import drop_in_step
-from plain import ROUNDING, Drops, assert_plain, functional_step, one_pass
+from plain import Drops, assert_plain, functional_step, one_pass
 from small import convolutional, images
 from torch import Tensor, nn
 
-from apart_func import init_perturbation, make_apart_step, make_one_pass_step, split_state
+from apart_func import make_apart_step, make_one_pass_step, split_state
 
 BATCH = images()
 
@@ -103,26 +103,3 @@ def test_a_buffer_of_float64_in_a_float32_model_changes_neither_dtypes_nor_signs
         found, expected = take(left, batch, groups=2), take(clean, batch, groups=2)
         for field in ("grads", "stats", "perturbation", "adversarial_stats"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=0, atol=0)
-
-
-def test_a_radius_that_requires_gradients_leaves_no_graph_in_what_comes_out() -> None:
-    model = Drops()
-    radius = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    for take in (functional_step, one_pass):
-        out = take(model, BATCH, epsilon=radius, groups=2)
-        assert not any(part.requires_grad for shift in out.perturbation.values() for part in shift)
-
-
-def test_a_step_that_is_given_its_perturbation_draws_nothing() -> None:
-    model = convolutional()
-    given = {name: type(shift)(shift.mean + 0.1, shift.scale - 0.1) for name, shift in init_perturbation(model).items()}
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
-    before = torch.get_rng_state()
-    out = step(*split_state(model), BATCH, given)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.testing.assert_close(out.perturbation, given, rtol=0, atol=0)
-    x, y = BATCH
-    mapped = torch.func.vmap(lambda scale: step(*split_state(model), (x * scale, y), given).loss)(
-        torch.tensor([1.0, 2.0]).double()
-    )
-    torch.testing.assert_close(mapped[0], out.loss, **ROUNDING)

@@ -19,12 +19,7 @@ CLASSES = 3
 ORDERS = ("consecutive", "interleaved", "function", "uneven")
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by number of position axes
 NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-SMOOTH = {
-    "identity": nn.Identity,
-    "tanh": nn.Tanh,
-    "silu": nn.SiLU,
-    "elu in place": lambda: nn.ELU(inplace=True),
-}
+SMOOTH = {"identity": nn.Identity, "tanh": nn.Tanh, "silu": nn.SiLU, "elu in place": lambda: nn.ELU(inplace=True)}
 KINKED = {
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),

@@ -281,11 +281,7 @@ def test_an_output_that_cannot_be_cut_by_sample_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        lambda shifts: {},
-        lambda shifts: shifts | {"7": shifts["1"]},
-        lambda shifts: shifts | {"1": shifts["4"]},
-    ],
+    [lambda shifts: {}, lambda shifts: shifts | {"7": shifts["1"]}, lambda shifts: shifts | {"1": shifts["4"]}],
 )
 def test_a_perturbation_of_another_model_is_refused(changed: Any) -> None:
     model = convolutional()

@@ -279,14 +279,7 @@ def _dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize(
-    ("build", "ratio"),
-    [
-        (convolutional, 1.0),
-        (convolutional, 0.5),
-        (norm_act, 1.0),
-    ],
-)
+@pytest.mark.parametrize(("build", "ratio"), [(convolutional, 1.0), (convolutional, 0.5), (norm_act, 1.0)])
 def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build, ratio):
     model = build()
     twin = copy.deepcopy(model)

@@ -25,15 +25,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
-from apart_func import (
-    APART,
-    ApartError,
-    ApartStep,
-    assign_grads_,
-    load_state_,
-    make_apart_step,
-    split_state,
-)
+from apart_func import APART, ApartError, ApartStep, assign_grads_, load_state_, make_apart_step, split_state
 
 EPSILON, GROUPS, RATIO = 0.2, 2, 0.5
 OPTIONS: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "ratio": RATIO}

@@ -136,10 +136,7 @@ CALLS = {
     "Settings": Call(
         Settings,
         {"ratio": 1.0, "remainder": "error", "clean_fraction": 0.5, **SETTINGS},
-        {
-            **SETTINGS_TAKE,
-            "clean_fraction": {"a number"},
-        },
+        {**SETTINGS_TAKE, "clean_fraction": {"a number"}},
     ),
     "ApartStep": Call(
         step,

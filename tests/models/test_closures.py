@@ -55,12 +55,7 @@ def mapped(model: nn.Module, loss_fn: Any) -> Any:
     return vmap(lambda p: step(p, buffers, BATCH))(twice)
 
 
-WAYS = {
-    "two passes": two_passes,
-    "one pass": one_pass,
-    "proxy pass": parts,
-    "mapped": mapped,
-}
+WAYS = {"two passes": two_passes, "one pass": one_pass, "proxy pass": parts, "mapped": mapped}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 

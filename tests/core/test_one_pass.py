@@ -55,7 +55,7 @@ def take_step(model: nn.Module, batch: Any = BATCH, perturbation: Any = None, **
 # The definition.
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(architectures(), st.data())
 def test_a_step_of_any_architecture_is_what_the_definition_says(architecture, data):
     # A layer that evaluates by the statistics of the batch mixes clean and perturbed samples, and is refused.

@@ -25,7 +25,7 @@ def pushed(push: Callable[[Shift], Shift]) -> dict[str, Shift]:
     return {layer: push(Shift(*torch.zeros(2, 6).double())) for layer in ("1", "4")}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(architectures())
 def test_the_proxy_pass_is_plain_training(architecture: Architecture) -> None:
     model, (x, y) = architecture.build()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +272,7 @@ class ByHand(lightning.Callback):
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int) -> None:
     module, alone = Classifier(), Classifier()
-    strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
+    strategy = DDPStrategy(start_method="fork")
     options = {"accumulate_grad_batches": accumulated, "max_epochs": 2}
     fit(module, callback_of(form), ByHand(form, accumulated), strategy=strategy, devices=2, **options)
     fit(alone, callback_of(form), **options)

@@ -4,19 +4,22 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import settings
 
 # One thread a process: the tests run small models, which more threads only slow down; also in what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # No test is about time: a machine that does other work as well must not fail one. And none depends on luck.
-settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
-settings.load_profile("deterministic")
+if find_spec("hypothesis"):  # which the tests of CUDA do without
+    from hypothesis import settings
+
+    settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
+    settings.load_profile("deterministic")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start as well.
 # Some of them are about what Ctrl-C does.

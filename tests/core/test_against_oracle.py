@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from architectures import Architecture, Block, Norm, architectures
-from compare import TOLERANCE, assert_agree, relative_error, take_step
+from compare import TOLERANCE, assert_agree, functional_step, relative_error, take_step
 from hypothesis import given, settings
+from loops import drop_in_step
 from oracle import Adversarial, oracle_adversarial
 from small import Parts
 from timm.layers import BatchNormAct2d, ScaledStdConv2d
@@ -50,21 +52,23 @@ def images(samples: int = 8, size: int = 5) -> tuple[Tensor, Tensor]:
 # Any architecture.
 
 
+def check(architecture: Architecture, take: Any) -> None:
+    tolerance = TOLERANCE[architecture.dtype]
+    assert_agree(take_step(*architecture.build(), take, tolerance, **architecture.settings()))
+
+
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
 @settings(max_examples=100)
 @given(architectures())
-def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
-    check(architecture)
+def test_a_step_of_any_architecture_is_what_the_definition_says(take: Any, architecture: Architecture) -> None:
+    check(architecture, take)
 
 
 @pytest.mark.slow
 @settings(max_examples=500)
 @given(architectures())
 def test_a_step_of_five_hundred_other_architectures_is_what_the_definition_says(architecture: Architecture) -> None:
-    check(architecture)
-
-
-def check(architecture: Architecture) -> None:
-    assert_agree(take_step(*architecture.build(), tolerance=TOLERANCE[architecture.dtype], **architecture.settings()))
+    check(architecture, functional_step)
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,8 @@ SETTINGS = list(product((1.0, 0.5), (0, 2)))
 LONG = 5
 
 
-def synchronised() -> nn.Module:
-    model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+def synchronised(group: Any = None) -> nn.Module:
+    model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional(), group)
     return model
 
 
@@ -314,7 +314,7 @@ def long(rank: int) -> Any:
 
 @way()
 def unlike(rank: int) -> Any:
-    model = synchronised()
+    model = synchronised(dist.group.WORLD)
     return make_apart_step(model, F.cross_entropy, ratio=0.5, **TOGETHER)(*split_state(model), unequal(rank))
 
 
@@ -452,7 +452,7 @@ def compiled_synchronised(rank: int) -> str:
 def halves(rank: int) -> Any:
     """Four ranks as two groups of two, which train apart."""
     group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional(), group)
+    model = synchronised(group)
     return last_of(descent(make_apart_step, model, partial(shard, rank % 2), LONG, ratio=0.5, process_group=group))
 
 

@@ -3,8 +3,6 @@
 A failing example shows an `Architecture`, which is all that is needed to build the same model and batch again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod

@@ -5,8 +5,6 @@ the library's δ*: where a statistic gradient is zero but for rounding, its sign
 could agree.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -14,8 +14,6 @@ evaluation mode compute what they always do. δ has a leaf for every value that 
 gradient is a sum over these, and it can be told how far it is above their rounding.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

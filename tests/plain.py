@@ -1,7 +1,5 @@
 """What plain PyTorch does with a model: at zero radius, in one group, every form of the method has to do the same."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple

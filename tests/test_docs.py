@@ -1,7 +1,5 @@
 """Every block of Python in a text runs: those of a page one after another, in one namespace, as a reader would do."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

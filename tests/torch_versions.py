@@ -4,8 +4,6 @@ Every form of the step is compared with the definition and the golden cases wher
 where it is transformed or compiled.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

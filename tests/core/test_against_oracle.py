@@ -1,7 +1,5 @@
 """The library against the definition: on random architectures, and on each decision about what a step means."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every form of a step on CUDA: right in every precision and layout, no host that waits, and inside a CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy

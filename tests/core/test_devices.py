@@ -1,7 +1,5 @@
 """Every form of a step on a device that is no CPU, without having one: where its outputs are, and of what dtype."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

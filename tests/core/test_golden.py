@@ -1,7 +1,5 @@
 """The original implementation's numbers, replayed over all their steps: by the definition, and by the library."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The layer: its two forms against the definition, in value and in first and second derivatives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch

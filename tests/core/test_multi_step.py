@@ -1,7 +1,5 @@
 """The rule of several steps, `multi_step`: against the definition, and in what a step can do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

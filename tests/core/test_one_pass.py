@@ -1,7 +1,5 @@
 """One pass a step: against the definition, what it is made of, which loss it differentiates, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The definition against what needs no definition: plain training, and difference quotients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

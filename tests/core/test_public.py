@@ -1,7 +1,5 @@
 """What the library promises to keep: its public names, each described."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

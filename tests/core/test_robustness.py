@@ -1,7 +1,5 @@
 """Accuracy under shifted running statistics: the shifts, their gradient, the curves, and what must not change."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

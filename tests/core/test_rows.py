@@ -1,7 +1,5 @@
 """Rows that are not samples: points, frames, tokens and nodes are grouped by the sample they belong to, or refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """APART-SAM: the functional step and the drop-in around a two-phase optimizer, against the definition."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

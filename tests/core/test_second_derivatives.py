@@ -1,7 +1,5 @@
 """Second derivatives through batch norm: losses that hold a gradient, in every form of the step and of the layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

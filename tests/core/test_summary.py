@@ -1,7 +1,5 @@
 """What a person sees who prints an output: shapes, and few characters."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """Canaries: what the library takes for granted of torch without its promise; each says what has changed if it fails."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any

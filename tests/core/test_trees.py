@@ -1,7 +1,5 @@
 """Trees: whatever holds tensors as input and output; layers that come and go; and `all_finite`."""
 
-from __future__ import annotations
-
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Steps, functional models and models inside a context are values: copied, pickled, sent away, and used at once."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """What real loops do inside, between and around the contexts: it trains as they mean it, or somebody says why not."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

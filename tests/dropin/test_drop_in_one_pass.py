@@ -1,7 +1,5 @@
 """The drop-in's one pass: the step of the function at signs that it draws, in a context around the user's loop."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The drop-in: its numbers against the definition, and what it leaves of the user's model."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ Every test of numbers runs a `Form` beside a twin of the model that gets its gra
 The definition is given δ, since the sign of a gradient that is zero but for rounding is a coin toss.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Loads golden cases, and puts what a replay yields into the words of the recorded keys (see README.md)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple

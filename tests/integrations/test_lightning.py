@@ -1,7 +1,5 @@
 """The callbacks of Lightning against loops written by hand, which have the same random signs."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Arguments of the wrong type: each of every public function is refused as an `ApartError` that says what was given."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from itertools import product

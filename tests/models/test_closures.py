@@ -1,7 +1,5 @@
 """What reaches past the arguments of a step: it gets its right gradient, or is named before anything has changed."""
 
-from __future__ import annotations
-
 from functools import partial
 from types import MethodType
 from typing import Any

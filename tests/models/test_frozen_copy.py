@@ -1,7 +1,5 @@
 """A functional step holds a copy of the model: of any that plain PyTorch trains; later changes to that are seen."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """Gradients are those of the loss: of every kind of graph, in memory of their own, dense or sparse as PyTorch's."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layers that do with batch norm what some do: choose its statistics, are shared, skipped, or called in one piece."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

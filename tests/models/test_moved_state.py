@@ -1,7 +1,5 @@
 """What a forward moves: once, and it comes back as a value; the arguments of a step never change, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from itertools import product

@@ -1,7 +1,5 @@
 """What belongs to a sample is cut, grouped and paired as samples are; what cannot be is refused."""
 
-from __future__ import annotations
-
 import copy
 from collections import UserDict
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Models that do with batch norm what some do: read its statistics, have no counter, quantise, checkpoint, freeze."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext

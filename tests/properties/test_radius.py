@@ -9,8 +9,6 @@ The networks tell what their layers saw by gradients: their loss multiplies it w
 probes, so the gradient of a probe is what was seen. That works in a step that is eager, mapped or compiled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple

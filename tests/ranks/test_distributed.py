@@ -5,8 +5,6 @@ Everything that ranks do is done in three worlds, since to start one takes secon
 and the tests look at that.
 """
 
-from __future__ import annotations
-
 import os
 import time
 import warnings

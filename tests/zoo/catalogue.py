@@ -7,8 +7,6 @@ None has weights that were trained. What is the same in all channels at first (Î
 random, so that no gradient vanishes for that reason.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import warnings

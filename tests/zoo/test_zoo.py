@@ -3,8 +3,6 @@
 `make zoo` compares all of them; here are a few of each package, which differ in kind.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import catalogue

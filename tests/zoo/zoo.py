@@ -8,8 +8,6 @@ contexts of the drop-in, and again by `oracle.py`, given the δ that the library
 statistic gradients and buffers are apart, what was refused and by which error, or why nothing was compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import gc

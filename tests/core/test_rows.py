@@ -228,6 +228,7 @@ def test_groups_that_divide_the_rows_and_not_the_samples_are_refused(form: str, 
         (lambda layer, x: torch.arange(len(x) - 1), r"'of_points' returned torch.int64 \(23,\)"),
         (lambda layer, x: torch.arange(len(x)), r"'of_points' names samples outside of the batch of 8"),
         (lambda layer, x: torch.arange(len(x)) // 3 - 1, r"'of_points' names samples outside of the batch of 8"),
+        (lambda layer, x: torch.arange(len(x)) // 3 + 1, r"'of_points' names samples outside of the batch of 8"),
         (lambda layer, x: 2 * (torch.arange(len(x)) // 6), r"'of_points' sees 0 values a channel in one of 2 groups"),
     ],
 )

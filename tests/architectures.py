@@ -3,8 +3,6 @@
 A failing example shows an `Architecture`, which is all that is needed to build the same model and batch again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -19,12 +17,7 @@ CLASSES = 3
 ORDERS = ("consecutive", "interleaved", "function", "uneven")
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by number of position axes
 NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-SMOOTH = {
-    "identity": nn.Identity,
-    "tanh": nn.Tanh,
-    "silu": nn.SiLU,
-    "elu in place": lambda: nn.ELU(inplace=True),
-}
+SMOOTH = {"identity": nn.Identity, "tanh": nn.Tanh, "silu": nn.SiLU, "elu in place": lambda: nn.ELU(inplace=True)}
 KINKED = {
     "relu": nn.ReLU,
     "relu in place": lambda: nn.ReLU(inplace=True),
@@ -79,6 +72,10 @@ class Architecture:
     points: int = 1
     rows: str = "consecutive"
     pooled_from: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Those of a step of two passes."""
+        return {"epsilon": self.epsilon, "groups": self.groups, "ratio": self.ratio, "rows": self.rows_setting()}
 
     def rows_setting(self) -> Any:
         """The setting `rows` that tells a step which rows are a sample's."""

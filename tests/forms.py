@@ -1,13 +1,18 @@
-"""A step of every form, for tests that are about where it runs: `take(form, model, batch, ...)` returns its tensors.
+"""A step of every form, for tests of what all forms do.
 
-two passes, one pass    the functional steps; that of one pass carries a perturbation
-drop-in                 to_proxy() and to_adver() around two ordinary passes
-one-pass drop-in        one_pass() around one, at random signs
+`make(form, model)` is a function of a batch, for tests that are about where a step runs:
+
+    two passes, one pass    the functional steps; that of one pass carries a perturbation
+    drop-in                 to_proxy() and to_adver() around two ordinary passes
+    one-pass drop-in        one_pass() around one, at random signs
+
+`STEPS[kind](model, ...)` is a functional step of two groups, and `step(params, buffers, batch, *more_of(kind, model))`
+takes it.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +22,11 @@ from torch import Tensor, nn
 from apart_func import (
     APART,
     init_perturbation,
+    make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
+    multi_step,
+    random_signs,
     sign_perturbation,
     split_state,
 )
@@ -47,6 +55,21 @@ def make(form: str, model: nn.Module, autocast_dtype: torch.dtype | None = None,
     one_pass_step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options)
     before = init_perturbation(model)
     return lambda batch: one_pass_step(params, buffers, batch, before)
+
+
+two_groups: dict[str, Any] = {"loss_fn": F.cross_entropy, "groups": 2}
+STEPS: dict[str, Callable[..., Any]] = {
+    "two passes": partial(make_apart_step, **two_groups),
+    "APART-SAM": partial(make_apart_sam_step, ratio=0.5, rho=0.3, **two_groups),
+    "several steps": partial(make_apart_step, rule=multi_step(3), **two_groups),
+    "one pass": partial(make_one_pass_step, epsilon=0.1, rule=sign_perturbation, **two_groups),
+}
+
+
+def more_of(kind: str, model: nn.Module) -> tuple[Any, ...]:
+    """The perturbation that a step of one pass carries."""
+    generator = torch.Generator().manual_seed(0)
+    return (random_signs(init_perturbation(model), 0.2, generator),) if kind == "one pass" else ()
 
 
 def grads_of(out: Any) -> dict[str, Tensor]:

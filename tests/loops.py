@@ -1,7 +1,5 @@
 """Training steps written as a user of `loss.backward()` writes them, and what they leave as a `StepOutput`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

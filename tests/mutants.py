@@ -8,8 +8,6 @@ A mutant is applied in a copy of the repository, where its tests run until the f
 says that a promise of the library is held by no test.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -14,8 +14,6 @@ evaluation mode compute what they always do. δ has a leaf for every value that 
 gradient is a sum over these, and it can be told how far it is above their rounding.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -311,69 +309,17 @@ def oracle_step(
     epsilon: float,
     groups: int,
     ratio: float,
+    rho: float | None = None,
     perturbation: ShiftTree | None = None,
     rows: Rows = None,
     exact: bool = True,
 ) -> Step:
-    """One step of APART. A given `perturbation` takes the place of ε · sign(g).
+    """One step of APART; with `rho` of APART-SAM, whose adversarial pass is taken at θ + ρ r∇L_p/‖r∇L_p‖.
 
-    Give it when gradients are compared: where g is zero but for rounding, its sign is a coin toss, and two correct
-    implementations may then differ in δ and in every gradient after it.
+    A given `perturbation` takes the place of ε · sign(g). Give it when gradients are compared: where g is zero but for
+    rounding, its sign is a coin toss, and two correct implementations may then differ in δ and in every gradient after
+    it.
     """
-    return both_passes(
-        model,
-        loss_fn,
-        batch,
-        epsilon=epsilon,
-        groups=groups,
-        ratio=ratio,
-        rho=None,
-        perturbation=perturbation,
-        rows=rows,
-        exact=exact,
-    )
-
-
-def oracle_sam_step(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: tuple[Any, Any],
-    *,
-    epsilon: float,
-    groups: int,
-    ratio: float,
-    rho: float,
-    perturbation: ShiftTree | None = None,
-    rows: Rows = None,
-) -> Step:
-    """One step of APART-SAM: the adversarial pass at θ + ρ r∇L_p/‖r∇L_p‖; both gradients still add up at θ."""
-    return both_passes(
-        model,
-        loss_fn,
-        batch,
-        epsilon=epsilon,
-        groups=groups,
-        ratio=ratio,
-        rho=rho,
-        perturbation=perturbation,
-        rows=rows,
-    )
-
-
-def both_passes(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: tuple[Any, Any],
-    *,
-    epsilon: float,
-    groups: int,
-    ratio: float,
-    perturbation: ShiftTree | None,
-    rho: float | None,
-    rows: Rows,
-    exact: bool = True,
-) -> Step:
-    """The proxy pass, the perturbation, the adversarial pass (somewhere else if `rho` is given), and their sum."""
     x, y = batch
     samples = sample_count(x)
     adversarial_samples = int(ratio * samples)
@@ -392,18 +338,9 @@ def both_passes(
         climb_(model, proxy.grads, rho)  # r cancels in r∇L_p/‖r∇L_p‖
     x, y = cut(x, adversarial_samples), cut(y, adversarial_samples)
     adversarial = oracle_adversarial(model, loss_fn, x, y, perturbation, groups, rows, exact)
-
-    return Step(
-        loss=proxy.loss,
-        adversarial_loss=adversarial.loss,
-        output=proxy.output,
-        grads={name: r * grad + (1 - r) * adversarial.grads[name] for name, grad in proxy.grads.items()},
-        buffers=proxy.buffers,
-        stats=proxy.stats,
-        stat_grads=proxy.stat_grads,
-        perturbation=perturbation,
-        proxy=proxy,
-    )
+    grads = {name: r * grad + (1 - r) * adversarial.grads[name] for name, grad in proxy.grads.items()}
+    found = proxy.loss, adversarial.loss, proxy.output, grads, proxy.buffers, proxy.stats, proxy.stat_grads
+    return Step(*found, perturbation, proxy)
 
 
 @torch.no_grad()
@@ -455,17 +392,9 @@ def oracle_one_pass_step(
     grads = {name: next(found) for name in params}
     # Clean samples alone have leaves, and their share of the loss is r.
     stat_grads = {name: layer.summed([next(found) / r for _ in values[name]]) for name, layer in layers.items()}
-    return Step(
-        loss=clean_loss.detach(),
-        adversarial_loss=perturbed_loss.detach(),
-        output=map_tensors(Tensor.detach, output),
-        grads=grads,
-        buffers=buffers,
-        stats=stats,
-        stat_grads=stat_grads,
-        perturbation={name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()},
-        proxy=None,
-    )
+    after = {name: Shift(*(epsilon * g.sign() for g in pair)) for name, pair in stat_grads.items()}
+    losses_and_output = map_tensors(Tensor.detach, (clean_loss, perturbed_loss, output))
+    return Step(*losses_and_output, grads, buffers, stats, stat_grads, after, None)
 
 
 # Models and batches.

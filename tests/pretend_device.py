@@ -8,8 +8,6 @@ There an operator that mixes devices is an error, and so is one that the host wo
 that it wants does not exist. CUDA itself cannot be pretended: autograd wants its driver.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor

@@ -1,9 +1,26 @@
 """Small models and batches that several tests share."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 CLASSES = 3
+
+
+class Parts(nn.Module):
+    """A model of some parts by name, in float64, whose forward is a function of the model and its inputs."""
+
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.double()
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.function(self, *inputs, **named)
 
 
 def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -20,6 +37,16 @@ def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float
         nn.Flatten(),
         nn.Linear(5, CLASSES),
     ).to(dtype)
+
+
+def smooth(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """The same without flat directions: no statistic gradient is zero but for rounding, and no sign a coin toss."""
+    model = convolutional()
+    model[2], model[5] = nn.SiLU(inplace=True), nn.SiLU(inplace=True)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.to(dtype)
 
 
 def images(samples: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """Every block of Python in a text runs: those of a page one after another, in one namespace, as a reader would do."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -23,9 +21,7 @@ GIVEN: dict[str, dict[str, Any]] = {"README.md": {"loader": LOADER, "M": 32, "N"
 
 
 @pytest.mark.parametrize("page", CODE)
-def test_the_code_of_a_page_runs_and_prints_what_is_said(
-    page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_of_a_page_runs_and_prints_what_is_said(page, monkeypatch, capsys):
     """As under torchrun with one process, which only the page about processes notices."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(key, value)

@@ -4,8 +4,6 @@ Every form of the step is compared with the definition and the golden cases wher
 where it is transformed or compiled.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -44,7 +42,6 @@ def forms_agree() -> None:
 
 
 def vmap_agrees() -> None:
-    """A step mapped over radii is the steps one by one."""
     model, batch = convolutional(), images()
     params, buffers = split_state(model)
     step = make_apart_step(model, F.cross_entropy, groups=2)
@@ -65,7 +62,6 @@ def grad_agrees() -> None:
 
 
 def compiled_agrees() -> None:
-    """The step in one graph is the eager one."""
     model, batch = convolutional(dtype=torch.float32), images(dtype=torch.float32)
     step = make_apart_step(model, F.cross_entropy, groups=2)
     state = split_state(model)
@@ -75,7 +71,6 @@ def compiled_agrees() -> None:
 
 
 def compiled_drop_in_agrees() -> None:
-    """A compiled model in the drop-in is the eager one."""
     batch, plain = images(16), convolutional()
     compiled = torch.compile(convolutional())
     found, expected = (grads_of(make("drop-in", model)(batch)) for model in (compiled, plain))

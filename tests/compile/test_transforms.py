@@ -1,31 +1,30 @@
 """The step under `torch.func.grad`, `vmap` and `torch.compile`, and its parts."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import convolutional, images
+from forms import STEPS, more_of
+from small import convolutional, images, smooth
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, stack_module_state, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from apart_func import (
     ApartStep,
-    BatchStats,
     Perturbation,
-    StatGrads,
     StepOutput,
     adversarial_pass,
     functionalize,
-    init_perturbation,
     make_apart_step,
     make_one_pass_step,
+    multi_step,
     proxy_pass,
+    sign_flips,
     sign_perturbation,
     split_state,
 )
@@ -106,14 +105,13 @@ def test_groups_are_of_every_gth_sample_in_a_compiled_graph() -> None:
 
 
 def test_a_step_can_be_differentiated() -> None:
-    """The slope of the adversarial loss along a direction, against finite differences of the same step."""
+    """The slope of the clean loss along a direction, against finite differences of the same step."""
     step, params, buffers = small_step(epsilon=0.1, groups=2)
-    batch = BATCH
     generator = torch.Generator().manual_seed(3)
     direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in params.items()}
 
     def clean_loss(p: dict[str, Tensor]) -> Tensor:
-        return step(p, buffers, batch).loss
+        return step(p, buffers, BATCH).loss
 
     slopes = grad(clean_loss)(params)
     analytic = sum((slopes[name] * direction[name]).sum() for name in params)
@@ -125,45 +123,48 @@ def test_a_step_can_be_differentiated() -> None:
 def test_a_step_can_be_differentiated_twice_through_its_gradients() -> None:
     """∇θ ½‖∇L_p‖² at a zero radius, against finite differences; the kind of thing meta-learning asks for."""
     step, params, buffers = small_step(epsilon=0.0)
-    batch = BATCH
 
     def energy(weight: Tensor) -> Tensor:
-        return step({**params, "8.weight": weight}, buffers, batch).grads["8.weight"].square().sum() / 2
+        return step({**params, "8.weight": weight}, buffers, BATCH).grads["8.weight"].square().sum() / 2
 
-    weight = params["8.weight"]
-    direction = torch.ones_like(weight)
-    h = 1e-6
-    numeric = (energy(weight + h * direction) - energy(weight - h * direction)) / (2 * h)
-    torch.testing.assert_close((grad(energy)(weight) * direction).sum(), numeric, rtol=1e-6, atol=1e-10)
+    weight, h = params["8.weight"], 1e-6
+    numeric = (energy(weight + h) - energy(weight - h)) / (2 * h)
+    torch.testing.assert_close(grad(energy)(weight).sum(), numeric, rtol=1e-6, atol=1e-10)
 
 
-def test_the_step_under_a_transform_equals_the_eager_one() -> None:
-    step, params, buffers = small_step(epsilon=0.1, groups=2, ratio=0.5)
-    traced = vmap(lambda x, y: step(params, buffers, (x, y)))(*(t[None] for t in BATCH))
-    assert_same(tree_map(lambda t: t[0], traced), step(params, buffers, BATCH))
+@pytest.mark.parametrize("rule", [sign_perturbation, multi_step(3)])
+def test_where_a_step_is_differentiated_its_perturbation_is_a_constant(rule: Any) -> None:
+    params, buffers = split_state(smooth())
+    step = make_apart_step(smooth(), F.cross_entropy, epsilon=0.3, groups=2, rule=rule)
+    given = step(params, buffers, BATCH).perturbation
+    fixed = make_apart_step(smooth(), F.cross_entropy, groups=2, rule=lambda *_: given)
+    slopes, expected = (grad(lambda p, s=s: s(p, buffers, BATCH).adversarial_loss)(params) for s in (step, fixed))
+    torch.testing.assert_close(slopes, expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_vmap_over_models_equals_the_models_one_by_one(momentum: float | None) -> None:
-    models = [convolutional(momentum) for _ in range(3)]
-    for seed, model in enumerate(models):
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    step = make_apart_step(models[0], F.cross_entropy, epsilon=0.1, groups=2)
-    params, buffers = stack_module_state(models)
-    params = tree_map(Tensor.detach, params)
-    together = vmap(lambda p, b: step(p, b, BATCH))(params, buffers)
-    for i, model in enumerate(models):
-        assert_same(tree_map(lambda t, i=i: t[i], together), step(*split_state(model), BATCH))
+every_step = pytest.mark.parametrize("kind", STEPS)
 
 
-def test_vmap_over_the_radius_equals_the_radii_one_by_one() -> None:
-    step, params, buffers = small_step(groups=2)
-    radii = torch.tensor([0.0, 0.05, 0.2], dtype=torch.float64)
-    together = vmap(lambda e: step(params, buffers, BATCH, epsilon=e))(radii)
+@every_step
+def test_vmap_over_the_radius_equals_the_radii_one_by_one(kind: str) -> None:
+    model = smooth()
+    step, state, more = STEPS[kind](model), split_state(model), more_of(kind, model)
+    radii = torch.tensor([0.0, 0.05, 0.5], dtype=torch.float64)
+    together = vmap(lambda e: step(*state, BATCH, *more, epsilon=e))(radii)
     for i, radius in enumerate(radii):
-        assert_same(tree_map(lambda t, i=i: t[i], together), step(params, buffers, BATCH, epsilon=radius))
+        assert_same(tree_map(lambda t, i=i: t[i], together), step(*state, BATCH, *more, epsilon=radius))
+
+
+@pytest.mark.parametrize(("kind", "momentum"), [("two passes", 0.1), *((kind, None) for kind in STEPS)])
+def test_vmap_over_models_equals_the_models_one_by_one(kind: str, momentum: float | None) -> None:
+    models = [smooth(seed) for seed in range(3)]
+    for model in models:
+        model[1].momentum = model[4].momentum = momentum
+    step, more = STEPS[kind](models[0]), more_of(kind, models[0])
+    params, buffers = stack_module_state(models)
+    together = vmap(lambda p, b: step(p, b, BATCH, *more))(tree_map(Tensor.detach, params), buffers)
+    for i, model in enumerate(models):
+        assert_same(tree_map(lambda t, i=i: t[i], together), step(*split_state(model), BATCH, *more))
 
 
 def test_vmap_over_models_and_radii() -> None:
@@ -177,14 +178,6 @@ def test_vmap_over_models_and_radii() -> None:
             assert_same(tree_map(lambda t, i=i, j=j: t[i, j], together), one)
 
 
-def test_a_bad_radius_under_a_transform_is_reported() -> None:
-    step, params, buffers = small_step()
-    radii = torch.tensor([0.1, -0.1, float("nan")], dtype=torch.float64)
-    out = vmap(lambda e: step(params, buffers, BATCH, epsilon=e))(radii)
-    assert out.all_finite.tolist() == [True, False, False]
-    torch.testing.assert_close(out.buffers["1.running_mean"][1], buffers["1.running_mean"], rtol=0, atol=0)
-
-
 # torch.compile
 
 
@@ -196,32 +189,41 @@ def dynamo() -> Any:
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("options", [{"groups": 4}, {"groups": 0, "ratio": 0.5, "microbatches": 2}])
-def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(options: dict[str, Any]) -> None:
-    model = convolutional(momentum=None, dtype=torch.float32)
-    step = make_apart_step(model, F.cross_entropy, **options)
+@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in STEPS), ("two passes", {"microbatches": 2})])
+def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(kind, options):
+    model = smooth()
+    model[1].momentum = None
+    step, more = STEPS[kind](model, **options), more_of(kind, model)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     params, buffers = split_state(model)
-    expected_buffers = buffers
-    for t in range(4):
-        batch = images(seed=t, dtype=torch.float32)
-        call = {"epsilon": torch.tensor(0.1 + 0.05 * t), "loss_scale": torch.tensor(2.0**t)}
-        out, expected = compiled(params, buffers, batch, **call), step(params, expected_buffers, batch, **call)
-        # float32 sums in another order; the nets are small
-        torch.testing.assert_close(out.grads, expected.grads, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(out.buffers, expected.buffers, rtol=1e-4, atol=1e-5)
-        buffers, expected_buffers = out.buffers, expected.buffers
-        params = {name: p - 0.1 * out.grads[name] for name, p in params.items()}
+    for t in range(3):
+        call = {"epsilon": torch.tensor(0.1 + 0.2 * t), "loss_scale": torch.tensor(2.0**t)}
+        out = compiled(params, buffers, images(seed=t), *more, **call)
+        assert_same(out, step(params, buffers, images(seed=t), *more, **call))
+        buffers, params = out.buffers, {name: p - 0.1 * out.grads[name] for name, p in params.items()}
     assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_step_draws_other_signs_in_every_call() -> None:
+    model = convolutional()
+    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    first, second = (compiled(*split_state(model), BATCH, epsilon=torch.tensor(0.2)) for _ in range(2))
+    assert sign_flips(first.perturbation, second.perturbation) > 0
+    radii = torch.cat([part.abs() for shift in first.perturbation.values() for part in shift])
+    torch.testing.assert_close(radii, torch.full_like(radii, 0.2), rtol=1e-6, atol=0)  # of float32
+    torch.testing.assert_close(first.grads, step(*split_state(model), BATCH, first.perturbation).grads, **ROUNDING)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
-def test_a_step_compiled_by_inductor_equals_the_eager_one() -> None:
-    step, params, buffers = small_step(epsilon=0.1, groups=2)
-    compiled = torch.compile(step, fullgraph=True)
-    assert_same(compiled(params, buffers, BATCH), step(params, buffers, BATCH))
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+def test_a_step_compiled_by_inductor_equals_the_eager_one(kind: str) -> None:
+    model = smooth()
+    step, arguments = STEPS[kind](model), (*split_state(model), BATCH, *more_of(kind, model))
+    assert_same(torch.compile(step, fullgraph=True, dynamic=False)(*arguments), step(*arguments))
 
 
 @pytest.mark.slow
@@ -256,14 +258,12 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
     expected_graphs = 0
     for width, side in ((3, 4), (5, 6)):
         model = small_model(width)
-        arguments = () if kind == "two passes" else (init_perturbation(model),)
-        make = make_apart_step if kind == "two passes" else make_one_pass_step
-        step = make(model, F.cross_entropy, epsilon=0.1, groups=2, rule=sign_perturbation)
+        step, more = STEPS[kind](model), more_of(kind, model)
         compiled = torch.compile(step, backend=backend, fullgraph=True)
         for samples in (8, 12, 8, 12):
             x = torch.randn(samples, 2, side, side, dtype=torch.float64)
             batch = x, torch.arange(samples) % 3
-            assert_same(compiled(*split_state(model), batch, *arguments), step(*split_state(model), batch, *arguments))
+            assert_same(compiled(*split_state(model), batch, *more), step(*split_state(model), batch, *more))
         expected_graphs += 2
         assert len(graphs) == expected_graphs, f"{len(graphs)} graphs of {expected_graphs} models and batch sizes"
     assert not any(graphs), "a graph takes numbers that are no tensors: symbolic sizes"
@@ -291,21 +291,6 @@ def test_a_checkpointed_model_does_not_compile_and_the_compiler_says_why() -> No
         torch.compile(step, backend="aot_eager", fullgraph=True)(*split_state(model), BATCH)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here, and CUDA graphs exist there alone")
-@pytest.mark.usefixtures("dynamo")
-def test_cuda_graphs_replay_the_step() -> None:
-    model = convolutional(dtype=torch.float32).cuda()
-    step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
-    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
-    for seed in range(5):  # recorded on the way, and replayed later
-        batch = tuple(tensor.cuda() for tensor in images(seed=seed, dtype=torch.float32))
-        torch.compiler.cudagraph_mark_step_begin()
-        out, expected = compiled(params, buffers, batch), step(params, buffers, batch)
-        torch.testing.assert_close(out.grads, expected.grads, rtol=1e-3, atol=1e-5)  # float32 sums in another order
-        torch.testing.assert_close(out.buffers, expected.buffers, rtol=1e-4, atol=1e-5)
-        buffers = {name: buffer.clone() for name, buffer in out.buffers.items()}  # the graph will write there again
-
-
 # The parts.
 
 
@@ -321,9 +306,7 @@ def test_the_parts_make_the_step() -> None:
 
 
 def test_another_rule_takes_the_place_of_the_sign() -> None:
-    def halved(
-        stats: dict[str, BatchStats], stat_grads: dict[str, StatGrads], epsilon: Tensor
-    ) -> dict[str, Perturbation]:
+    def halved(stats: Any, stat_grads: Any, epsilon: Tensor) -> dict[str, Perturbation]:
         return {layer: Perturbation(epsilon * g.mean, epsilon * g.scale / 2) for layer, g in stat_grads.items()}
 
     step, params, buffers = small_step(epsilon=0.5, rule=halved)
@@ -332,17 +315,13 @@ def test_another_rule_takes_the_place_of_the_sign() -> None:
         torch.testing.assert_close(out.perturbation[layer], Perturbation(0.5 * g.mean, 0.25 * g.scale))
 
 
-def run_under_no_grad(step: Callable[[], StepOutput]) -> StepOutput:
-    with torch.no_grad():
-        return step()
-
-
 def test_outputs_are_detached_also_from_parameters_that_require_gradients() -> None:
     step, params, buffers = small_step(groups=2)
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     out = step(leaves, buffers, BATCH)
-    assert not any(leaf.requires_grad for leaf in torch.utils._pytree.tree_leaves(out._asdict()))
-    assert_same(out, run_under_no_grad(lambda: step(params, buffers, BATCH)))
+    assert not any(leaf.requires_grad for leaf in tree_leaves(out._asdict()))
+    with torch.no_grad():
+        assert_same(out, step(params, buffers, BATCH))
 
 
 def test_dropout_draws_from_the_default_generator() -> None:

@@ -1,107 +1,21 @@
-"""The library against the definition: on random architectures, and on each decision about what a step means.
+"""The library against the definition: on random architectures, and on each decision about what a step means."""
 
-A comparison has two parts. What the proxy pass yields is compared as it is. The adversarial pass is compared *given
-the library's δ*: where a statistic gradient is zero but for rounding, its sign is a coin toss, and nothing after it
-could agree.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from architectures import Architecture, Block, Norm, architectures
+from compare import TOLERANCE, assert_agree, functional_step, relative_error, take_step
 from hypothesis import given, settings
-from oracle import Adversarial, Step, oracle_adversarial, oracle_step
+from loops import drop_in_step
+from oracle import Adversarial, oracle_adversarial
+from small import Parts
 from timm.layers import BatchNormAct2d, ScaledStdConv2d
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from apart_func import Perturbation, StepOutput, adversarial_pass, functionalize, make_apart_step, split_state
-
-# Largest ‖difference‖/‖expected‖ over a whole tree, by dtype of the model. The definition runs in float64 on the very
-# same values, so the difference is what rounding has done to the library: typically 3e-16, 2e-7 and 4e-3. The worst of
-# some thousand architectures had a layer with hardly any variance, which enlarges rounding (plain training's as well):
-# 2e-10, 8e-5 and 9e-2 there.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1}
-
-
-class Comparison(NamedTuple):
-    """One step twice: by the library, and by the definition with the library's δ."""
-
-    library: StepOutput
-    definition: Step
-    epsilon: float
-    tolerance: float
-
-
-def take_step(
-    model: nn.Module,
-    batch: Any,
-    *,
-    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
-    epsilon: float = 0.1,
-    groups: int = 0,
-    ratio: float = 1.0,
-    rows: Any = None,
-    tolerance: float = TOLERANCE[torch.float64],
-) -> Comparison:
-    """A step of the model from its own state, both ways."""
-    params, buffers = split_state(model)
-    options: dict[str, Any] = {"epsilon": epsilon, "groups": groups, "ratio": ratio, "rows": rows}
-    library = make_apart_step(model, loss_fn, **options)(params, buffers, batch)
-    definition = oracle_step(model, loss_fn, batch, perturbation=library.perturbation, **options)
-    return Comparison(library, definition, epsilon, tolerance)
-
-
-def assert_agree(step: Comparison) -> None:
-    """Everything a step returns is what the definition returns."""
-    library, definition, _, tolerance = step
-    for field in ("loss", "output", "buffers", "stats", "stat_grads", "adversarial_loss", "grads"):
-        error = relative_error(getattr(library, field), getattr(definition, field))
-        assert error <= tolerance, f"{field} is off by {error:.1e}"
-    assert_pushed_uphill(step)
-
-
-def assert_pushed_uphill(step: Comparison) -> None:
-    """δ is ε · sign(g), wherever the sign of g is no matter of rounding."""
-    library, definition, epsilon, tolerance = step
-    gradients, perturbation = flatten(definition.stat_grads), flatten(library.perturbation)
-    assert perturbation.keys() == gradients.keys()
-    noise = tolerance * sum(g.square().sum() for g in gradients.values()) ** 0.5  # what `relative_error` lets pass
-    for key, g in gradients.items():
-        clear = g.abs() > noise
-        # The library holds ε in δ's dtype, float32 at the least.
-        radius = torch.tensor(epsilon, dtype=perturbation[key].dtype).double()
-        assert torch.equal(perturbation[key].double()[clear], radius * g.sign()[clear]), key
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    """‖actual − expected‖/‖expected‖ over all tensors, after a look at keys, shapes, and integers (which are exact)."""
-    actual, expected = flatten(actual), flatten(expected)
-    assert actual.keys() == expected.keys()
-    difference = norm = 0.0
-    for key, value in expected.items():
-        assert actual[key].shape == value.shape, key
-        if not value.is_floating_point():
-            assert torch.equal(actual[key], value), key
-            continue
-        difference += (actual[key].double() - value).square().sum().item()
-        norm += value.square().sum().item()
-    return (difference / norm) ** 0.5 if norm else difference**0.5
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor of a tree, keyed by its path."""
-    if isinstance(tree, Tensor):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else tree._asdict().items()
-    return {path: leaf for key, value in items for path, leaf in flatten(value, f"{prefix}/{key}").items()}
+from apart_func import Perturbation, adversarial_pass, functionalize, make_apart_step, split_state
 
 
 @pytest.fixture(autouse=True)
@@ -124,49 +38,35 @@ def mlp(norm: nn.Module) -> nn.Module:
     return sequential(nn.Linear(5, 4), norm, nn.Tanh(), nn.Linear(4, 3))
 
 
-def vectors(samples: int = 12) -> tuple[Tensor, Tensor]:
-    """A batch for `mlp`."""
-    return torch.randn(samples, 5).double(), torch.randint(3, (samples,))
+def vectors(samples: int = 12, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, 5, generator=generator).double(), torch.randint(3, (samples,), generator=generator)
 
 
 def images(samples: int = 8, size: int = 5) -> tuple[Tensor, Tensor]:
-    """A batch of three-channel images with three classes."""
     return torch.randn(samples, 3, size, size).double(), torch.randint(3, (samples,))
-
-
-def pair_sum(a: Any, b: Any) -> Any:
-    """The sum of two statistic gradients."""
-    return type(a)(a.mean + b.mean, a.scale + b.scale)
 
 
 # Any architecture.
 
 
+def check(architecture: Architecture, take: Any) -> None:
+    tolerance = TOLERANCE[architecture.dtype]
+    assert_agree(take_step(*architecture.build(), take, tolerance, **architecture.settings()))
+
+
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
 @settings(max_examples=100)
 @given(architectures())
-def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
-    check(architecture)
+def test_a_step_of_any_architecture_is_what_the_definition_says(take: Any, architecture: Architecture) -> None:
+    check(architecture, take)
 
 
 @pytest.mark.slow
 @settings(max_examples=500)
 @given(architectures())
 def test_a_step_of_five_hundred_other_architectures_is_what_the_definition_says(architecture: Architecture) -> None:
-    check(architecture)
-
-
-def check(architecture: Architecture) -> None:
-    model, batch = architecture.build()
-    step = take_step(
-        model,
-        batch,
-        epsilon=architecture.epsilon,
-        groups=architecture.groups,
-        ratio=architecture.ratio,
-        rows=architecture.rows_setting(),
-        tolerance=TOLERANCE[architecture.dtype],
-    )
-    assert_agree(step)
+    check(architecture, functional_step)
 
 
 @pytest.mark.parametrize(
@@ -205,49 +105,30 @@ def test_statistics_of_half_precision_activations_are_as_exact_as_float32(dtype:
     assert relative_error(step.library.stats, step.definition.stats) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])  # norm-act layers; batch norm and in-place ReLU
-def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
-    model = timm.create_model(name, num_classes=3).double()
-    assert_agree(take_step(model, images(samples=8, size=32), groups=2))
-
-
 # Which layers are perturbed.
 
 
-def test_a_layer_called_twice_adds_its_statistic_gradients() -> None:
-    class Unrolled(nn.Module):
+def test_a_layer_called_twice_adds_its_statistic_gradients_and_moves_with_both_calls() -> None:
+    def unrolled(first: nn.Module, second: nn.Module) -> nn.Module:
         """Two names for what is one layer if `second` is `first`."""
+        parts = {"first": first, "second": second, "head": nn.Linear(5, 3)}
+        return Parts(lambda m, x: m.head(m.second(torch.tanh(m.first(x))).tanh()), **parts)
 
-        def __init__(self, first: nn.Module, second: nn.Module) -> None:
-            super().__init__()
-            self.first, self.second, self.head = first, second, nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.second(torch.tanh(self.first(x))).tanh())
-
-    shared = Unrolled(*[nn.BatchNorm1d(5)] * 2).double()
+    shared = unrolled(*[nn.BatchNorm1d(5, momentum=0.5)] * 2)
     nn.init.normal_(shared.first.weight)
-    apart = Unrolled(nn.BatchNorm1d(5), nn.BatchNorm1d(5)).double()
+    apart = unrolled(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
     apart.load_state_dict(shared.state_dict())  # of two layers, equal in value
 
-    batch = vectors()
-    of_shared, of_each = take_step(shared, batch), take_step(apart, batch)
+    of_shared, of_each = take_step(shared, vectors()), take_step(apart, vectors())
     assert_agree(of_shared)
-    total = pair_sum(of_each.library.stat_grads["first"], of_each.library.stat_grads["second"])
-    # rounding of a sum of two float64 numbers
-    torch.testing.assert_close(of_shared.library.stat_grads["first"], total, rtol=1e-13, atol=1e-16)
-
-
-def test_a_layer_called_twice_has_statistics_and_running_statistics_of_both_calls() -> None:
-    norm = nn.BatchNorm1d(5, momentum=0.5)
-    model = sequential(norm, nn.Tanh(), norm, nn.Linear(5, 3))
-    step = take_step(model, vectors())
-    assert step.library.stats["0"].mean.shape == (2, 5)
-    assert step.library.buffers["0.num_batches_tracked"] == 2
+    found, each = of_shared.library, of_each.library.stat_grads
+    # rounding of sums of two float64 numbers
+    for one, *parts in zip(found.stat_grads["first"], each["first"], each["second"], strict=True):
+        torch.testing.assert_close(one, sum(parts), rtol=1e-13, atol=1e-16)
+    first, second = found.stats["first"].mean  # (2, 5)
     # from 0, half of the way to the first mean and then half of the way to the second
-    first, second = step.library.stats["0"].mean
-    torch.testing.assert_close(step.library.buffers["0.running_mean"], first / 4 + second / 2, rtol=1e-13, atol=1e-16)
-    assert_agree(step)
+    torch.testing.assert_close(found.buffers["first.running_mean"], first / 4 + second / 2, rtol=1e-13, atol=1e-16)
+    assert found.buffers["first.num_batches_tracked"] == 2
 
 
 def test_a_layer_in_evaluation_mode_is_plain_and_in_no_tree() -> None:
@@ -331,8 +212,8 @@ def test_without_momentum_running_statistics_are_the_average_of_all_batches() ->
     params, buffers = split_state(model)
     apart_step = make_apart_step(model, F.cross_entropy)
     means, variances = [], []
-    for _ in range(3):
-        out = apart_step(params, buffers, vectors(samples=12))
+    for seed in range(3):
+        out = apart_step(params, buffers, vectors(12, seed))
         buffers = out.buffers
         means.append(out.stats["1"].mean)
         variances.append(out.stats["1"].var * 12 / 11)  # the unbiased estimate
@@ -346,45 +227,6 @@ def test_an_untracked_layer_is_perturbed_and_has_no_running_statistics() -> None
     step = take_step(mlp(nn.BatchNorm1d(4, track_running_stats=False)), vectors())
     assert step.library.buffers == {}
     assert step.library.stats.keys() == {"1"}
-    assert_agree(step)
-
-
-def test_the_models_own_buffers_are_those_of_the_proxy_pass() -> None:
-    class Centred(nn.Module):
-        """Subtracts a moving average of its input, which both passes move."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("average", torch.zeros(5))
-            self.register_buffer("calls", torch.tensor(0))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            self.average = 0.5 * self.average + 0.5 * x.detach().mean(0)  # replaced, not changed in place
-            return torch.tanh(x - self.average)
-
-    model, batch = sequential(Centred(), nn.BatchNorm1d(5), nn.Linear(5, 3)), vectors()
-    step = take_step(model, batch, ratio=0.5)
-    assert step.library.buffers["0.calls"] == 1
-    torch.testing.assert_close(step.library.buffers["0.average"], 0.5 * batch[0].mean(0), rtol=0, atol=0)
-    assert_agree(step)
-
-
-def test_a_checkpointed_block_counts_its_batch_once() -> None:
-    class Checkpointed(nn.Module):
-        """Runs its block again during the backward."""
-
-        def __init__(self, block: nn.Module) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.block, x, use_reentrant=False)
-
-    block = sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh())
-    step = take_step(sequential(Checkpointed(block), nn.Linear(4, 3)), vectors(), groups=2)
-    assert step.library.buffers["0.block.1.num_batches_tracked"] == 1
-    assert step.library.stats["0.block.1"].mean.shape == (4,)
     assert_agree(step)
 
 
@@ -402,39 +244,8 @@ def test_each_group_can_have_a_perturbation_of_its_own() -> None:
         assert relative_error(getattr(library, field), getattr(definition, field)) < TOLERANCE[torch.float64], field
 
 
-def test_a_tuple_input_is_splatted_and_every_tensor_of_it_is_cut() -> None:
-    class TwoInputs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rest = mlp(nn.BatchNorm1d(4))
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.rest(a + b)
-
-    (a, y), (b, _) = vectors(), vectors()
-    assert_agree(take_step(TwoInputs(), ((a, b), y), ratio=0.5))
-
-
 def test_a_dict_input_is_passed_as_keywords_and_a_0d_tensor_of_it_whole() -> None:
-    class Keywords(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rest = mlp(nn.BatchNorm1d(4))
-
-        def forward(self, *, x: Tensor, temperature: Tensor) -> Tensor:
-            return self.rest(x) / temperature
-
+    model = Parts(lambda m, *, x, temperature: m.rest(x) / temperature, rest=mlp(nn.BatchNorm1d(4)))
     x, y = vectors()
     batch = {"x": x, "temperature": torch.tensor(0.5).double()}, y
-    assert_agree(take_step(Keywords(), batch, ratio=0.5))
-
-
-def test_a_pytree_target_reaches_the_loss_function_cut_like_the_input() -> None:
-    def mixed(output: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """The loss of mixup: two labels a sample, and one share for the batch."""
-        share = target["share"]
-        return share * F.cross_entropy(output, target["a"]) + (1 - share) * F.cross_entropy(output, target["b"])
-
-    (x, a), (_, b) = vectors(), vectors()
-    batch = x, {"a": a, "b": b, "share": torch.tensor(0.3).double()}
-    assert_agree(take_step(mlp(nn.BatchNorm1d(4)), batch, loss_fn=mixed, ratio=0.5))
+    assert_agree(take_step(model, batch, ratio=0.5))

@@ -1,7 +1,5 @@
 """Every form of a step on CUDA: right in every precision and layout, no host that waits, and inside a CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -46,13 +44,11 @@ def smooth(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def case(layout: torch.memory_format = torch.contiguous_format) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """A float32 model and a batch of sixteen, on the device."""
     x, y = images(16, dtype=torch.float32)
     return smooth().to(DEVICE, memory_format=layout), (x.to(DEVICE, memory_format=layout), y.to(DEVICE))
 
 
 def error_of(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """‖found − exact‖ / ‖exact‖, of all tensors together."""
     far, near = (torch.cat([tree[name].detach().double().cpu().flatten() for name in exact]) for tree in (found, exact))
     return float((far - near).norm() / near.norm())
 

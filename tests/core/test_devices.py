@@ -1,7 +1,5 @@
 """Every form of a step on a device that is no CPU, without having one: where its outputs are, and of what dtype."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +20,6 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def described(tree: Any) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Path, shape and dtype of every tensor."""
     leaves, _ = tree_flatten_with_path(tree)
     return [(str(path), tuple(leaf.shape), leaf.dtype) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -32,7 +29,6 @@ def devices_of(tree: Any) -> set[str]:
 
 
 def outputs(form: str, dtype: torch.dtype, pretended: bool) -> Any:
-    """What one step returns, and the model's state after it."""
     model, (x, y) = convolutional(dtype=dtype), images(dtype=dtype)
     with FakeTensorMode() if pretended else nullcontext():
         if pretended:

@@ -1,16 +1,23 @@
 """The original implementation's numbers, replayed over all their steps: by the definition, and by the library."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
-from golden.cases import NAMES, Case, Outcome, as_recorded, assert_as_recorded, load
+from golden.cases import NAMES, Case, Outcome, assert_as_recorded, load
+from loops import both_passes, gradients
 from oracle import oracle_step
+from torch import Tensor
 
-from apart_func import make_apart_step, split_state
+from apart_func import APART, make_apart_step, split_state
+
+State = dict[str, Tensor]
+
+
+def outcome_of(out: Any, params: State, buffers: State) -> Outcome:
+    return Outcome(out.loss, out.adversarial_loss, out.output, out.grads, out.stat_grads, params, buffers)
 
 
 def through_the_definition(case: Case) -> list[Outcome]:
@@ -19,13 +26,11 @@ def through_the_definition(case: Case) -> list[Outcome]:
         out = oracle_step(model, F.cross_entropy, batch, epsilon=case.epsilon, groups=case.groups, ratio=case.ratio)
         params = {name: p.detach() - case.learning_rate * out.grads[name] for name, p in model.named_parameters()}
         model.load_state_dict(params | out.buffers)
-        outcomes.append(
-            Outcome(out.loss, out.adversarial_loss, out.output, out.grads, out.stat_grads, params, out.buffers)
-        )
+        outcomes.append(outcome_of(out, params, out.buffers))
     return outcomes
 
 
-def through_the_library(case: Case) -> list[Outcome]:
+def through_the_functional_step(case: Case) -> list[Outcome]:
     model, outcomes = case.model(), []
     params, buffers = split_state(model)
     apart_step = make_apart_step(model, F.cross_entropy, epsilon=case.epsilon, groups=case.groups, ratio=case.ratio)
@@ -33,69 +38,34 @@ def through_the_library(case: Case) -> list[Outcome]:
         out = apart_step(params, buffers, batch)
         params = {name: p - case.learning_rate * out.grads[name] for name, p in params.items()}
         buffers = out.buffers
-        outcomes.append(Outcome(out.loss, out.adversarial_loss, out.output, out.grads, out.stat_grads, params, buffers))
+        outcomes.append(outcome_of(out, params, buffers))
     return outcomes
 
 
-@cache
-def replay(through: Callable[[Case], list[Outcome]], name: str) -> tuple[Case, list[Outcome]]:
+def through_the_drop_in(case: Case) -> list[Outcome]:
+    model, outcomes = case.model(), []
+    apart = APART(model, epsilon=case.epsilon, groups=case.groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.learning_rate)
+    for x, y in case.batches():
+        optimizer.zero_grad()
+        losses_and_output = both_passes(apart, (x, y), case.ratio)
+        grads = gradients(model)
+        optimizer.step()
+        r = len(x) / (len(x) + int(case.ratio * len(x)))
+        stat_grads = {layer: (g.mean / r, g.scale / r) for layer, g in apart.stat_grads.items()}
+        state = ({name: tensor.clone() for name, tensor in part.items()} for part in split_state(model))
+        outcomes.append(Outcome(*losses_and_output, grads, stat_grads, *state))
+    return outcomes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("through", [through_the_definition, through_the_functional_step, through_the_drop_in])
+def test_a_golden_case_is_met_in_all_its_numbers(through: Callable[[Case], list[Outcome]], name: str) -> None:
+    """Losses, output, statistic gradients, gradients, and what parameters and buffers are after the last step."""
     case = load(name)
-    return case, through(case)
-
-
-every_case = pytest.mark.parametrize("name", NAMES)
-both_ways = pytest.mark.parametrize("through", [through_the_definition, through_the_library])
-
-
-@every_case
-@both_ways
-def test_golden_losses_of_every_step_are_met(through: Callable[[Case], list[Outcome]], name: str) -> None:
-    assert_as_recorded(*replay(through, name), "loss/", "adversarial_loss/")
-
-
-@every_case
-@both_ways
-def test_golden_output_of_the_proxy_pass_is_met(through: Callable[[Case], list[Outcome]], name: str) -> None:
-    assert_as_recorded(*replay(through, name), "output/")
-
-
-@every_case
-@both_ways
-def test_golden_statistic_gradients_are_met(through: Callable[[Case], list[Outcome]], name: str) -> None:
-    assert_as_recorded(*replay(through, name), "stat_grad_mean/", "stat_grad_var/")
-
-
-@every_case
-@both_ways
-def test_golden_gradients_of_the_parameters_are_met(through: Callable[[Case], list[Outcome]], name: str) -> None:
-    assert_as_recorded(*replay(through, name), "grad/")
-
-
-@every_case
-@both_ways
-def test_golden_parameters_after_the_last_step_are_met(through: Callable[[Case], list[Outcome]], name: str) -> None:
-    assert_as_recorded(*replay(through, name), "final_param/")
-
-
-@every_case
-@both_ways
-def test_golden_running_statistics_after_the_last_step_are_met(
-    through: Callable[[Case], list[Outcome]], name: str
-) -> None:
-    assert_as_recorded(*replay(through, name), "final_buffer/")
-
-
-@every_case
-@both_ways
-def test_num_batches_tracked_counts_each_step_once(through: Callable[[Case], list[Outcome]], name: str) -> None:
+    outcomes = through(case)
+    assert_as_recorded(case, outcomes)
     # Not among the recorded numbers: the original counts the adversarial pass too.
-    case, outcomes = replay(through, name)
     counts = {key: n for key, n in outcomes[-1].buffers.items() if key.endswith("num_batches_tracked")}
     assert counts == {key: before + case.steps for key, before in case.under("buffer/").items() if key in counts}
     assert counts
-
-
-@every_case
-def test_a_replay_yields_every_recorded_result_and_no_other(name: str) -> None:
-    case, outcomes = replay(through_the_definition, name)
-    assert as_recorded(outcomes).keys() == case.results().keys()

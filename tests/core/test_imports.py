@@ -62,12 +62,10 @@ def imports(module: str) -> list[tuple[str, str]]:
 
 
 def imported(module: str) -> set[str]:
-    """The dotted names alone."""
     return {name for name, _ in imports(module)}
 
 
 def ours(module: str) -> set[str]:
-    """The modules of the library that one imports, named inside the package."""
     return {name.partition(".")[2] for name in imported(module) if name.partition(".")[0] == "apart_func"}
 
 
@@ -76,26 +74,13 @@ def test_every_module_has_its_place() -> None:
 
 
 @every_module
-def test_a_module_imports_only_from_above(module: str) -> None:
+def test_a_module_imports_public_names_from_above_and_packages_of_run_time(module: str) -> None:
     wrong = {name for name in ours(module) if LEVEL[name] >= LEVEL[module]}
     assert not wrong, f"{module} imports {sorted(wrong)}, which stand beside or below it"
-
-
-@pytest.mark.parametrize("module", sorted(FILES.keys() - EDGE - {""}))
-def test_the_method_imports_nothing_of_the_edge_but_checks_and_ranks(module: str) -> None:
-    assert ours(module) & EDGE <= KNOWN_EDGE
-
-
-@every_module
-def test_a_module_imports_public_names_of_others_alone(module: str) -> None:
-    private = [name for source, name in imports(module) if source.startswith("apart_func") and name.startswith("_")]
-    assert not private
-
-
-@every_module
-def test_the_library_depends_on_torch_and_einops_alone(module: str) -> None:
-    foreign = {name.split(".")[0] for name in imported(module)} - stdlib_module_names - {"apart_func"}
-    assert foreign <= RUN_TIME
+    assert not [name for source, name in imports(module) if source.startswith("apart_func") and name.startswith("_")]
+    assert {name.split(".")[0] for name in imported(module)} - stdlib_module_names - {"apart_func"} <= RUN_TIME
+    if module not in EDGE | {""}:
+        assert ours(module) & EDGE <= KNOWN_EDGE, f"{module}, which is of the method, imports from its edge"
 
 
 def test_integrations_import_the_library_and_their_package_alone() -> None:
@@ -119,7 +104,6 @@ def test_private_names_of_torch_are_in_one_file() -> None:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of a chain of attributes."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""

@@ -1,8 +1,6 @@
 """Accuracy under shifted running statistics: the shifts, their gradient, the curves, and what must not change."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from apart_func import (
+    ApartError,
     BatchError,
     BatchStats,
     ModelError,
@@ -72,17 +71,6 @@ class Reused(nn.Module):
 
     def forward(self, pixels: Tensor, scale: Tensor) -> Tensor:
         return self.head(self.untracked(self.bare(self.norm(scale * self.norm(pixels)))))
-
-
-class WithASpareLayer(nn.Module):
-    """A model that has a layer which it does not call."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.spare = inner, nn.BatchNorm2d(3).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
 
 
 def by_keywords(seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
@@ -210,13 +198,14 @@ def test_a_layer_that_shares_its_parameters_has_gradients_of_its_own() -> None:
 
 
 def test_a_layer_that_is_not_called_has_zero_gradients_and_a_flat_curve() -> None:
-    model = WithASpareLayer(trained())
+    model = trained()
+    model[0].spare = nn.BatchNorm2d(3).double()
     gradients = evaluation_gradients(model, F.cross_entropy, [images()])
-    assert all((part == 0).all() for part in gradients["spare"])
-    assert all((part != 0).any() for part in gradients["inner.1"])
+    assert all((part == 0).all() for part in gradients["0.spare"])
+    assert all((part != 0).any() for part in gradients["1"])
     result = robustness(model, F.cross_entropy, [images()], [images(400, seed=2)], RADII)
-    assert result.layer_adversarial["spare"].unique().numel() == 1
-    assert result.layer_adversarial["inner.1"].unique().numel() > 1
+    assert result.layer_adversarial["0.spare"].unique().numel() == 1
+    assert result.layer_adversarial["1"].unique().numel() > 1
 
 
 # Accuracy.
@@ -283,18 +272,13 @@ def test_a_random_curve_is_the_mean_over_draws() -> None:
     assert 0 < result.random[1] < 1
 
 
-def test_every_draw_has_new_signs_for_every_channel(monkeypatch) -> None:
+def test_every_draw_has_new_signs_for_every_channel() -> None:
     """With a readout that says which signs were drawn."""
     model = nn.BatchNorm1d(400, eps=0).double()  # the model itself is the layer, of no name
     model.running_mean.fill_(1.0)
-    x = torch.zeros(1, 400).double()
+    x, seen = torch.zeros(1, 400).double(), list[Tensor]()
     x[0, 0] = 1e9
-    seen = []
-
-    def watched(module, inputs, output):
-        seen.append(output[0, 1:])
-
-    model.register_forward_hook(watched)
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output[0, 1:]))
     robustness(model, F.cross_entropy, [(x, torch.tensor([0]))], [(x, torch.tensor([0]))], (0.5,), draws=3)
     # y = −μ'/s' = −(1 ± ½)(1 ± ½): four values, each in about a quarter of the channels, other ones in every draw
     draws = seen[3:6]
@@ -348,57 +332,48 @@ def test_the_model_its_modes_and_its_gradients_are_left_alone(case: str) -> None
 
 # What is refused.
 
+DATA = (images(),)
+LAZY = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
 
-def no_batches() -> Iterator[tuple[Tensor, Tensor]]:
-    return iter(())
+
+def curves(held_out: Any = DATA, test: Any = DATA, radii: Any = RADII, **options: Any) -> Any:
+    return robustness(trained(), F.cross_entropy, held_out, test, radii, **options)
+
+
+def shifted(layer: str, channels: int, scale: float) -> Any:
+    shift = {layer: Perturbation(torch.zeros(channels), torch.full((channels,), scale))}
+    return accuracy_under_shift(trained(), [shift], [images()])
 
 
 @pytest.mark.parametrize("radii", [(), (0.0, 0.1), (0.2, 0.1), (0.1, 1.0), (0.1, float("nan")), (-0.1,)])
 def test_radii_that_do_not_ascend_between_zero_and_one_are_refused(radii: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match=r"radii=.*ascending numbers in \(0, 1\)"):
-        robustness(trained(), F.cross_entropy, [images()], [images()], radii)
+        curves(radii=radii)
 
 
-def test_a_shift_of_one_or_more_names_its_layer() -> None:
-    shift = {"4": Perturbation(torch.zeros(5), torch.ones(5))}
-    with pytest.raises(SettingError, match=r"layer '4'.*radius below 1"):
-        accuracy_under_shift(trained(), [shift], [images()])
-
-
-def test_a_shift_of_a_layer_without_running_statistics_names_it_and_those_that_have_some() -> None:
-    shift = {"0": Perturbation(torch.zeros(4), torch.zeros(4))}
-    with pytest.raises(StateError, match=r"\['0'\].*\['1', '4'\]"):
-        accuracy_under_shift(trained(), [shift], [images()])
-
-
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)])
-def test_a_model_without_running_statistics_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ModelError, match="track_running_stats=True"):
-        running_stats(model)
-
-
-@pytest.mark.parametrize(("held_out", "test"), [([], [images()]), ([images()], no_batches())])
-def test_no_data_is_refused(held_out, test) -> None:
-    with pytest.raises(BatchError, match=r"no sample.*used up"):
-        robustness(trained(), F.cross_entropy, held_out, test, RADII)
-
-
-def test_draws_below_one_are_refused() -> None:
-    with pytest.raises(SettingError, match="draws ≥ 1"):
-        robustness(trained(), F.cross_entropy, [images()], [images()], RADII, draws=0)
-
-
-def test_an_output_that_is_no_class_scores_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"output is \(8, 3\) and the target \(8, 1\)"):
-        accuracy_under_shift(trained(), [{}], [(images()[0], torch.zeros(8, 1))])
-
-
-def test_a_loss_that_is_no_scalar_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"shape \(8,\).*loss.mean"):
-        evaluation_gradients(trained(), lambda o, t: F.cross_entropy(o, t, reduction="none"), [images()])
-
-
-def test_a_model_that_cannot_be_copied_is_refused_with_the_fix() -> None:
-    model = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
-    with pytest.raises(ModelError, match="Run one forward"):
-        evaluation_gradients(model, F.cross_entropy, [images()])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: curves(held_out=[]), BatchError, r"no sample.*used up"),
+        (lambda: curves(test=iter(())), BatchError, r"no sample.*used up"),
+        (lambda: curves(draws=0), SettingError, "draws ≥ 1"),
+        (lambda: shifted("4", 5, 1.0), SettingError, r"layer '4'.*radius below 1"),
+        (lambda: shifted("0", 4, 0.0), StateError, r"\['0'\].*\['1', '4'\]"),
+        (lambda: running_stats(nn.Linear(2, 2)), ModelError, "track_running_stats=True"),
+        (lambda: running_stats(nn.BatchNorm1d(2, track_running_stats=False)), ModelError, "track_running_stats=True"),
+        (
+            lambda: accuracy_under_shift(trained(), [{}], [(images()[0], torch.zeros(8, 1))]),
+            UsageError,
+            r"output is \(8, 3\) and the target \(8, 1\)",
+        ),
+        (
+            lambda: evaluation_gradients(trained(), nn.CrossEntropyLoss(reduction="none"), [images()]),
+            UsageError,
+            r"shape \(8,\).*loss.mean",
+        ),
+        (lambda: evaluation_gradients(LAZY, F.cross_entropy, DATA), ModelError, "Run one forward"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(call: Any, error: type[ApartError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

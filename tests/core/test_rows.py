@@ -1,16 +1,14 @@
 """Rows that are not samples: points, frames, tokens and nodes are grouped by the sample they belong to, or refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_agree, functional_step, relative_error, take_step
 from loops import drop_in_step, gradients
-from oracle import oracle_one_pass_step, oracle_sam_step, oracle_step
-from test_against_oracle import Comparison, assert_agree, relative_error, take_step
+from oracle import oracle_one_pass_step, oracle_step
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -99,15 +97,11 @@ def network(way: str) -> nn.Module:
 
 
 @every_way
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
 @pytest.mark.parametrize(("groups", "ratio"), [(0, 1.0), (2, 1.0), (4, 1.0), (0, 0.5), (2, 0.5)])
-def test_a_step_groups_rows_by_sample_as_the_definition_says(way: str, groups: int, ratio: float) -> None:
-    options: dict[str, Any] = {"epsilon": 0.2, "groups": groups, "ratio": ratio, "rows": WAYS[way]}
-    assert_agree(take_step(network(way), batch_for(way), **options))
-    drop_in = drop_in_step(network(way), batch_for(way), **options)
-    definition = oracle_step(
-        network(way), F.cross_entropy, batch_for(way), perturbation=drop_in.perturbation, **options
-    )
-    assert_agree(Comparison(drop_in, definition, 0.2, 1e-9))
+def test_a_step_groups_rows_by_sample_as_the_definition_says(way: str, groups: int, ratio: float, take: Any) -> None:
+    options = {"epsilon": 0.2, "groups": groups, "ratio": ratio, "rows": WAYS[way]}
+    assert_agree(take_step(network(way), batch_for(way), take, **options))
 
 
 @every_way
@@ -115,7 +109,7 @@ def test_apart_sam_groups_rows_by_sample(way: str) -> None:
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 4, "ratio": 1.0, "rho": 0.3, "rows": WAYS[way]}
     model, batch = network(way), batch_for(way)
     out = make_apart_sam_step(model, F.cross_entropy, **options)(*split_state(model), batch)
-    expected = oracle_sam_step(model, F.cross_entropy, batch, perturbation=out.perturbation, **options)
+    expected = oracle_step(model, F.cross_entropy, batch, perturbation=out.perturbation, **options)
     assert relative_error(out.grads, expected.grads) < 1e-9
 
 
@@ -149,16 +143,9 @@ def test_one_pass_groups_rows_by_sample_as_the_definition_says(way: str, groups:
     with apart.one_pass(clean / groups):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
     drawn = oracle_one_pass_step(network(way), F.cross_entropy, batch, apart.perturbation, clean=clean, **options)
-    for found, expected in (
-        (gradients(model), drawn.grads),
-        (apart.stats, drawn.stats),
-        (buffers(model), drawn.buffers),
-    ):
-        assert relative_error(found, expected) < 1e-9
-
-
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_buffers())
+    assert relative_error(gradients(model), drawn.grads) < 1e-9
+    assert relative_error(apart.stats, drawn.stats) < 1e-9
+    assert relative_error(dict(model.named_buffers()), drawn.buffers) < 1e-9
 
 
 @every_way
@@ -193,17 +180,13 @@ def one_pass(model: nn.Module, batch: Any, **options: Any) -> Any:
     return step(*split_state(model), batch, init_perturbation(model))
 
 
-def functional(model: nn.Module, batch: Any, **options: Any) -> Any:
-    return make_apart_step(model, F.cross_entropy, **options)(*split_state(model), batch)
-
-
 def drop_in_one_pass(model: nn.Module, batch: Any, groups: int, rows: Any = None) -> None:
     with APART(model, 0.1, groups, rows=rows).one_pass():
         F.cross_entropy(model(batch[0]), batch[1]).backward()
 
 
 FORMS: dict[str, Callable[..., Any]] = {
-    "functional": functional,
+    "functional": functional_step,
     "one pass": one_pass,
     "drop-in": drop_in_step,
     "drop-in, one pass": drop_in_one_pass,
@@ -230,6 +213,13 @@ def test_rows_that_are_no_multiple_of_the_samples_are_refused(form: str) -> None
 
 
 @every_form
+@pytest.mark.parametrize("rows", ["consecutive", "interleaved", sample_of_points])
+def test_groups_that_divide_the_rows_and_not_the_samples_are_refused(form: str, rows: Any) -> None:
+    with pytest.raises(BatchError, match="groups=3 does not divide the 8 samples"):
+        FORMS[form](network("consecutive"), batch_for("consecutive"), groups=3, rows=rows)
+
+
+@every_form
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -238,6 +228,7 @@ def test_rows_that_are_no_multiple_of_the_samples_are_refused(form: str) -> None
         (lambda layer, x: torch.arange(len(x) - 1), r"'of_points' returned torch.int64 \(23,\)"),
         (lambda layer, x: torch.arange(len(x)), r"'of_points' names samples outside of the batch of 8"),
         (lambda layer, x: torch.arange(len(x)) // 3 - 1, r"'of_points' names samples outside of the batch of 8"),
+        (lambda layer, x: torch.arange(len(x)) // 3 + 1, r"'of_points' names samples outside of the batch of 8"),
         (lambda layer, x: 2 * (torch.arange(len(x)) // 6), r"'of_points' sees 0 values a channel in one of 2 groups"),
     ],
 )
@@ -268,7 +259,7 @@ def test_every_sample_can_be_a_group_where_it_has_several_rows() -> None:
 
 def test_the_order_in_turn_is_interleaved_by_its_old_name() -> None:
     old, new = (
-        functional(network("interleaved"), batch_for("interleaved"), groups=2, rows=r)
+        functional_step(network("interleaved"), batch_for("interleaved"), groups=2, rows=r)
         for r in ("in_turn", "interleaved")
     )
     torch.testing.assert_close(old._asdict(), new._asdict(), rtol=0, atol=0)
@@ -293,18 +284,19 @@ class Chunked(nn.Module):
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int) -> None:
+@pytest.mark.parametrize("rows", [None, "interleaved", "in_turn", "consecutive"])
+def test_a_layer_that_gets_the_batch_in_chunks_is_grouped_by_sample(size: int, rows: Any) -> None:
     """Group g of a chunk is its rows g, g + 2, …, with statistics of its own."""
     model, (x, y) = Chunked(size).double(), clouds()
-    out = functional(model, (x, y), groups=2, epsilon=0.0)
+    out = functional_step(model, (x, y), groups=2, epsilon=0.0, rows=rows)
     with torch.no_grad():
-        rows = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
-    means = rows.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
+        seen = model.embed(x[:, 0]).unflatten(0, (-1, size // 2, 2))
+    means = seen.mean(1).squeeze(0)  # (chunks, G, C), or (G, C) of one chunk
     torch.testing.assert_close(out.adversarial_stats["norm"].mean, means, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "rows", "seen"), [(4, 4, 4), (6, 8, 6)])
 def test_chunks_that_are_not_all_of_the_batch_or_not_alike_are_refused(size: int, rows: int, seen: int) -> None:
-    for form in (functional, one_pass, drop_in_step, drop_in_one_pass):
+    for form in FORMS.values():
         with pytest.raises(BatchError, match=rf"layer 'norm' sees {seen} rows of 8 samples"):
             form(Chunked(size, rows).double(), clouds(), groups=2)

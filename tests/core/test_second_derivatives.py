@@ -1,28 +1,22 @@
 """Second derivatives through batch norm: losses that hold a gradient, in every form of the step and of the layer."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import functional_step, relative_error, take_step
 from loops import drop_in_step
-from oracle import oracle_one_pass_step, oracle_step
+from oracle import Step, oracle_one_pass_step
 from small import images
-from test_against_oracle import relative_error
 from torch import Tensor, nn
 
 from apart_func import (
     APART,
-    Perturbation,
     StepOutput,
     functionalize,
     init_perturbation,
-    make_apart_step,
     make_one_pass_step,
     proxy_pass,
+    random_signs,
     split_state,
 )
 from apart_func.kernels import FAST_MOMENTS_MIN_NUMEL
@@ -73,10 +67,6 @@ def batch_of(size: str, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor
     return x.to(dtype).contiguous(memory_format=LAYOUTS[layout]), torch.arange(8) % 3
 
 
-def functional_step(model: nn.Module, batch: Any, **options: Any) -> StepOutput:
-    return make_apart_step(model, options.pop("loss_fn"), **options)(*split_state(model), batch)
-
-
 def test_the_sizes_are_on_both_sides_of_the_choice() -> None:
     few, many = (4 * 8 * side**2 for side in SIDES.values())
     assert few < FAST_MOMENTS_MIN_NUMEL < many
@@ -86,22 +76,14 @@ def test_the_sizes_are_on_both_sides_of_the_choice() -> None:
 @pytest.mark.parametrize("groups", [0, 4])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", SIDES)
-@pytest.mark.parametrize("take_step", [functional_step, drop_in_step])
-def test_a_step_with_a_gradient_penalty_is_that_of_the_definition(
-    take_step: Callable[..., StepOutput], size: str, dtype: torch.dtype, groups: int, layout: str
-) -> None:
+@pytest.mark.parametrize("take", [functional_step, drop_in_step])
+def test_a_step_with_a_gradient_penalty_is_that_of_the_definition(take, size, dtype, groups, layout):
     model, batch = Penalised().to(dtype), batch_of(size, dtype, layout)
-    untouched = Penalised().to(dtype)
-    out = take_step(model, batch, loss_fn=penalised_loss, epsilon=EPSILON, groups=groups, ratio=1.0)
-    expected = oracle_step(
-        untouched,
-        penalised_loss,
-        batch,
-        epsilon=EPSILON,
-        groups=groups,
-        ratio=1.0,
-        perturbation=out.perturbation,
-    )
+    step = take_step(model, batch, take, loss_fn=penalised_loss, epsilon=EPSILON, groups=groups)
+    assert_near(step.library, step.definition, dtype)
+
+
+def assert_near(out: StepOutput, expected: Step, dtype: torch.dtype) -> None:
     for field in ("loss", "adversarial_loss", "stat_grads", "grads"):
         error = relative_error(getattr(out, field), getattr(expected, field))
         assert error < TOLERANCE[dtype], f"{field} is off by {error:.1e}"
@@ -111,15 +93,11 @@ def test_a_step_with_a_gradient_penalty_is_that_of_the_definition(
 @pytest.mark.parametrize("size", SIDES)
 def test_one_pass_with_a_gradient_penalty_is_that_of_the_definition(size: str, dtype: torch.dtype) -> None:
     model, batch = Penalised().to(dtype), batch_of(size, dtype, "contiguous")
-    given = {
-        name: Perturbation(shift.mean + 0.1, shift.scale - 0.2) for name, shift in init_perturbation(model).items()
-    }
+    given = random_signs(init_perturbation(model), 0.2, torch.Generator().manual_seed(0))
     step = make_one_pass_step(model, penalised_loss, epsilon=EPSILON, groups=4)
     out = step(*split_state(model), batch, given)
     expected = oracle_one_pass_step(model, penalised_loss, batch, given, epsilon=EPSILON, groups=4, clean=2)
-    for field in ("loss", "adversarial_loss", "stat_grads", "grads"):
-        error = relative_error(getattr(out, field), getattr(expected, field))
-        assert error < TOLERANCE[dtype], f"{field} is off by {error:.1e}"
+    assert_near(out, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,22 +1,21 @@
 """What the step decides by itself: how many samples, which dtype, what is kept."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import STEPS, more_of
 from oracle import oracle_step
-from small import convolutional, images
+from small import convolutional, images, smooth
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
 from apart_func import (
     APART,
-    ModelError,
     Perturbation,
     SettingError,
     adversarial_pass,
@@ -36,9 +35,7 @@ from apart_func import (
 
 
 @pytest.mark.parametrize(("samples", "ratio", "groups", "kept"), [(10, 1.0, 4, 8), (10, 0.5, 2, 4), (9, 0.5, 0, 4)])
-def test_dropping_the_remainder_lowers_the_samples_and_their_weight(
-    samples: int, ratio: float, groups: int, kept: int
-) -> None:
+def test_dropping_the_remainder_lowers_the_samples_and_their_weight(samples, ratio, groups, kept):
     model, batch = convolutional(), images(samples)
     step = make_apart_step(model, F.cross_entropy, epsilon=0.1, groups=groups, ratio=ratio, remainder="drop")
     out = step(*split_state(model), batch)
@@ -58,17 +55,6 @@ def test_a_ratio_that_is_no_fraction_of_the_batch_is_rounded_down() -> None:
     torch.testing.assert_close(out.adversarial_loss, alone.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_statistics_of_half_precision_activations_are_those_of_float32(dtype: torch.dtype) -> None:
-    """Moments summed up in half precision would be off by a thousand times as much."""
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3)).to(dtype)
-    x, y = images(64, dtype=dtype)
-    out = make_apart_step(model, F.cross_entropy, groups=2)(*split_state(model), (x, y))
-    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    torch.testing.assert_close(out.stats["0"].mean.double(), mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.stats["0"].var.double(), var, rtol=1e-5, atol=1e-6)
-
-
 def test_statistics_of_a_float64_model_are_float64_also_under_autocast() -> None:
     model = convolutional()
     step = make_apart_step(model, F.cross_entropy, groups=2, autocast_dtype=torch.bfloat16)
@@ -85,68 +71,67 @@ def test_a_mean_far_from_zero_costs_no_precision() -> None:
     torch.testing.assert_close(out.stats["0"].var, x.var(0, correction=0), rtol=1e-8, atol=0)
 
 
-def test_buffers_that_nothing_moves_come_back_as_they_were() -> None:
-    model = convolutional()
-    model[4].eval()
-    model[8].weight.requires_grad_(False)
-    params, buffers = split_state(model)
-    out = make_apart_step(model, F.cross_entropy)(params, buffers, images())
-    still = ["4.running_mean", "4.running_var", "4.num_batches_tracked", "8.weight"]
-    torch.testing.assert_close({n: out.buffers[n] for n in still}, {n: buffers[n] for n in still}, rtol=0, atol=0)
-    assert not torch.equal(out.buffers["1.running_mean"], buffers["1.running_mean"])
-
-
-# What the caller changes on the model.
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "a mode": lambda model: model[1].eval(),
-    "a momentum": lambda model: setattr(model[1], "momentum", 0.5),
-    "eps": lambda model: setattr(model[4], "eps", 0.1),
-    "a hook": lambda model: model[3].register_forward_hook(lambda layer, args, output: 2 * output),
-    "a layer": lambda model: model.__setitem__(2, nn.Tanh()),
-    "a batch norm": lambda model: model.__setitem__(4, nn.BatchNorm2d(5, eps=0.1).double()),
-    "requires_grad": lambda model: model[8].weight.requires_grad_(False),
-}
 MAKERS: dict[str, Callable[[nn.Module], Any]] = {
     "two passes": lambda model: make_apart_step(model, F.cross_entropy, groups=2),
     "one pass": lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
 }
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_step_sees_what_the_caller_changes_on_the_model_and_its_copies_do_not(change: Any, make: Any) -> None:
-    model = convolutional()
-    step, state = make(model), split_state(model)
-    shifts = random_signs(init_perturbation(model), 0.1)
+# What steps of every kind have in common.
 
-    def taken(step: Any) -> Any:
-        layers = functionalize(model).layers
-        return step(*split_state(model), images(), perturbation={n: shifts[n] for n in layers})._asdict()
-
-    before = taken(step)
-    copies = copy.deepcopy(step), pickle.loads(pickle.dumps(step))
-    change(model)
-    for other in copies:
-        found = other(*state, images(), perturbation=shifts)._asdict()
-        torch.testing.assert_close(found, before, rtol=0, atol=0)
-    after = taken(step)
-    torch.testing.assert_close(after, taken(make(model)), rtol=0, atol=0)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(after, before, rtol=0, atol=0)
+every_step = pytest.mark.parametrize("kind", STEPS)
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_a_model_that_was_put_in_evaluation_mode_is_refused_until_it_trains_again(make: Any) -> None:
-    model = convolutional()
-    step = make(model)
-    twin = copy.deepcopy(step)
-    model.eval()
-    with pytest.raises(ModelError, match=r"Call model\.train\(\)"):
-        step(*split_state(model), images())
-    assert twin(*split_state(model), images()).all_finite
-    model.train()
-    assert step(*split_state(model), images()).all_finite
+@every_step
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_comes_out_is_like_what_came_in_and_cut_from_every_graph(kind: str, dtype: torch.dtype) -> None:
+    model, batch = smooth(dtype=dtype), images(dtype=dtype)
+    state = split_state(model)
+    out = STEPS[kind](model)(*state, batch, *more_of(kind, model))
+    for found, given in zip((out.grads, out.buffers), state, strict=True):
+        assert list(found) == list(given)
+        for name, tensor in given.items():
+            assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    for tree in (out.stats, out.stat_grads, out.perturbation):
+        assert [(p.shape, p.dtype) for pair in tree.values() for p in pair] == [((n,), wide) for n in (4, 4, 5, 5)]
+    assert not any(leaf.requires_grad for leaf in tree_leaves(out._asdict()))
+    assert out.all_finite
+
+
+@every_step
+def test_no_argument_is_changed_and_a_second_call_returns_the_same(kind: str) -> None:
+    model, batch = smooth(), images()
+    held = [model.state_dict(), *split_state(model), batch, *more_of(kind, model)]
+    before, step = copy.deepcopy(held), STEPS[kind](model)
+    first, second = (step(*held[1:]) for _ in range(2))
+    torch.testing.assert_close(held, before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(first._asdict(), second._asdict(), rtol=0, atol=0)
+
+
+@every_step
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**-10])
+def test_a_loss_scale_leaves_no_trace(kind: str, scale: float) -> None:
+    model = smooth(dtype=torch.float32)
+    step, arguments = STEPS[kind](model), (*split_state(model), images(dtype=torch.float32), *more_of(kind, model))
+    scaled, plain = step(*arguments, loss_scale=scale), step(*arguments)
+    torch.testing.assert_close(scaled._asdict(), plain._asdict(), rtol=0, atol=0)  # a power of two is exact
+
+
+@pytest.mark.parametrize("kind", ["two passes", "APART-SAM", "several steps"])
+def test_each_microbatch_is_a_step_of_its_own(kind: str) -> None:
+    model, (x, y) = smooth(), images()
+    params, buffers = split_state(model)
+    together, step = STEPS[kind](model, microbatches=2)(params, buffers, (x, y)), STEPS[kind](model)
+    first = step(params, buffers, (x[:4], y[:4]))
+    second = step(params, first.buffers, (x[4:], y[4:]))
+    mean = {name: (grad + second.grads[name]) / 2 for name, grad in first.grads.items()}
+    torch.testing.assert_close(together.grads, mean, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(together.buffers, second.buffers, rtol=1e-10, atol=1e-14)
+    for part, alone in enumerate((first, second)):
+        own = {name: Perturbation(*(p[part] for p in shift)) for name, shift in together.perturbation.items()}
+        torch.testing.assert_close(own, alone.perturbation, rtol=0, atol=0)
 
 
 # What is reported.
@@ -210,23 +195,19 @@ def test_a_perturbation_that_is_given_takes_the_place_of_the_rules() -> None:
 def test_a_radius_of_exactly_one_is_refused_under_a_rule_of_signs(rule: Any) -> None:
     """There δσ = −1, and s' = s/(1 + δσ) is infinite."""
     model, batch = convolutional(), images()
-    with pytest.raises(SettingError, match=r"epsilon=1"):
-        make_apart_step(model, F.cross_entropy, epsilon=1.0, rule=rule)
     step = make_apart_step(model, F.cross_entropy, epsilon=0.999, rule=rule)
-    for radius in (1.0, torch.tensor(1.0)):
+    refused = [lambda e=e: step(*split_state(model), batch, epsilon=e) for e in (1.0, torch.tensor(1.0))]
+    refused += [lambda: make_apart_step(model, F.cross_entropy, epsilon=1.0, rule=rule)]
+    refused += [lambda: make_one_pass_step(model, F.cross_entropy, epsilon=1.0, groups=2)]
+    refused += [lambda: APART(model, epsilon=1.0), lambda: APART(model).set_epsilon(1.0)]
+    for call in refused:
         with pytest.raises(SettingError, match=r"epsilon=1"):
-            step(*split_state(model), batch, epsilon=radius)
+            call()
     assert step(*split_state(model), batch).all_finite
 
 
-def test_a_radius_of_exactly_one_is_refused_by_all_that_take_one() -> None:
+def test_a_shift_of_exactly_one_has_no_perturbed_deviation() -> None:
     model = convolutional()
-    with pytest.raises(SettingError, match=r"epsilon=1"):
-        make_one_pass_step(model, F.cross_entropy, epsilon=1.0, groups=2)
-    with pytest.raises(SettingError, match=r"epsilon=1"):
-        APART(model, epsilon=1.0)
-    with pytest.raises(SettingError, match=r"epsilon=1"):
-        APART(model).set_epsilon(1.0)
     stats = make_apart_step(model, F.cross_entropy)(*split_state(model), images()).stats
     shifts = {name: Perturbation(0 * mean, 0 * mean - 1) for name, (mean, _) in stats.items()}
     with pytest.raises(SettingError, match=r"\|δσ\| up to 1,"):
@@ -303,7 +284,7 @@ def with_a_graph(model: nn.Module, leaf: Tensor) -> dict[str, Perturbation]:
     }
 
 
-def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> None:
+def test_a_perturbation_is_a_constant_whatever_it_depends_on() -> None:
     """Neither one that is given nor one that a rule makes is differentiated by, or keeps its graph alive."""
     model, batch = convolutional(), images()
     leaf = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
@@ -311,21 +292,15 @@ def test_a_perturbation_is_a_constant_of_the_step_whatever_it_depends_on() -> No
     two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *_: given)
     one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=lambda *_: given)
     state, infinite = split_state(model), (batch[0] * float("inf"), batch[1])
-    outs = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
-    outs.append(one_pass(*state, infinite, given))  # which returns the one that came in
-    for out in outs:
-        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
+    steps = [two_passes(*state, batch), two_passes(*state, batch, perturbation=given), one_pass(*state, batch, given)]
+    steps.append(one_pass(*state, infinite, given))  # which returns the one that came in
+    drawn = make_one_pass_step(model, F.cross_entropy, epsilon=leaf, groups=2)(*state, batch)
+    signs = make_apart_step(model, F.cross_entropy, epsilon=leaf)(*state, batch)
+    arguments = functionalize(model), F.cross_entropy, *state, batch, given
+    passes = [adversarial_pass(*arguments), mixed_pass(*arguments, groups=2, clean=1), gradients_at(*arguments)]
+    for out in steps:
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
-    assert leaf.grad is None
-
-
-def test_the_passes_cut_a_perturbation_from_its_graph_too() -> None:
-    model, batch = convolutional(), images()
-    leaf = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    fmodel, state, given = functionalize(model), split_state(model), with_a_graph(model, leaf)
-    adversarial = adversarial_pass(fmodel, F.cross_entropy, *state, batch, given)
-    mixed = mixed_pass(fmodel, F.cross_entropy, *state, batch, given, groups=2, clean=1)
-    at = gradients_at(fmodel, F.cross_entropy, *state, batch, given)
-    for out in (adversarial._asdict(), mixed._asdict(), at):
-        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out))
+    for out in [*steps, *passes, drawn, signs]:
+        tree = out if isinstance(out, dict) else out._asdict()
+        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(tree))
     assert leaf.grad is None

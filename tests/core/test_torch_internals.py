@@ -1,7 +1,5 @@
 """Canaries: what the library takes for granted of torch without its promise; each says what has changed if it fails."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +26,6 @@ def _dynamo() -> Iterator[None]:
 
 
 def seen_under(transform: Callable[..., Any], look: Callable[[Tensor], Any]) -> Any:
-    """What a function sees of its argument under a transform."""
     seen: list[Any] = []
 
     def function(x: Tensor) -> Tensor:
@@ -62,23 +59,14 @@ def test_a_compiler_says_that_it_traces() -> None:
     assert compiled(torch.zeros(())) == 1, "torch.compiler.is_compiling() is False inside torch.compile"
 
 
-def test_functorch_says_whether_a_transform_is_active() -> None:
+def test_functorch_says_whether_a_transform_is_active_and_whether_it_differentiates() -> None:
     peek = torch._C._functorch.peek_interpreter_stack
-    assert peek() is None, "_functorch.peek_interpreter_stack() is something outside of transforms: is_traced is wrong"
-    for transform in (vmap, grad):
-        assert seen_under(transform, lambda x: peek()) is not None, (
-            f"_functorch.peek_interpreter_stack() is None under {transform.__name__}: is_traced would not see it"
-        )
-    assert peek() is None, "_functorch.peek_interpreter_stack() remembers a transform that has ended"
-
-
-def test_functorch_tells_transforms_that_differentiate_from_those_that_map() -> None:
-    assert not _torch.is_differentiated(), "_functorch.get_interpreter_stack() has transforms outside of any"
-    assert not seen_under(vmap, lambda x: _torch.is_differentiated()), (
-        "a vmap is taken for a transform that differentiates"
-    )
-    for transform in (grad, lambda f: vmap(grad(lambda x: f(x).sum()))):
-        assert seen_under(transform, lambda x: _torch.is_differentiated()), "TransformType.Vmap is that of grad too"
+    for transform, differentiates in ((vmap, False), (grad, True), (lambda f: vmap(grad(lambda x: f(x).sum())), True)):
+        assert peek() is None, "_functorch.peek_interpreter_stack() is something outside of transforms"
+        assert not _torch.is_differentiated(), "_functorch.get_interpreter_stack() has transforms outside of any"
+        is_active, found = seen_under(transform, lambda x: (peek() is not None, _torch.is_differentiated()))
+        assert is_active, "_functorch.peek_interpreter_stack() is None under a transform: is_traced would not see it"
+        assert found == differentiates, "TransformType.Vmap no longer tells a map from what differentiates"
 
 
 @pytest.mark.parametrize("transform", [vmap, grad, lambda f: vmap(grad(lambda x: f(x).sum()))])
@@ -143,21 +131,18 @@ def test_a_mode_that_sees_every_operator_is_seen_as_that_of_selective_checkpoint
 # Dynamo.
 
 
-def test_sizes_of_marked_tensors_are_constants_of_a_graph() -> None:
+def test_sizes_of_marked_tensors_are_constants_of_a_graph_and_others_are_not() -> None:
     def marked(x: Tensor) -> Tensor:
         _torch.specialize([x])
         return x * x.shape[0]
 
-    graphs = graph_inputs(marked, *[(torch.ones(size),) for size in (2, 3, 5)])
+    calls = [(torch.ones(size),) for size in (2, 3, 5)]
+    graphs = graph_inputs(marked, *calls)
     symbols = [value for inputs in graphs for value in inputs if isinstance(value, torch.SymInt)]
     assert not symbols, "_dynamo.mark_static during tracing no longer keeps sizes from becoming symbols"
     assert len(graphs) == 3, f"{len(graphs)} graphs for three sizes; expected one for each"
-
-
-def test_without_the_mark_sizes_become_symbols() -> None:
-    """So that the test above says something, and the mark can go once this one fails."""
-    graphs = graph_inputs(lambda x: x * x.shape[0], *[(torch.ones(size),) for size in (2, 3, 5)])
-    assert len(graphs) < 3, "Dynamo no longer makes symbols of sizes: `specialize` can go"
+    torch._dynamo.reset()
+    assert len(graph_inputs(lambda x: x * x.shape[0], *calls)) < 3, "Dynamo makes no symbols: `specialize` can go"
 
 
 def test_numbers_on_a_module_are_constants_of_a_graph() -> None:
@@ -191,8 +176,8 @@ def test_the_kernels_of_batch_norm_take_and_return_what_they_did() -> None:
     x, weight, bias = torch.randn(4, 3, 2), torch.randn(3), torch.randn(3)
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     expected_var, expected_mean = torch.var_mean(x, (0, 2), correction=0)
-    message = "batch_norm_update_stats no longer returns mean and biased variance"
-    torch.testing.assert_close((mean, var), (expected_mean, expected_var), msg=lambda m: f"{message}: {m}")
+    changed = "batch_norm_update_stats no longer returns mean and biased variance"
+    torch.testing.assert_close((mean, var), (expected_mean, expected_var), msg=lambda m: f"{changed}: {m}")
     half = torch.zeros(3)
     wide, _ = torch.batch_norm_update_stats(x.bfloat16(), half, half, 0.0)
     assert wide.dtype == torch.float32, "running statistics of float32 no longer widen moments of half precision"
@@ -201,11 +186,8 @@ def test_the_kernels_of_batch_norm_take_and_return_what_they_did() -> None:
     torch.ops.aten.native_batch_norm.out(
         x, weight, bias, mean, var, False, 0.0, 1e-5, out=out, save_mean=unused, save_invstd=unused
     )
-    torch.testing.assert_close(
-        out,
-        F.batch_norm(x, mean, var, weight, bias, False),
-        msg=lambda m: f"native_batch_norm.out in evaluation mode computes something else: {m}",
-    )
+    expected = F.batch_norm(x, mean, var, weight, bias, False)
+    torch.testing.assert_close(out, expected, msg=lambda m: f"native_batch_norm.out computes something else: {m}")
 
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     upstream = torch.randn(4, 3, 2)
@@ -213,9 +195,8 @@ def test_the_kernels_of_batch_norm_take_and_return_what_they_did() -> None:
     direct = torch.ops.aten.native_batch_norm_backward.default(
         upstream, x, weight, None, None, mean, (var + 1e-5).rsqrt(), True, 0.0, (True, True, True)
     )
-    torch.testing.assert_close(
-        tuple(direct), plain, msg=lambda m: f"native_batch_norm_backward computes something else: {m}"
-    )
+    changed_backward = "native_batch_norm_backward computes something else"
+    torch.testing.assert_close(tuple(direct), plain, msg=lambda m: f"{changed_backward}: {m}")
 
 
 def test_a_batch_norm_that_starts_from_nothing_leaves_the_statistics_of_the_batch() -> None:

@@ -1,22 +1,19 @@
-"""Trees: whatever holds tensors as input, target and output; layers that come and go; and `all_finite`."""
-
-from __future__ import annotations
+"""Trees: whatever holds tensors as input and output; layers that come and go; and `all_finite`."""
 
 from collections import OrderedDict, UserDict, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import convolutional, images
+from forms import STEPS, more_of
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.func import vmap
 
 from apart_func import (
-    BatchError,
     Perturbation,
     StatGrads,
     StepOutput,
@@ -40,7 +37,6 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def both_steps(model: nn.Module, batch: Any, loss_fn: Any = F.cross_entropy, **options: Any) -> list[StepOutput]:
-    """A step of two passes and one of one pass."""
     return [
         make_apart_step(model, loss_fn, epsilon=0.1, groups=2, ratio=0.5, **options)(*split_state(model), batch),
         make_one_pass_step(model, loss_fn, epsilon=0.1, groups=2, **options)(
@@ -55,19 +51,12 @@ def numbers(out: StepOutput) -> list[Any]:
     return [out.loss, out.adversarial_loss, *(list(tree.values()) for tree in trees)]
 
 
-# Inputs and targets.
+# Inputs. Targets are in models/test_samples.py.
 
 
-class Keyed(nn.Module):
+def keyed() -> nn.Module:
     """A model of keywords, of which one is no tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
-
-    def forward(self, images: Tensor, name: str = "") -> Tensor:
-        assert isinstance(images, Tensor)
-        return self.body(images)
+    return Parts(lambda m, images, name="": m.body(images), body=convolutional())
 
 
 class Cache(UserDict[str, Any]):
@@ -90,110 +79,11 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping_it_is(
-    kind: str, microbatches: int
-) -> None:
+def test_an_input_is_splatted_or_passed_by_keywords_whatever_sequence_or_mapping_it_is(kind, microbatches):
     plain = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(Keyed(), (INPUTS[kind], Y), microbatches=microbatches)
+    found = both_steps(keyed(), (INPUTS[kind], Y), microbatches=microbatches)
     for one, other in zip(found, plain, strict=True):
         assert_equal(numbers(one), numbers(other))
-
-
-@dataclass
-class Labels:
-    """A target as a dataclass."""
-
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-@dataclass(frozen=True)
-class Frozen:
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-class Named(NamedTuple):
-    classes: Tensor
-    smoothing: float = 0.1
-
-
-def smoothed(output: Tensor, target: Any) -> Tensor:
-    if isinstance(target, Labels | Frozen | Named):
-        return F.cross_entropy(output, target.classes, label_smoothing=target.smoothing)
-    if isinstance(target, list | tuple):
-        return F.cross_entropy(output, target[0], label_smoothing=target[1])
-    return F.cross_entropy(output, target["classes"], label_smoothing=target["smoothing"])
-
-
-TARGETS = {
-    "dataclass": Labels(Y),
-    "frozen dataclass": Frozen(Y),
-    "namedtuple": Named(Y),
-    "list": [Y, 0.1],
-    "tuple": (Y, 0.1),
-    "dict": {"classes": Y, "smoothing": 0.1},
-    "UserDict": UserDict(classes=Y, smoothing=0.1),
-}
-
-
-@pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_target_is_cut_like_the_input_whatever_it_is_and_keeps_its_type(kind: str, microbatches: int) -> None:
-    def plain(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target, label_smoothing=0.1)
-
-    def typed(output: Tensor, target: Any) -> Tensor:
-        assert type(target) is type(TARGETS[kind])
-        return smoothed(output, target)
-
-    expected = both_steps(convolutional(), (X, Y), plain, microbatches=microbatches)
-    found = both_steps(convolutional(), (X, TARGETS[kind]), typed, microbatches=microbatches)
-    for one, other in zip(found, expected, strict=True):
-        assert_equal(numbers(one), numbers(other))
-
-
-def test_no_container_that_the_caller_passes_is_changed() -> None:
-    inputs, target = Cache(images=X, name="batch"), Labels(Y)
-    both_steps(Keyed(), (inputs, target), smoothed, microbatches=2)
-    assert inputs["images"] is X
-    assert inputs["name"] == "batch"
-    assert target.classes is Y
-
-
-class Names:
-    """What nobody knows how to cut."""
-
-
-def with_first_name(output: Tensor, target: Any) -> Tensor:
-    """Needs the name of every sample, at its place."""
-    classes, names = target
-    assert [int(name) for name in names] == classes.tolist()
-    return F.cross_entropy(output, classes)
-
-
-@pytest.mark.parametrize("kind", [list, tuple, np.array])
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_lists_and_arrays_with_an_entry_a_sample_are_cut_like_tensors(kind: Any, microbatches: int) -> None:
-    names = kind([str(int(y)) for y in Y])
-    expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(convolutional(), (X, (Y, names)), with_first_name, microbatches=microbatches)
-    for one, other in zip(found, expected, strict=True):
-        assert_equal(numbers(one), numbers(other))
-
-
-def test_an_object_that_cannot_be_cut_is_refused_if_it_must_be() -> None:
-    model, batch = convolutional(), (X, (Y, Names()))
-
-    def loss(output: Tensor, target: Any) -> Tensor:
-        return F.cross_entropy(output, target[0])
-
-    for options in ({"ratio": 0.5}, {"microbatches": 2}):
-        with pytest.raises(BatchError, match="holds a Names, of which only some samples are wanted"):
-            make_apart_step(model, loss, **options)(*split_state(model), batch)
-    with pytest.raises(BatchError, match="holds a Names"):
-        make_one_pass_step(model, loss, epsilon=0.1, groups=2)(*split_state(model), batch)
-    assert make_apart_step(model, loss)(*split_state(model), batch).all_finite
 
 
 # Outputs.
@@ -209,15 +99,8 @@ class Output:
 Pair = namedtuple("Pair", "logits name")
 
 
-class Wrapped(nn.Module):
-    """A model that returns its logits in some container."""
-
-    def __init__(self, wrap: Any) -> None:
-        super().__init__()
-        self.body, self.wrap = convolutional(), wrap
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrap(self.body(x))
+def wrapped(wrap: Any) -> nn.Module:
+    return Parts(lambda m, x: m.wrap(m.body(x)), body=convolutional(), wrap=wrap)
 
 
 OUTPUTS: dict[str, tuple[Any, Any]] = {
@@ -235,7 +118,7 @@ OUTPUTS: dict[str, tuple[Any, Any]] = {
 def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str, microbatches: int) -> None:
     wrap, logits = OUTPUTS[kind]
     expected = both_steps(convolutional(), (X, Y), microbatches=microbatches)
-    found = both_steps(Wrapped(wrap), (X, Y), lambda o, t: F.cross_entropy(logits(o), t), microbatches=microbatches)
+    found = both_steps(wrapped(wrap), (X, Y), lambda o, t: F.cross_entropy(logits(o), t), microbatches=microbatches)
     for one, other in zip(found, expected, strict=True):
         assert_equal(numbers(one), numbers(other))
         assert type(one.output) is type(wrap(Y))
@@ -246,10 +129,17 @@ def test_an_output_comes_back_in_its_container_with_what_is_no_tensor(kind: str,
         assert strings[kind](found[0].output) == strings[kind](wrap(Y))
 
 
+def test_no_container_that_the_caller_passes_is_changed() -> None:
+    inputs, target = Cache(images=X, name="batch"), Output(Y)
+    both_steps(keyed(), (inputs, target), lambda o, t: F.cross_entropy(o, t.logits), microbatches=2)
+    assert inputs == {"images": X, "name": "batch"}
+    assert target.logits is Y
+
+
 @pytest.mark.parametrize("kind", ["dataclass", "namedtuple", "dict with a string"])
 def test_containers_pass_through_transforms(kind: str) -> None:
     wrap, logits = OUTPUTS[kind]
-    model = Wrapped(wrap)
+    model = wrapped(wrap)
     step = make_apart_step(model, lambda o, t: F.cross_entropy(logits(o), t))
     eager = step(*split_state(model), (X, Y))
     mapped = vmap(lambda x: step(*split_state(model), (x, Y)).grads)(X[None])
@@ -259,17 +149,15 @@ def test_containers_pass_through_transforms(kind: str) -> None:
 # Layers that the forward calls now and then.
 
 
-class Skipping(nn.Module):
+def skipping() -> nn.Module:
     """One of two layers sees a batch, by the sign of its mean."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.Linear(2, 3)
+    def forward(model: Any, x: Tensor) -> Tensor:
+        layer = model.a if x.mean() > 0 else model.b
+        return model.head(layer(x).mean((2, 3)) + x.square().mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.a if x.mean() > 0 else self.b
-        return self.head(layer(x).mean((2, 3)) + x.square().mean((2, 3)))
+    torch.manual_seed(0)
+    return Parts(forward, a=nn.BatchNorm2d(2), b=nn.BatchNorm2d(2), head=nn.Linear(2, 3))
 
 
 SKIPPING_X = torch.cat([X.abs(), -X.abs()])
@@ -281,7 +169,7 @@ def carried(model: nn.Module) -> dict[str, Perturbation]:
 
 
 def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> None:
-    model = Skipping().double()
+    model = skipping()
     step = make_apart_step(model, F.cross_entropy, microbatches=4)
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y))
     for name, part in (("a", SKIPPING_X[:8]), ("b", SKIPPING_X[8:])):
@@ -296,7 +184,7 @@ def test_statistics_of_microbatches_are_those_of_the_ones_that_a_layer_saw() -> 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatches: int) -> None:
-    model = Skipping().double()
+    model = skipping()
     given = carried(model)
     options: dict[str, Any] = {"epsilon": 0.3, "groups": 2, "rule": sign_perturbation}
     step = make_one_pass_step(model, F.cross_entropy, microbatches=microbatches, **options)
@@ -308,7 +196,7 @@ def test_a_perturbation_of_a_layer_that_one_pass_does_not_call_is_kept(microbatc
 
 
 def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -> None:
-    model = Skipping().double()
+    model = skipping()
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, microbatches=2, rule=sign_perturbation)
     out = step(*split_state(model), (SKIPPING_X, SKIPPING_Y), carried(model))
     for name in ("a", "b"):
@@ -317,7 +205,7 @@ def test_a_layer_that_one_microbatch_skips_is_perturbed_by_those_that_saw_it() -
 
 @pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
 def test_a_rule_sees_no_layer_that_was_skipped_nor_needs_to(rule: Any) -> None:
-    model = Skipping().double()
+    model = skipping()
     seen: list[set[str]] = []
 
     def by_statistics(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
@@ -353,9 +241,7 @@ BAD = [float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("size", [1, 7, SMALL_NUMEL, SMALL_NUMEL + 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
-def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(
-    bad: float, size: int, dtype: torch.dtype
-) -> None:
+def test_one_value_that_is_not_finite_is_found_in_tensors_of_any_size_and_dtype(bad, size, dtype):
     for place in {0, size // 2, size - 1}:
         tensor = torch.ones(size, dtype=dtype)
         others = [torch.ones(3), torch.ones(SMALL_NUMEL + 3, dtype=torch.float64)]
@@ -393,7 +279,6 @@ def test_it_has_no_graph() -> None:
 
 
 def rule_that_hides(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
-    """A finite perturbation whatever the gradients are."""
     return {layer: Perturbation(0 * g.mean.nan_to_num(), 0 * g.scale.nan_to_num()) for layer, g in stat_grads.items()}
 
 
@@ -413,16 +298,10 @@ class Poisoned(torch.autograd.Function):
 def test_statistic_gradients_that_are_not_finite_are_seen_where_all_else_is(kind: str) -> None:
     """Parameters before the layer are frozen, so that its own NaN reaches no gradient but that of its statistics."""
 
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(2, affine=False)
-            self.body = convolutional()
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return model.body(X[: len(x)]) + 0 * Poisoned.apply(model.norm(x).mean((1, 2, 3)))[:, None]
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(X[: len(x)]) + 0 * Poisoned.apply(self.norm(x).mean((1, 2, 3)))[:, None]
-
-    model = Frozen().double()
+    model = Parts(forward, norm=nn.BatchNorm2d(2, affine=False), body=convolutional())
     params, buffers = split_state(model)
     if kind == "two passes":
         out = make_apart_step(model, F.cross_entropy, rule=rule_that_hides)(params, buffers, (X, Y))
@@ -444,32 +323,22 @@ def test_a_perturbation_that_is_not_finite_is_seen_and_never_carried(bad: float)
 
     def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
         found = sign_perturbation(stats, stat_grads, epsilon)
-        return {**found, "4": replace_mean(found["4"], bad)} if wrong[0] else found
+        return {**found, "4": found["4"]._replace(mean=torch.full((5,), bad).double())} if wrong[0] else found
 
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
     out = step(*split_state(model), (X, Y), given)
     assert not out.all_finite
     assert_equal(out.perturbation, given)
     assert_equal(out.buffers, split_state(model)[1])
-    wrong[0] = False
-    after = step(*split_state(model), (X, Y), out.perturbation)
-    assert after.all_finite
-
-    two_passes = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "4": bad_pair(bad)})
+    two_passes = make_apart_step(model, F.cross_entropy, rule=rule)
     assert not two_passes(*split_state(model), (X, Y)).all_finite
+    wrong[0] = False
+    assert step(*split_state(model), (X, Y), out.perturbation).all_finite
 
 
 def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer_is_used_by_nobody() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.body = nn.BatchNorm2d(2, affine=False), convolutional()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.norm(x)
-            return self.body(x)
-
-    model = Unused().double()
+    parts = {"norm": nn.BatchNorm2d(2, affine=False), "body": convolutional()}
+    model = Parts(lambda m, x: (m.norm(x), m.body(x))[1], **parts)
     bad = Perturbation(torch.tensor([0.1, float("nan")]).double(), torch.zeros(2).double())
     step = make_apart_step(model, F.cross_entropy, rule=lambda *a: {**sign_perturbation(*a), "norm": bad})
     out = step(*split_state(model), (X, Y))
@@ -477,33 +346,17 @@ def test_a_perturbation_that_is_not_finite_is_seen_where_the_output_of_its_layer
     assert not out.all_finite
 
 
-def replace_mean(shift: Perturbation, value: float) -> Perturbation:
-    return Perturbation(torch.full_like(shift.mean, value), shift.scale)
-
-
-def bad_pair(value: float) -> Perturbation:
-    return Perturbation(torch.full((5,), value).double(), torch.zeros(5).double())
-
-
 # Radii of which some are none.
 
 
-@pytest.mark.parametrize("kind", ["two passes", "one pass"])
-@pytest.mark.parametrize("rule", [sign_perturbation, multi_step(2)])
-def test_a_radius_of_one_or_more_under_a_rule_of_signs_is_seen_where_it_cannot_be_refused(kind: str, rule: Any) -> None:
-    if kind == "one pass" and rule is not sign_perturbation:
-        rule = sign_perturbation
+@pytest.mark.parametrize("kind", ["two passes", "several steps", "one pass"])
+def test_a_radius_of_one_or_more_under_a_rule_of_signs_is_seen_where_it_cannot_be_refused(kind: str) -> None:
     model = convolutional()
-    state = split_state(model)
+    step, state, more = STEPS[kind](model), split_state(model), more_of(kind, model)
     radii = torch.tensor([0.5, 0.999, 1.0, 1.5, float("nan"), float("inf"), -0.1]).double()
-    if kind == "two passes":
-        step = make_apart_step(model, F.cross_entropy, rule=rule)
-        out = vmap(lambda e: step(*state, (X, Y), epsilon=e))(radii)
-    else:
-        one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, rule=rule)
-        given = carried(model)
-        out = vmap(lambda e: one_pass(*state, (X, Y), given, epsilon=e))(radii)
-        assert_equal(out.perturbation["4"].mean[2:], given["4"].mean.expand(5, -1))
+    out = vmap(lambda e: step(*state, (X, Y), *more, epsilon=e))(radii)
+    if kind == "one pass":
+        assert_equal(out.perturbation["4"].mean[2:], more[0]["4"].mean.expand(5, -1))
     assert out.all_finite.tolist() == [True, True, False, False, False, False, False]
     assert_equal(out.buffers["1.running_mean"][2:], state[1]["1.running_mean"].expand(5, -1))
 
@@ -525,9 +378,3 @@ def test_the_pass_itself_takes_any_perturbation() -> None:
     shifts = {name: Perturbation(shift.mean + 2, shift.scale - 3) for name, shift in init_perturbation(model).items()}
     out = adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), (X, Y), shifts)
     assert out.loss.isfinite()
-
-
-def test_a_dataclass_can_be_replaced_and_compared_after_a_step() -> None:
-    model = Wrapped(Output)
-    out = make_apart_step(model, lambda o, t: F.cross_entropy(o.logits, t))(*split_state(model), (X, Y))
-    assert replace(out.output, name="other").name == "other"

@@ -1,7 +1,5 @@
 """What real loops do inside, between and around the contexts: it trains as they mean it, or somebody says why not."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -11,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import both_passes, gradients
-from small import convolutional, images
+from plain import Drops
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from apart_func import APART, BatchError, ModelError, SettingError, UsageError
+from apart_func import APART, BatchError, ModelError, SettingError
 
 BATCH = images()
 ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
@@ -25,19 +24,27 @@ def loss_of(model: nn.Module, batch: Any = BATCH) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def two_passes(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None) -> None:
-    """Both passes, each after something else that the user does in the context."""
+def two_passes(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None, late: bool = False) -> None:
+    """Both passes, each after something else that the user does in the context; a late backward comes after it."""
     for context in (apart.to_proxy, apart.to_adver):
         with context():
             before(apart.model)
-            (loss_of(apart.model) / 2).backward()
+            loss = loss_of(apart.model) / 2
+            if not late:
+                loss.backward()
+        if late:
+            loss.backward()
 
 
-def one_pass(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None) -> None:
+def one_pass(apart: APART, before: Callable[[nn.Module], Any] = lambda model: None, late: bool = False) -> None:
     torch.manual_seed(0)
     with apart.one_pass():
         before(apart.model)
-        loss_of(apart.model).backward()
+        loss = loss_of(apart.model)
+        if not late:
+            loss.backward()
+    if late:
+        loss.backward()
 
 
 every_form = pytest.mark.parametrize("take", [two_passes, one_pass])
@@ -46,6 +53,14 @@ every_form = pytest.mark.parametrize("take", [two_passes, one_pass])
 def assert_same_training(found: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(gradients(found), gradients(expected), **ROUNDING)
     torch.testing.assert_close(dict(found.named_buffers()), dict(expected.named_buffers()), **ROUNDING)
+
+
+@every_form
+def test_backward_may_be_called_inside_the_context_or_after_it(take: Any) -> None:
+    own, expected = APART(convolutional(), 0.3, 2), APART(convolutional(), 0.3, 2)
+    take(own, late=True)
+    take(expected)
+    assert_same_training(own.model, expected.model)
 
 
 # What happens inside.
@@ -77,7 +92,7 @@ def test_layers_may_change_their_mode_between_steps(take: Any) -> None:
 def evaluate(model: nn.Module) -> None:
     """An attack, a teacher or a pseudo-label: the model evaluates, then trains on."""
     model.eval()
-    model(BATCH[0])
+    torch.testing.assert_close(model(BATCH[0]), copy.deepcopy(model)(BATCH[0]))  # which is in no context
     model.train()
 
 
@@ -109,21 +124,9 @@ def test_a_context_in_which_the_model_only_evaluates_is_refused() -> None:
             apart.model(BATCH[0])
 
 
-class Drops(nn.Module):
-    """Skips its only layer at random, as stochastic depth does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head, self.skips = nn.BatchNorm2d(2), nn.Linear(32, 3), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x if self.skips else self.norm(x)).flatten(1))
-
-
 @every_form
 def test_a_batch_that_skips_every_layer_is_plain_training(take: Any) -> None:
-    own, plain = Drops().double(), Drops().double()
+    own, plain = Drops(), Drops()
     apart = APART(own, 0.3, 2)
     take(apart)
     loss_of(plain).backward()
@@ -150,15 +153,6 @@ def test_a_proxy_pass_that_another_one_follows_is_dropped_with_a_warning() -> No
     torch.testing.assert_close(apart.perturbation, last.perturbation, rtol=0, atol=0)
 
 
-def test_gradients_that_were_cleared_between_the_passes_are_noticed() -> None:
-    apart = APART(convolutional())
-    with apart.to_proxy():
-        loss_of(apart.model).backward()
-    apart.zero_grad()
-    with pytest.raises(UsageError, match=r"zero_grad\(\) was called between.*before to_proxy\(\)"), apart.to_adver():
-        pytest.fail("entered")
-
-
 def by_grad(model: nn.Module, loss: Tensor) -> None:
     params = list(model.parameters())
     for parameter, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
@@ -170,9 +164,7 @@ def by_inputs(model: nn.Module, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("differentiate", [by_grad, by_inputs])
-def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_leave_no_perturbation(
-    differentiate: Any,
-) -> None:
+def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_leave_no_perturbation(differentiate):
     apart = APART(convolutional())
     with apart.to_proxy():
         differentiate(apart.model, loss_of(apart.model))
@@ -182,17 +174,8 @@ def test_a_proxy_pass_whose_statistics_were_not_differentiated_by_is_said_to_lea
 
 
 def test_a_linear_probe_whose_features_have_no_graph_trains_its_head_at_no_perturbation() -> None:
-    class Probe(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = convolutional().requires_grad_(False), nn.Linear(3, 3).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = self.body(x)
-            return self.head(x)
-
-    model = Probe()
+    body = convolutional().requires_grad_(False)
+    model = Parts(lambda m, x: m.head(torch.no_grad()(m.body)(x)), body=body, head=nn.Linear(3, 3))
     plain = copy.deepcopy(model)
     both_passes(APART(model), BATCH)
     loss_of(plain).backward()
@@ -214,9 +197,7 @@ def test_a_linear_probe_whose_features_have_no_graph_trains_its_head_at_no_pertu
     ],
 )
 @pytest.mark.parametrize("context", ["to_proxy", "one_pass"])
-def test_an_attribute_that_was_set_out_of_its_range_is_refused_at_the_next_context(
-    name: str, value: Any, context: str
-) -> None:
+def test_an_attribute_that_was_set_out_of_its_range_is_refused_at_the_next_context(name, value, context):
     apart = APART(convolutional(), 0.1, 2)
     setattr(apart, name, value)
     with pytest.raises(SettingError, match=f"{name}={value!r}"), getattr(apart, context)():
@@ -234,44 +215,6 @@ def test_a_radius_that_requires_gradients_leaves_no_graph_behind() -> None:
 
 
 # Samples.
-
-
-class Clips(nn.Module):
-    """Batch norm over the frames of clips, as rows of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(x.flatten(0, 1))).view(x.shape).mean(1))
-
-
-def clips(number: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(number, 8, 4, generator=generator).double(), torch.arange(number) % 3
-
-
-def test_in_groups_of_consecutive_rows_the_clean_samples_do_not_know_of_the_signs() -> None:
-    model, (x, _) = Clips().double(), clips(8)
-    outputs = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        with APART(model, 0.3, 4, rows="consecutive").one_pass():
-            outputs.append(model(x).detach())
-    moved = (outputs[0] - outputs[1]).abs().amax(1) > 1e-12
-    assert moved.tolist() == [i % 4 >= 2 for i in range(8)]
-
-
-@pytest.mark.parametrize("rows", ["consecutive", "interleaved", lambda layer, x: torch.arange(len(x)) // 8])
-def test_groups_that_do_not_divide_the_samples_are_refused_although_they_divide_the_rows(rows: Any) -> None:
-    model, (x, y) = Clips().double(), clips(6)
-    with (
-        pytest.raises(BatchError, match="groups=4 does not divide the 6 samples"),
-        APART(model, 0.3, 4, rows=rows).one_pass(),
-    ):
-        F.cross_entropy(model(x), y).backward()
 
 
 class Graphs:
@@ -305,9 +248,7 @@ class WithAdjacency(OfGraphs):
     ids=["an opaque object", "tensors of unlike lengths"],
 )
 @pytest.mark.parametrize("rows", [None, "consecutive"])
-def test_inputs_that_do_not_say_how_many_samples_there_are_are_refused_in_groups(
-    model: nn.Module, inputs: Any, rows: Any
-) -> None:
+def test_inputs_that_do_not_say_how_many_samples_there_are_are_refused_in_groups(model, inputs, rows):
     for groups in (2, -1):
         with (
             pytest.raises(BatchError, match=r"layer 'norm'.*does not say how many samples.*rows=function"),

@@ -1,7 +1,5 @@
 """The drop-in's one pass: the step of the function at signs that it draws, in a context around the user's loop."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -30,22 +28,15 @@ BATCH = images()
 ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
 
 
-def drop_in_pass(apart: APART, batch: Any = BATCH, loss_fn: Any = F.cross_entropy) -> None:
+def drop_in_pass(apart: APART, batch: Any = BATCH) -> None:
     apart.model.zero_grad()
     with apart.one_pass():
-        loss_fn(apart.model(batch[0]), batch[1]).backward()
+        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
 
 
-def functional_pass(model: nn.Module, batch: Any = BATCH, loss_fn: Any = F.cross_entropy, **options: Any) -> StepOutput:
+def functional_pass(model: nn.Module, batch: Any = BATCH, **options: Any) -> StepOutput:
     options = {"epsilon": 0.3, "groups": 4} | options
-    return make_one_pass_step(model, loss_fn, **options)(*split_state(model), batch)
-
-
-def assert_same_pass(apart: APART, out: StepOutput) -> None:
-    torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
-    torch.testing.assert_close(gradients(apart.model), out.grads, **ROUNDING)
-    torch.testing.assert_close(dict(apart.model.named_buffers()), out.buffers, **ROUNDING)
-    torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
+    return make_one_pass_step(model, F.cross_entropy, **options)(*split_state(model), batch)
 
 
 def test_it_takes_the_steps_of_the_function_from_the_same_seed() -> None:
@@ -57,25 +48,10 @@ def test_it_takes_the_steps_of_the_function_from_the_same_seed() -> None:
         out = functional_pass(copy.deepcopy(model), batch)
         torch.manual_seed(seed)
         drop_in_pass(apart, batch)
-        assert_same_pass(apart, out)
-
-
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        nn.CrossEntropyLoss(reduction="sum"),
-        nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0]).double()),
-        nn.CrossEntropyLoss(ignore_index=int(BATCH[1][0])),
-    ],
-    ids=["sum", "class weights", "ignore_index"],
-)
-def test_it_and_the_function_differentiate_the_loss_of_the_whole_batch_whatever_mean_it_is(loss_fn: Any) -> None:
-    apart, twin = APART(convolutional(), 0.3, 4), convolutional()
-    torch.manual_seed(0)
-    out = functional_pass(twin, loss_fn=loss_fn)
-    torch.manual_seed(0)
-    drop_in_pass(apart, loss_fn=loss_fn)
-    assert_same_pass(apart, out)
+        torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(model), out.grads, **ROUNDING)
+        torch.testing.assert_close(dict(model.named_buffers()), out.buffers, **ROUNDING)
+        torch.testing.assert_close(apart.stats, out.stats, **ROUNDING)
 
 
 def test_a_rule_of_gradients_is_refused_with_the_step_that_takes_one() -> None:
@@ -96,23 +72,6 @@ def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
     assert sign_flips(found, apart.perturbation) > 0
 
 
-def test_a_new_radius_is_that_of_the_next_signs() -> None:
-    apart = APART(convolutional(), 0.1, 4).set_epsilon(0.4)
-    drop_in_pass(apart)
-    assert all((part.abs() == 0.4).all() for shift in apart.perturbation.values() for part in shift)
-
-
-def test_backward_may_come_after_the_context() -> None:
-    inside, after = APART(convolutional(), 0.1, 4), APART(convolutional(), 0.1, 4)
-    torch.manual_seed(0)
-    drop_in_pass(inside)
-    torch.manual_seed(0)
-    with after.one_pass():
-        loss = F.cross_entropy(after.model(BATCH[0]), BATCH[1])
-    loss.backward()
-    torch.testing.assert_close(gradients(after.model), gradients(inside.model), rtol=0, atol=0)
-
-
 def test_micro_batches_in_one_context_add_up_under_the_same_signs() -> None:
     apart, twin = APART(convolutional(), 0.3, 2), convolutional()
     torch.manual_seed(0)
@@ -126,28 +85,10 @@ def test_micro_batches_in_one_context_add_up_under_the_same_signs() -> None:
     torch.testing.assert_close(dict(apart.model.named_buffers()), out.buffers, **ROUNDING)
 
 
-def test_it_leaves_the_model_and_the_optimizer_without_anything_to_save() -> None:
-    apart = APART(convolutional(), 0.1, 4)
-    plain = convolutional()
-    drop_in_pass(apart)
-    assert list(apart.model.state_dict()) == list(plain.state_dict())
-    assert not hasattr(apart, "state_dict")
-    plain.load_state_dict(apart.model.state_dict())
-    torch.testing.assert_close(apart.model(BATCH[0]), plain(BATCH[0]), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("groups", [0, 1])
 def test_it_needs_a_number_of_groups(groups: int) -> None:
     with pytest.raises(SettingError, match=f"groups={groups} makes one of the whole batch.*groups=4"):
         drop_in_pass(APART(convolutional(), 0.1, groups))
-
-
-def test_a_group_of_every_sample_is_as_many_groups_as_samples() -> None:
-    each, eight = APART(convolutional(), 0.3, -1), APART(convolutional(), 0.3, 8)
-    for apart in (each, eight):
-        torch.manual_seed(0)
-        drop_in_pass(apart)
-    torch.testing.assert_close(gradients(each.model), gradients(eight.model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("fraction", "which"), [(0.0, "none"), (1.0, "all")])
@@ -202,10 +143,3 @@ def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name(i
         drop_in_pass(APART(Freezing(is_late), 0.1, 2))
     with pytest.raises(ModelError, match=message):
         functional_pass(Freezing(is_late), groups=2)
-
-
-def test_the_model_is_as_before_outside_the_context() -> None:
-    model = convolutional()
-    drop_in_pass(APART(model, 0.1, 4))
-    torch.testing.assert_close(model(BATCH[0]), copy.deepcopy(model)(BATCH[0]), rtol=0, atol=0)
-    assert all("forward" not in vars(module) for module in model.modules())

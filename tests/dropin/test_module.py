@@ -1,47 +1,30 @@
-"""The drop-in: its numbers against the definition and the golden cases, and what it leaves of the user's model."""
-
-from __future__ import annotations
+"""The drop-in: its numbers against the definition, and what it leaves of the user's model."""
 
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from architectures import Architecture, architectures
-from golden.cases import NAMES, Outcome, assert_as_recorded, load
-from hypothesis import given, settings
+from compare import assert_agree, relative_error, take_step
 from loops import both_passes, drop_in_step, gradients
-from oracle import oracle_step
-from small import convolutional, images
-from test_against_oracle import TOLERANCE, Comparison, assert_agree, relative_error
+from small import Parts, convolutional, images
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.parametrizations import spectral_norm
 
-from apart_func import APART, ApartError, Perturbation, StepOutput, make_apart_step, split_state
+from apart_func import APART, ApartError, Perturbation, make_apart_step, split_state
 
 # Rounding of float64 in another order, through two layers.
 ROUNDING = {"rtol": 1e-11, "atol": 1e-14}
 
 
-def compare(model: nn.Module, batch: Any, *, tolerance: float = TOLERANCE[torch.float64], **options: Any) -> Comparison:
-    """A step of the model from its own state: by the drop-in, and by the definition with the drop-in's δ."""
-    untouched = copy.deepcopy(model)
-    library = drop_in_step(model, batch, **options)
-    options = {"epsilon": 0.1, "groups": 0, "ratio": 1.0, "loss_fn": F.cross_entropy} | options
-    definition = oracle_step(untouched, batch=batch, perturbation=library.perturbation, **options)
-    return Comparison(library, definition, options["epsilon"], tolerance)
-
-
-def assert_same_step(drop_in: StepOutput, functional: StepOutput) -> None:
-    """The drop-in does not keep the statistics of its second pass."""
-    found, expected = ({**out._asdict(), "adversarial_stats": {}} for out in (drop_in, functional))
-    torch.testing.assert_close(found, expected, **ROUNDING)
+compare = partial(take_step, take=drop_in_step)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -65,44 +48,6 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 # The numbers.
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_golden_case_replayed_through_the_drop_in_is_met_over_all_its_steps(name: str) -> None:
-    case = load(name)
-    model, outcomes = case.model(), []
-    apart = APART(model, epsilon=case.epsilon, groups=case.groups)
-    optimizer = torch.optim.SGD(model.parameters(), lr=case.learning_rate)
-    for x, y in case.batches():
-        optimizer.zero_grad()
-        loss, adversarial_loss, output = both_passes(apart, (x, y), case.ratio)
-        grads = gradients(model)
-        optimizer.step()
-        r = len(x) / (len(x) + int(case.ratio * len(x)))
-        stat_grads = {layer: (g.mean / r, g.scale / r) for layer, g in apart.stat_grads.items()}
-        params, buffers = split_state(model)
-        state = ({name: tensor.clone() for name, tensor in part.items()} for part in (params, buffers))
-        outcomes.append(Outcome(loss, adversarial_loss, output, grads, stat_grads, *state))
-    assert_as_recorded(case, outcomes, "")  # everything, to 1e-12
-    counts = {key: n for key, n in buffers.items() if key.endswith("num_batches_tracked")}
-    assert counts == {key: before + case.steps for key, before in case.under("buffer/").items() if key in counts}
-
-
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(architectures())
-def test_a_step_of_any_architecture_is_what_the_definition_says(architecture: Architecture) -> None:
-    model, batch = architecture.build()
-    assert_agree(
-        compare(
-            model,
-            batch,
-            epsilon=architecture.epsilon,
-            groups=architecture.groups,
-            ratio=architecture.ratio,
-            rows=architecture.rows_setting(),
-            tolerance=TOLERANCE[architecture.dtype],
-        )
-    )
-
-
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])  # norm-act layers; batch norm and in-place ReLU
 def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
     torch.manual_seed(0)
@@ -113,51 +58,19 @@ def test_a_timm_network_steps_as_the_definition_says(name: str) -> None:
     assert {int(n) for key, n in step.library.buffers.items() if key.endswith("num_batches_tracked")} == {1}
 
 
-def test_the_drop_in_and_the_functional_step_do_the_same() -> None:
-    options = {"epsilon": 0.2, "groups": 2, "ratio": 0.5}
-    model, batch = convolutional(momentum=None), images()
-    functional = make_apart_step(model, F.cross_entropy, **options)(*split_state(copy.deepcopy(model)), batch)
-    drop_in = drop_in_step(model, batch, **options)
-    assert_same_step(drop_in, functional)
-
-
-class Reordered(nn.Module):
-    """Calls its layers in another order than it registers them in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second, self.first, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-        for norm in (self.first, self.second):
-            nn.init.normal_(norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(x * self.first(x).tanh()))
-
-
 def test_layers_may_be_called_in_another_order_than_they_are_registered_in() -> None:
     torch.manual_seed(0)
-    model, batch = Reordered().double(), (torch.randn(12, 5).double(), torch.randint(3, (12,)))
+    parts = {"second": nn.BatchNorm1d(5), "first": nn.BatchNorm1d(5), "head": nn.Linear(5, 3)}
+    model = Parts(lambda m, x: m.head(m.second(x * m.first(x).tanh())), **parts)
+    for norm in (model.first, model.second):
+        nn.init.normal_(norm.weight)
+    batch = torch.randn(12, 5).double(), torch.randint(3, (12,))
     functional = make_apart_step(model, F.cross_entropy, groups=3)(*split_state(copy.deepcopy(model)), batch)
     step = compare(model, batch, groups=3)
     assert_agree(step)
-    assert_same_step(step.library, functional)
-
-
-def one_step(backward_inside: bool) -> tuple[dict[str, Tensor], dict[str, Perturbation]]:
-    model, (x, y) = convolutional(), images()
-    apart = APART(model, groups=2)
-    for context in (apart.to_proxy, apart.to_adver):
-        with context():
-            loss = F.cross_entropy(model(x), y)
-            if backward_inside:
-                loss.backward()
-        if not backward_inside:
-            loss.backward()
-    return gradients(model), apart.perturbation
-
-
-def test_backward_may_be_called_inside_the_context_or_after_it() -> None:
-    torch.testing.assert_close(one_step(True), one_step(False), rtol=0, atol=0)
+    # the drop-in does not keep the statistics of its second pass
+    found, expected = ({**out._asdict(), "adversarial_stats": {}} for out in (step.library, functional))
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def test_the_perturbation_of_every_step_starts_from_zero() -> None:
@@ -218,9 +131,10 @@ def test_outside_the_contexts_the_model_is_as_the_user_made_it(build: Callable[[
     channels = next(model.parameters()).shape[1]
     x = torch.randn(4, channels, 32, 32).double()
     before = state_of(model)
-    apart = APART(model)
+    apart = APART(model, groups=2)
     assert state_of(model) == before
-    for context in (apart.to_proxy, apart.to_adver):
+    assert not hasattr(apart, "state_dict")  # it has nothing to save
+    for context in (apart.to_proxy, apart.to_adver, apart.one_pass):
         with context():
             model(x).logsumexp(1).mean().backward()
         assert state_of(model) == before
@@ -240,8 +154,6 @@ def test_after_a_step_the_model_can_be_copied_pickled_and_evaluated() -> None:
 
 
 class Counting(nn.Module):
-    """Counts its forwards, in place and by replacement."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("in_place", torch.tensor(0))
@@ -286,7 +198,6 @@ class UserError(Exception):
 
 
 def fail(model: nn.Module, x: Tensor | None = None) -> None:
-    """Raise, perhaps after a forward."""
     if x is not None:
         model(x)
     raise UserError
@@ -296,9 +207,7 @@ def fail(model: nn.Module, x: Tensor | None = None) -> None:
 @pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(5), BatchNormAct2d(5, apply_act=False)])
-def test_an_exception_inside_a_context_leaves_the_model_as_plain_training_would(
-    norm: nn.Module, failing: str, after_forward: bool
-) -> None:
+def test_an_exception_inside_a_context_leaves_the_model_as_plain_training_would(norm, failing, after_forward):
     model, (x, y) = convolutional(), images()
     model[4] = copy.deepcopy(norm).double()
     apart = APART(model)
@@ -360,17 +269,8 @@ def _dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize(
-    ("build", "ratio"),
-    [
-        (convolutional, 1.0),
-        (convolutional, 0.5),
-        (norm_act, 1.0),
-    ],
-)
-def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(
-    build: Callable[[], nn.Module], ratio: float
-) -> None:
+@pytest.mark.parametrize(("build", "ratio"), [(convolutional, 1.0), (convolutional, 0.5), (norm_act, 1.0)])
+def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build, ratio):
     model = build()
     twin = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
@@ -393,7 +293,6 @@ def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(
 
 
 def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
-    """Layer names as they are in the model that was compiled."""
     return {name.removeprefix("_orig_mod."): value for name, value in tree.items()}
 
 
@@ -434,40 +333,55 @@ def proxy(apart: APART, samples: int = 8) -> None:
 unused = pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
 
 
-@pytest.mark.parametrize("epsilon", [-0.1, float("nan"), float("inf"), torch.tensor(-1.0), torch.zeros(2)])
-def test_a_radius_that_is_none(epsilon: float | Tensor) -> None:
-    with pytest.raises(ApartError, match=r"epsilon.*expected"):
-        APART(convolutional(), epsilon)
-    apart = APART(convolutional())
-    with pytest.raises(ApartError, match=r"epsilon.*expected"):
-        apart.set_epsilon(epsilon)
-    assert apart.epsilon == 0.1
+def only_forward(apart: APART) -> None:
+    with apart.to_proxy():
+        apart.model(images()[0])
 
 
-def test_an_adversarial_pass_with_no_proxy_pass() -> None:
-    apart = APART(convolutional())
-    with pytest.raises(ApartError, match=r"no proxy pass since.*with apart.to_proxy"), apart.to_adver():
-        pytest.fail("entered")
-    both_passes(apart, images())
-    with pytest.raises(ApartError, match=r"no proxy pass since the last adversarial one"), apart.to_adver():
-        pytest.fail("entered")
-
-
-@unused
-def test_an_adversarial_pass_after_a_proxy_pass_that_failed() -> None:
-    apart = APART(convolutional())
+def failed(apart: APART) -> None:
     proxy(apart)
     with pytest.raises(UserError), apart.to_proxy():
         fail(apart.model, images()[0])
-    with pytest.raises(ApartError, match="no proxy pass since"), apart.to_adver():
-        pytest.fail("entered")
 
 
-def test_an_adversarial_pass_with_no_backward_since_the_proxy_pass() -> None:
+def proxy_and(change: Callable[[APART], Any]) -> Callable[[APART], None]:
+    """A proxy pass, and what changes after it."""
+
+    def happen(apart: APART) -> None:
+        proxy(apart)
+        change(apart)
+
+    return happen
+
+
+MISTAKES: dict[str, tuple[Callable[[APART], None], str]] = {
+    "no proxy pass": (lambda apart: None, r"no proxy pass since.*with apart.to_proxy"),
+    "none since the last": (lambda apart: both_passes(apart, images()), "no proxy pass since the last adversarial one"),
+    "one that failed": (failed, "no proxy pass since"),
+    "no backward": (only_forward, r"no backward\(\) since the proxy pass.*Call backward\(\)"),
+    "cleared gradients": (proxy_and(APART.zero_grad), r"zero_grad\(\) was called between.*before to_proxy\(\)"),
+    "another layer": (
+        proxy_and(lambda apart: apart.model.__setitem__(4, nn.BatchNorm2d(5).double())),
+        r"\['4'\] came, went, or were replaced",
+    ),
+    "another mode": (
+        proxy_and(lambda apart: apart.model[1].eval()),
+        r"in training mode are not those.*\['1'\] came or went",
+    ),
+    "a rule that forgets a layer": (
+        proxy_and(lambda apart: setattr(apart, "rule", lambda *_: {})),
+        r"the perturbation does not fit.*missing \['1', '4'\]",
+    ),
+}
+
+
+@unused
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_an_adversarial_pass_that_nothing_leads_to_is_refused(mistake: str) -> None:
     apart = APART(convolutional())
-    with apart.to_proxy():
-        apart.model(images()[0])
-    with pytest.raises(ApartError, match=r"no backward\(\) since the proxy pass.*Call backward\(\)"), apart.to_adver():
+    happen, message = MISTAKES[mistake]
+    happen(apart)
+    with pytest.raises(ApartError, match=message), apart.to_adver():
         pytest.fail("entered")
 
 
@@ -494,55 +408,3 @@ def test_a_context_inside_that_of_another_object() -> None:
         pytest.fail("entered")
     with pytest.raises(ApartError, match="layer '1' is inside a context of another APART"), outer.to_proxy():
         make_apart_step(model, F.cross_entropy)
-
-
-@unused
-def test_a_model_whose_structure_changes_between_the_passes() -> None:
-    model = convolutional()
-    apart = APART(model)
-    proxy(apart)
-    model[4] = nn.BatchNorm2d(5).double()
-    with pytest.raises(ApartError, match=r"\['4'\] came, went, or were replaced"), apart.to_adver():
-        pytest.fail("entered")
-    proxy(apart)
-    model[1].eval()
-    with pytest.raises(ApartError, match=r"in training mode are not those.*\['1'\] came or went"), apart.to_adver():
-        pytest.fail("entered")
-
-
-def test_a_model_without_batch_norm() -> None:
-    with pytest.raises(ApartError, match="Linear has no batch-norm layer"), APART(nn.Linear(2, 2)).to_proxy():
-        pytest.fail("entered")
-
-
-def test_a_layer_that_sees_one_value_a_channel() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3)).double()
-    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel \(1 samples"), APART(model).to_proxy():
-        model(images(1)[0])
-    apart = APART(model, groups=-1)
-    proxy(apart)
-    with pytest.raises(ApartError, match=r"layer '1' sees one value a channel in each of 8 groups"), apart.to_adver():
-        model(images()[0])
-
-
-def test_inference_mode() -> None:
-    apart = APART(convolutional())
-    with torch.inference_mode(), pytest.raises(ApartError, match="inference_mode"), apart.to_proxy():
-        pytest.fail("entered")
-
-
-def test_a_rule_that_forgets_a_layer() -> None:
-    apart = APART(convolutional(), rule=lambda stats, stat_grads, epsilon: {})
-    proxy(apart)
-    with pytest.raises(ApartError, match=r"the perturbation does not fit.*missing \['1', '4'\]"), apart.to_adver():
-        pytest.fail("entered")
-
-
-def test_a_layer_that_bypasses_batch_norm() -> None:
-    class ByHand(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return x / x.std()
-
-    model = nn.Sequential(ByHand(2))
-    with pytest.raises(ApartError, match=r"layer '0' \(ByHand\) ran without calling"), APART(model).to_proxy():
-        model(torch.randn(4, 2, 3, 3))

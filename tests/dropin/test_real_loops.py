@@ -4,36 +4,26 @@ Every test of numbers runs a `Form` beside a twin of the model that gets its gra
 The definition is given δ, since the sign of a gradient that is zero but for rounding is a coin toss.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import relative_error
 from loops import both_passes, gradients, weights
 from oracle import Step, oracle_step
 from small import convolutional, images
-from test_against_oracle import relative_error
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from apart_func import (
-    APART,
-    ApartError,
-    ApartStep,
-    assign_grads_,
-    load_state_,
-    make_apart_step,
-    split_state,
-)
+from apart_func import APART, ApartError, ApartStep, assign_grads_, load_state_, make_apart_step, split_state
 
 EPSILON, GROUPS, RATIO = 0.2, 2, 0.5
 OPTIONS: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "ratio": RATIO}
@@ -72,7 +62,6 @@ both_forms = pytest.mark.parametrize("form", [DropIn, Functional])
 
 
 def definition(model: nn.Module, batch: Any, perturbation: Any) -> Step:
-    """The definition's step at the model's state; its gradients and buffers are put into the model."""
     out = oracle_step(model, F.cross_entropy, batch, perturbation=perturbation, **OPTIONS)
     for name, parameter in model.named_parameters():
         parameter.grad = out.grads[name].to(parameter.dtype)
@@ -84,9 +73,7 @@ def definition(model: nn.Module, batch: Any, perturbation: Any) -> Step:
 def assert_same_training(
     form: Form,
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
-    *,
     before_step: Callable[[nn.Module], Any] = lambda model: None,
-    after_step: Callable[[nn.Module, torch.optim.Optimizer, int], Any] = lambda model, optimizer, t: None,
 ) -> None:
     """Train a form and the definition side by side, and compare all of their state after each of four steps."""
     own, twin = form(convolutional()), convolutional()
@@ -98,7 +85,6 @@ def assert_same_training(
         for model, optimizer in optimizers.items():
             before_step(model)
             optimizer.step()
-            after_step(model, optimizer, t)
         torch.testing.assert_close(dict(own.model.state_dict()), dict(twin.state_dict()), **ROUNDING)
 
 
@@ -107,28 +93,20 @@ def assert_same_training(
 
 @both_forms
 @pytest.mark.parametrize(
-    ("optimizer", "options"),
+    "optimizer",
     [
-        (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
-        (torch.optim.SGD, {"momentum": 0.9, "foreach": True}),
-        (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
-        (torch.optim.Adam, {"amsgrad": True}),
-        (torch.optim.Adam, {"foreach": True}),
-        (torch.optim.AdamW, {"fused": True}),
-        (torch.optim.Adagrad, {}),
-        (torch.optim.Adadelta, {}),
-        (torch.optim.Adamax, {}),
-        (torch.optim.NAdam, {}),
-        (torch.optim.RAdam, {}),
-        (torch.optim.RMSprop, {"foreach": True}),
-        (torch.optim.ASGD, {}),
-        (torch.optim.Rprop, {}),
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1e-2),
+        partial(torch.optim.SGD, momentum=0.9, foreach=True),
+        partial(torch.optim.SGD, momentum=0.9, fused=True),
+        partial(torch.optim.Adam, amsgrad=True),
+        partial(torch.optim.Adam, foreach=True),
+        partial(torch.optim.AdamW, fused=True),
+        partial(torch.optim.RMSprop, foreach=True),
+        *(getattr(torch.optim, name) for name in ("Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")),
     ],
 )
-def test_any_optimizer_takes_the_steps_that_the_definition_takes(
-    form: Form, optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
-) -> None:
-    assert_same_training(form, lambda model: optimizer(model.parameters(), lr=1e-2, **options))
+def test_any_optimizer_takes_the_steps_that_the_definition_takes(form: Form, optimizer: Any) -> None:
+    assert_same_training(form, lambda model: optimizer(model.parameters(), lr=1e-2))
 
 
 @both_forms
@@ -147,18 +125,6 @@ def test_an_optimizer_that_evaluates_a_closure_repeats_the_whole_step(form: Form
     assert len(losses) >= 3
     assert own.model[1].num_batches_tracked == len(losses)
     assert losses[-1] < losses[0]
-
-
-@both_forms
-def test_schedulers_run_as_in_plain_training(form: Form) -> None:
-    schedules: dict[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler] = {}
-
-    def with_schedule(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        schedules[optimizer] = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=4)
-        return optimizer
-
-    assert_same_training(form, with_schedule, after_step=lambda model, optimizer, t: schedules[optimizer].step())
 
 
 @both_forms
@@ -248,13 +214,9 @@ def test_the_drop_in_under_autocast_and_a_scaler_is_near_the_definition(dtype: t
     for name, parameter in loop.model.named_parameters():
         moved = dict(twin.named_parameters())[name] - 0.1 * before[name]
         torch.testing.assert_close(parameter, moved)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_perturbation_of_the_drop_in_does_not_depend_on_the_scale(dtype: torch.dtype) -> None:
-    one, other = Scaled(dtype, scale=256.0), Scaled(dtype, scale=4096.0)
-    torch.testing.assert_close(one.apart.perturbation, other.apart.perturbation, rtol=0, atol=0)
-    assert one.apart.stat_grads["4"].scale.abs().sum() < other.apart.stat_grads["4"].scale.abs().sum()
+    other = Scaled(dtype, scale=4096.0).apart  # on which the perturbation does not depend
+    torch.testing.assert_close(loop.apart.perturbation, other.perturbation, rtol=0, atol=0)
+    assert loop.apart.stat_grads["4"].scale.abs().sum() < other.stat_grads["4"].scale.abs().sum()
 
 
 def test_where_a_pass_of_the_drop_in_overflows_the_scaler_skips_and_the_statistics_move_as_in_plain_training() -> None:
@@ -280,22 +242,18 @@ def functional_under_autocast(dtype: torch.dtype, scale: float | None) -> tuple[
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), HALF)
-@pytest.mark.parametrize("scale", [None, 1024.0])
-def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(
-    dtype: torch.dtype, tolerance: float, scale: float | None
-) -> None:
-    out, model = functional_under_autocast(dtype, scale)
-    expected = oracle_step(model, F.cross_entropy, images(64, torch.float32), perturbation=out.perturbation, **OPTIONS)
-    assert out.all_finite
-    assert relative_error(out.grads, expected.grads) < tolerance
-    assert relative_error(out.stat_grads, expected.stat_grads) < tolerance
-    assert relative_error(out.buffers, expected.buffers) < STATISTICS
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_perturbation_of_the_functional_step_does_not_depend_on_the_scale(dtype: torch.dtype) -> None:
-    one, other = (functional_under_autocast(dtype, scale)[0] for scale in (256.0, 4096.0))
-    torch.testing.assert_close(one.perturbation, other.perturbation, rtol=0, atol=0)
+def test_the_functional_step_under_autocast_and_a_scale_is_near_the_definition(dtype, tolerance):
+    outs = []
+    for scale in (None, 256.0, 4096.0):
+        out, model = functional_under_autocast(dtype, scale)
+        given = {"perturbation": out.perturbation, **OPTIONS}
+        expected = oracle_step(model, F.cross_entropy, images(64, torch.float32), **given)
+        assert out.all_finite
+        assert relative_error(out.grads, expected.grads) < tolerance
+        assert relative_error(out.stat_grads, expected.stat_grads) < tolerance
+        assert relative_error(out.buffers, expected.buffers) < STATISTICS
+        outs.append(out)
+    torch.testing.assert_close(outs[1].perturbation, outs[2].perturbation, rtol=0, atol=0)
 
 
 def test_where_the_functional_step_overflows_it_says_so_and_returns_the_buffers_as_they_were() -> None:
@@ -326,20 +284,6 @@ def checkpointed() -> nn.Module:
 def by_position(tree: dict[str, Any]) -> list[Any]:
     """The values of a dict, whatever the names."""
     return list(tree.values())
-
-
-@both_forms
-def test_checkpointed_layers_see_the_same_perturbation_and_count_the_batch_once(form: Form) -> None:
-    own, plain, twin = form(checkpointed()), form(convolutional()), convolutional()
-    for t in range(3):
-        batch = images(seed=t)
-        own.backward(batch)
-        plain.backward(batch)
-        definition(twin, batch, dict(zip(plain.perturbation, by_position(own.perturbation), strict=True)))
-        for other in (plain.model, twin):
-            torch.testing.assert_close(by_position(gradients(own.model)), by_position(gradients(other)), **ROUNDING)
-            torch.testing.assert_close(list(own.model.buffers()), list(other.buffers()), **ROUNDING)
-    assert own.model[3][1].num_batches_tracked == 3
 
 
 def test_reentrant_checkpoints_work_in_the_drop_in() -> None:
@@ -381,41 +325,19 @@ def test_checkpointed_layers_under_a_transform_are_an_error() -> None:
         vmap(lambda epsilon: step(*split_state(model), batch, epsilon=epsilon))(torch.zeros(2))
 
 
-# Averages of weights.
-
-
-@both_forms
-@pytest.mark.parametrize("average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["SWA", "EMA"])
-def test_averages_of_weights_run_beside_it(form: Form, average: dict[str, Any]) -> None:
-    own, twin = form(convolutional()), convolutional()
-    optimizers = {model: torch.optim.SGD(model.parameters(), 0.1) for model in (own.model, twin)}
-    averages = {model: AveragedModel(model, **average) for model in optimizers}
-    for t in range(4):
-        own.backward(images(seed=t))
-        definition(twin, images(seed=t), own.perturbation)
-        for model, optimizer in optimizers.items():
-            optimizer.step()
-            averages[model].update_parameters(model)
-    for averaged in averages.values():
-        update_bn([images(seed=t)[0] for t in range(3)], averaged)
-    torch.testing.assert_close(dict(averages[own.model].state_dict()), dict(averages[twin].state_dict()), **ROUNDING)
-    for model in optimizers:
-        assert model[1].num_batches_tracked == 4  # update_bn counts for the average alone
-
-
 # Over a long time.
 
 
 @both_forms
-def test_live_tensors_hooks_and_buffers_are_as_many_after_1000_steps_as_after_10(form: Form) -> None:
+def test_live_tensors_hooks_and_buffers_are_as_many_after_100_steps_as_after_10(form: Form) -> None:
     layers = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Flatten(), nn.Linear(64, 3)
     own = form(nn.Sequential(*layers).double())
     optimizer, batch, counts = torch.optim.SGD(own.model.parameters(), 0.01, momentum=0.9), images(4), []
     older = gc.get_objects()  # held, so that what other tests have left does not die meanwhile
-    for t in range(1, 1001):
+    for t in range(1, 101):
         own.backward(batch)
         optimizer.step()
-        if t in (10, 1000):
+        if t in (10, 100):
             counts.append(live_objects(own.model))
     del older
     assert counts[0] == counts[1]

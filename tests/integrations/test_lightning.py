@@ -1,7 +1,5 @@
 """The callbacks of Lightning against loops written by hand, which have the same random signs."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import os
@@ -9,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +80,6 @@ def loader(dtype: torch.dtype = torch.float64) -> DataLoader[Any]:
 def fit(
     module: Any, *callbacks: Any, path: Any = None, data: Any = None, val_dataloaders: Any = None, **options: Any
 ) -> Any:
-    """Train on the CPU, quietly."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     quiet |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
     trainer = lightning.Trainer(callbacks=list(callbacks), **(quiet | options))
@@ -95,39 +91,43 @@ def callback_of(form: str) -> OnePassApart | TwoPassApart:
     return OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS, RATIO)
 
 
-def step_by_hand(form: str, apart: APART, batch: Any, scale: float = 1.0) -> Tensor:
-    """Add the gradient of a batch, and return the loss that plain training would log."""
-    if form == "two passes":
-        return both_passes(apart, batch, RATIO, scale=scale)[0]
-    x, y = batch
-    with apart.one_pass():
-        loss = F.cross_entropy(apart.model(x), y)
-        (scale * loss).backward()
-    return loss.detach()
+class Loop:
+    """The same training by hand, with the contexts of `APART`: `steps()` yields the number and the batch of each step.
 
+    What is done with a batch comes between; after it, the optimizer takes its step if `accumulated` have added up.
+    """
 
-def by_hand(form: str, accumulated: int = 1, clip: float = 0.0) -> nn.Module:
-    """The same training, with the contexts of `APART` in a loop."""
-    model = convolutional()
-    apart = APART(model, EPSILON, GROUPS)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for t, batch in enumerate(batches()):
-        torch.manual_seed(t)
-        step_by_hand(form, apart, batch, 1 / accumulated)
-        if (t + 1) % accumulated == 0:
-            if clip:
-                assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
-            optimizer.step()
-            optimizer.zero_grad()
-    return model
+    def __init__(self, form: str, dtype: torch.dtype = torch.float64, accumulated: int = 1) -> None:
+        self.form, self.accumulated, self.dtype = form, accumulated, dtype
+        self.model = convolutional(dtype=dtype)
+        self.apart = APART(self.model, EPSILON, GROUPS)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), LEARNING_RATE, momentum=0.9)
+
+    def steps(self) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        for t, batch in enumerate(batches(self.dtype)):
+            torch.manual_seed(t)
+            yield t, batch
+            if (t + 1) % self.accumulated == 0:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def backward(self, batch: Any) -> Tensor:
+        """Add the gradient of a batch, and return the loss that plain training would log."""
+        scale = 1 / self.accumulated
+        if self.form == "two passes":
+            return both_passes(self.apart, batch, RATIO, scale=scale)[0]
+        with self.apart.one_pass():
+            loss = F.cross_entropy(self.model(batch[0]), batch[1])
+            (scale * loss).backward()
+        return loss.detach()
 
 
 def assert_same(one: nn.Module, other: nn.Module, **tolerance: Any) -> None:
-    """Parameters and buffers agree."""
     torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), **(tolerance or ROUNDING))
 
 
-both_forms = pytest.mark.parametrize("form", ["one pass", "two passes"])
+FORMS = ["one pass", "two passes"]
+both_forms = pytest.mark.parametrize("form", FORMS)
 EXACTLY = {"rtol": 0, "atol": 0}
 
 
@@ -137,9 +137,13 @@ EXACTLY = {"rtol": 0, "atol": 0}
 @both_forms
 @pytest.mark.parametrize(("accumulated", "clip"), [(1, 0.0), (3, 0.0), (1, 0.05), (2, 0.05)])
 def test_a_callback_takes_the_steps_of_the_loop_by_hand(form: str, accumulated: int, clip: float) -> None:
-    module = Classifier()
+    module, loop = Classifier(), Loop(form, accumulated=accumulated)
     fit(module, callback_of(form), accumulate_grad_batches=accumulated, gradient_clip_val=clip or None)
-    assert_same(module.model, by_hand(form, accumulated, clip))
+    for t, batch in loop.steps():
+        loop.backward(batch)
+        if clip and (t + 1) % accumulated == 0:
+            assert nn.utils.clip_grad_norm_(loop.model.parameters(), clip) > clip
+    assert_same(module.model, loop.model)
 
 
 @both_forms
@@ -151,24 +155,18 @@ def test_precision_plugins_do_what_autocast_and_a_scaler_do_by_hand(form: str, p
     module = Classifier(convolutional(dtype=torch.float32))
     fit(module, callback_of(form), data=loader(torch.float32), plugins=[plugin])
 
-    model = convolutional(dtype=torch.float32)
-    apart = APART(model, EPSILON, GROUPS)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+    loop = Loop(form, torch.float32)
+    apart, model = loop.apart, loop.model
     for t, (x, y) in enumerate(batches(torch.float32)):
         torch.manual_seed(t)
-        optimizer.zero_grad()
-        if form == "one pass":
-            with apart.one_pass():
+        loop.optimizer.zero_grad()
+        passes = [(apart.to_proxy(), 8, 2 / 3), (apart.to_adver(), 4, 1 / 3)]
+        for context, samples, weight in [(apart.one_pass(), 8, 1.0)] if form == "one pass" else passes:
+            with context:
                 with torch.autocast("cpu", dtype):
-                    loss = F.cross_entropy(model(x), y)
-                scaler.scale(loss).backward()
-        else:
-            for context, samples, weight in (apart.to_proxy(), 8, 2 / 3), (apart.to_adver(), 4, 1 / 3):
-                with context:
-                    with torch.autocast("cpu", dtype):
-                        loss = F.cross_entropy(model(x[:samples]), y[:samples])
-                    scaler.scale(weight * loss).backward()
-        scaler.step(optimizer)
+                    loss = F.cross_entropy(model(x[:samples]), y[:samples])
+                scaler.scale(weight * loss).backward()
+        scaler.step(loop.optimizer)
         scaler.update()
     # The weight is multiplied in float32, once with r and once with 1 − r, in another order.
     assert_same(module.model, model, rtol=1e-4, atol=1e-6)
@@ -180,39 +178,36 @@ def test_a_closure_that_the_optimizer_calls_again_is_a_whole_step_each_time(form
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
-    module, model = WithLBFGS(), convolutional()
+    module, loop = WithLBFGS(), Loop(form)
     fit(module, callback_of(form), max_steps=2)
-    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(loop.model.parameters(), lr=0.1, max_iter=3)
     for t, batch in enumerate(batches()[:2]):
         torch.manual_seed(t)
 
         def closure(batch: Any = batch) -> Tensor:
             optimizer.zero_grad()
-            return step_by_hand(form, apart, batch)
+            return loop.backward(batch)
 
         optimizer.step(closure)
-    assert model[1].num_batches_tracked == 6
-    assert_same(module.model, model)
+    assert loop.model[1].num_batches_tracked == 6
+    assert_same(module.model, loop.model)
 
 
 @both_forms
 def test_validation_and_averaged_weights_are_beside_it(form: str) -> None:
-    module, model = Classifier(), convolutional()
+    module, loop = Classifier(), Loop(form)
     average = WeightAveraging(avg_fn=get_ema_avg_fn(0.5), use_buffers=False)
     trainer = fit(module, callback_of(form), average, data=loader(), val_dataloaders=loader(), val_check_interval=2)
     assert trainer.callback_metrics["validation loss"].isfinite()
 
-    twin = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
-    apart = APART(model, EPSILON, GROUPS)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for t, batch in enumerate(batches()):
-        torch.manual_seed(t)
-        optimizer.zero_grad()
-        step_by_hand(form, apart, batch)
-        optimizer.step()
-        twin.update_parameters(model)
+    twin = AveragedModel(loop.model, avg_fn=get_ema_avg_fn(0.5))
+    for t, batch in loop.steps():
+        if t:
+            twin.update_parameters(loop.model)
+        loop.backward(batch)
+    twin.update_parameters(loop.model)
     torch.testing.assert_close(dict(module.model.named_parameters()), dict(twin.module.named_parameters()), **ROUNDING)
-    torch.testing.assert_close(dict(module.model.named_buffers()), dict(model.named_buffers()), **ROUNDING)
+    torch.testing.assert_close(dict(module.model.named_buffers()), dict(loop.model.named_buffers()), **ROUNDING)
 
 
 @both_forms
@@ -235,14 +230,9 @@ def test_the_last_epoch_of_swa_takes_the_statistics_of_plain_passes(form: str) -
 def test_what_is_logged_is_of_the_clean_pass() -> None:
     callback, module = callback_of("two passes"), Classifier()
     logged = fit(module, callback).callback_metrics
-    model = convolutional()
-    apart, accuracy = APART(model, EPSILON, GROUPS), MulticlassAccuracy(3)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    losses = []
-    for batch in batches():
-        optimizer.zero_grad()
-        loss, _, output = both_passes(apart, batch, RATIO)
-        optimizer.step()
+    loop, accuracy, losses = Loop("two passes"), MulticlassAccuracy(3), []
+    for _, batch in loop.steps():
+        loss, _, output = both_passes(loop.apart, batch, RATIO)
         losses.append(loss)
         accuracy(output, batch[1])
     assert logged["loss_epoch"].item() == pytest.approx(torch.stack(losses).mean().item())
@@ -262,17 +252,17 @@ class ByHand(lightning.Callback):
         self.batches.append((batch_idx, batch))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        model = DistributedDataParallel(convolutional())
-        apart = APART(model, EPSILON, GROUPS)
-        optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
+        loop = Loop(self.form, accumulated=self.accumulated)
+        model = DistributedDataParallel(loop.model)
+        loop.model, loop.apart = model, APART(model, EPSILON, GROUPS)
         for t, batch in self.batches:
             torch.manual_seed(t)
             last = (t + 1) % self.accumulated == 0
             with nullcontext() if last else model.no_sync():
-                step_by_hand(self.form, apart, batch, 1 / self.accumulated)
+                loop.backward(batch)
             if last:
-                optimizer.step()
-                optimizer.zero_grad()
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
         assert_same(pl_module.model, model.module)
 
 
@@ -280,7 +270,7 @@ class ByHand(lightning.Callback):
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_two_ranks_take_the_steps_of_two_ranks_by_hand(form: str, accumulated: int) -> None:
     module, alone = Classifier(), Classifier()
-    strategy = DDPStrategy(start_method="fork", timeout=timedelta(minutes=1))
+    strategy = DDPStrategy(start_method="fork")
     options = {"accumulate_grad_batches": accumulated, "max_epochs": 2}
     fit(module, callback_of(form), ByHand(form, accumulated), strategy=strategy, devices=2, **options)
     fit(alone, callback_of(form), **options)
@@ -362,22 +352,18 @@ class SemiSupervised(Classifier):
         return {"labelled": loader(), "unlabelled": DataLoader(TensorDataset(unlabelled), 3 * SAMPLES)}
 
 
-@pytest.mark.parametrize("form", ["one pass", "two passes"])
+@both_forms
 def test_each_call_of_a_network_is_a_batch_of_its_own(form: str) -> None:
-    module, model = SemiSupervised(), convolutional()
+    module, loop = SemiSupervised(), Loop(form)
     callback = OnePassApart(EPSILON, GROUPS) if form == "one pass" else TwoPassApart(EPSILON, GROUPS)
     fit(module, callback, data=SemiSupervised.data())
-
-    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for t, (x, y) in enumerate(batches()):
-        torch.manual_seed(t)
-        optimizer.zero_grad()
+    apart, model = loop.apart, loop.model
+    for t, (x, y) in loop.steps():
         contexts = [apart.one_pass()] if form == "one pass" else [apart.to_proxy(), apart.to_adver()]
         for context in contexts:
             with context:
                 loss = F.cross_entropy(model(x), y) + model(images(3 * SAMPLES, seed=100 + t)[0]).square().mean()
                 (loss / len(contexts)).backward()
-        optimizer.step()
     assert_same(module.model, model)
 
 
@@ -461,19 +447,15 @@ def test_a_batch_that_training_step_skips_is_skipped() -> None:
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 2 else loss
 
-    module, model = Skipping(), convolutional()
+    module, loop = Skipping(), Loop("one pass")
     fit(module, callback_of("one pass"))
-    apart, optimizer = APART(model, EPSILON, GROUPS), torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    for t, (x, y) in enumerate(batches()):
-        torch.manual_seed(t)
-        optimizer.zero_grad()
+    for t, batch in loop.steps():
         if t == 2:  # its forward moves the running statistics
-            with apart.one_pass():
-                model(x)
+            with loop.apart.one_pass():
+                loop.model(batch[0])
         else:
-            step_by_hand("one pass", apart, (x, y))
-        optimizer.step()
-    assert_same(module.model, model)
+            loop.backward(batch)
+    assert_same(module.model, loop.model)
 
 
 def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,17 +472,15 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
             raise AssertionError
 
-    with pytest.raises(UsageError, match="Manual has automatic_optimization = False"):
-        fit(Manual(), callback_of("one pass"))
-    with pytest.raises(UsageError, match="dataloader_iter"):
-        fit(Iterating(), callback_of("two passes"))
-    with pytest.raises(UsageError, match="another callback of APART"):
-        fit(Classifier(), callback_of("one pass"), callback_of("two passes"))
-    with pytest.raises(BatchError, match="leave no sample of a batch of 8"):
-        fit(Classifier(), TwoPassApart(EPSILON, ratio=0.1))
-    with pytest.raises(SettingError, match="groups=1"):
-        fit(Classifier(), OnePassApart(EPSILON, 1))
-    with pytest.raises(BatchError, match="drop_last=True"):
-        fit(Classifier(), OnePassApart(EPSILON, 3))
+    for module, callbacks, error, message in (
+        (Manual(), [callback_of("one pass")], UsageError, "Manual has automatic_optimization = False"),
+        (Iterating(), [callback_of("two passes")], UsageError, "dataloader_iter"),
+        (Classifier(), map(callback_of, FORMS), UsageError, "another callback of APART"),
+        (Classifier(), [TwoPassApart(EPSILON, ratio=0.1)], BatchError, "leave no sample of a batch of 8"),
+        (Classifier(), [OnePassApart(EPSILON, 1)], SettingError, "groups=1"),
+        (Classifier(), [OnePassApart(EPSILON, 3)], BatchError, "drop_last=True"),
+    ):
+        with pytest.raises(error, match=message):
+            fit(module, *callbacks)
     with pytest.raises(SettingError, match="ratio"):
         TwoPassApart(EPSILON, ratio=2.0)

@@ -1,7 +1,5 @@
 """The subclasses of the `Trainer` of transformers, against loops written by hand, which have the same random signs."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

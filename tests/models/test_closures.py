@@ -1,8 +1,5 @@
 """What reaches past the arguments of a step: it gets its right gradient, or is named before anything has changed."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -11,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import both_passes, gradients
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_map
@@ -48,21 +45,15 @@ def parts(model: nn.Module, loss_fn: Any) -> Any:
     return proxy_pass(functionalize(model), loss_fn, *split_state(model), BATCH)
 
 
-def mapped(take: Callable[..., Any], model: nn.Module, loss_fn: Any) -> Any:
-    """The same under vmap, over copies of the parameters."""
-    del take
+def mapped(model: nn.Module, loss_fn: Any) -> Any:
+    """Two passes under vmap, over copies of the parameters."""
     step = make_apart_step(model, loss_fn, epsilon=0.0, groups=2)
     params, buffers = split_state(model)
     twice = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
     return vmap(lambda p: step(p, buffers, BATCH))(twice)
 
 
-WAYS = {
-    "two passes": two_passes,
-    "one pass": one_pass,
-    "proxy pass": parts,
-    "mapped": partial(mapped, two_passes),
-}
+WAYS = {"two passes": two_passes, "one pass": one_pass, "proxy pass": parts, "mapped": mapped}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -90,17 +81,20 @@ def test_a_regulariser_over_the_parameters_of_the_model_is_refused_by_their_name
     assert all(repr(name) in message for name, _ in model.named_parameters())
 
 
+class Tempered(nn.Module):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self, is_trained: bool) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5).double(), requires_grad=is_trained)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output / self.temperature, target)
+
+
 @every_way
 def test_a_criterion_with_parameters_of_its_own_is_refused_by_their_names(way: str) -> None:
-    class Tempered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.temperature = nn.Parameter(torch.tensor(1.5).double())
-
-        def forward(self, output: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(output / self.temperature, target)
-
-    criterion = Tempered()
+    criterion = Tempered(is_trained=True)
     refused(way, convolutional(), criterion, r"'loss_fn.temperature'.*criterion with parameters of its own")
     assert criterion.temperature.grad is None
 
@@ -113,15 +107,7 @@ def test_a_parameter_that_is_of_nothing_is_refused_by_its_shape(way: str) -> Non
 
 @every_way
 def test_a_frozen_criterion_is_a_function_like_any_other(way: str) -> None:
-    class Tempered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.temperature = nn.Parameter(torch.tensor(1.5).double(), requires_grad=False)
-
-        def forward(self, output: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(output / self.temperature, target)
-
-    found = WAYS[way](convolutional(), Tempered())
+    found = WAYS[way](convolutional(), Tempered(is_trained=False))
     expected = WAYS[way](convolutional(), lambda o, t: F.cross_entropy(o / 1.5, t))
     torch.testing.assert_close(found.grads, expected.grads, rtol=0, atol=0)
 
@@ -145,15 +131,10 @@ def test_a_regulariser_that_is_detached_or_of_a_teacher_changes_the_loss_alone(w
 
 
 def test_the_regulariser_that_the_error_recommends_inside_the_forward_has_its_right_gradient() -> None:
-    class Regularised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = convolutional()
+    def forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return model.body(x), sum(p.square().sum() for p in model.body.parameters())
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.body(x), sum(p.square().sum() for p in self.body.parameters())
-
-    model = Regularised()
+    model = Parts(forward, body=convolutional())
     out = two_passes(model, lambda o, t: F.cross_entropy(o[0], t) + 0.1 * o[1])
     plain = two_passes(model, lambda o, t: F.cross_entropy(o[0], t))
     for name, parameter in model.named_parameters():
@@ -165,17 +146,14 @@ def test_in_the_drop_in_a_regulariser_over_the_parameters_has_its_right_gradient
     found = []
     for weight in (0.0, 0.1):
         model = convolutional()
-        size = partial(regularised, model, weight)
+
+        def size(o: Tensor, t: Tensor, model: nn.Module = model, weight: float = weight) -> Tensor:
+            return F.cross_entropy(o, t) + weight * sum(p.square().sum() for p in model.parameters())
+
         both_passes(APART(model, 0.1, 2), BATCH, loss_fn=size)
         found.append(gradients(model))
     for name, parameter in convolutional().named_parameters():
-        torch.testing.assert_close(
-            found[1][name] - found[0][name], 0.2 * parameter.detach(), rtol=1e-9, atol=1e-12, msg=name
-        )
-
-
-def regularised(model: nn.Module, weight: float, output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target) + weight * sum(p.square().sum() for p in model.parameters())
+        torch.testing.assert_close(found[1][name] - found[0][name], 0.2 * parameter.detach(), rtol=1e-9, atol=1e-12)
 
 
 # Parameters in hooks and functions on the model.
@@ -283,17 +261,11 @@ def test_a_loss_without_a_graph_is_refused(way: str, loss_fn: Any) -> None:
     refused(way, convolutional(), loss_fn, r"the loss has no graph.*Do not\s+detach")
 
 
-@pytest.mark.parametrize("take", ["adversarial_pass", "gradients_at", "mixed_pass"])
-def test_every_pass_refuses_a_loss_without_a_graph(take: str) -> None:
+@pytest.mark.parametrize("take", [adversarial_pass, gradients_at, partial(mixed_pass, groups=2, clean=1)])
+def test_every_pass_refuses_a_loss_without_a_graph(take: Any) -> None:
     model = convolutional()
-    arguments = functionalize(model), lambda o, t: o.detach().mean(), *split_state(model), BATCH
-    passes: dict[str, Callable[..., Any]] = {
-        "adversarial_pass": adversarial_pass,
-        "gradients_at": gradients_at,
-        "mixed_pass": partial(mixed_pass, groups=2, clean=1),
-    }
     with pytest.raises(UsageError, match="the loss has no graph"):
-        passes[take](*arguments, init_perturbation(model))
+        take(functionalize(model), lambda o, t: o.detach().mean(), *split_state(model), BATCH, init_perturbation(model))
 
 
 def test_a_gradient_of_a_function_that_reaches_past_its_argument_is_refused_too() -> None:
@@ -306,58 +278,40 @@ def test_a_gradient_of_a_function_that_reaches_past_its_argument_is_refused_too(
     assert (grads["a"].tolist(), value.item(), aux) == ([0.0, 2.0], 1.0, "aux")
 
 
-class LossInside(nn.Module):
+def loss_inside(reduction: str) -> nn.Module:
     """Computes its loss itself, as models of transformers do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
+    def forward(model: Any, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = model.body(pixels)
+        return {"loss": F.cross_entropy(logits, labels, reduction=reduction), "logits": logits}
 
-    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.body(pixels)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+    return Parts(forward, body=convolutional())
 
 
-def test_a_loss_that_the_model_computes_trains_in_two_passes() -> None:
-    x, y = BATCH
-    model = LossInside()
-    step = make_apart_step(model, lambda output, target: output["loss"], epsilon=0.1, groups=2)
-    out = step(*split_state(model), ({"pixels": x, "labels": y}, y))
-    plain = make_apart_step(model.body, F.cross_entropy, epsilon=0.1, groups=2)(*split_state(model.body), (x, y))
+LABELLED = {"pixels": BATCH[0], "labels": BATCH[1]}, BATCH[1]
+
+
+def test_a_loss_that_the_model_computes_trains_in_two_passes_and_is_refused_in_one() -> None:
+    model = loss_inside("mean")
+    step = make_apart_step(model, lambda output, target: output["loss"], epsilon=0.0, groups=2)
+    out, plain = step(*split_state(model), LABELLED), two_passes(model.body, F.cross_entropy)
     torch.testing.assert_close(list(out.grads.values()), list(plain.grads.values()), rtol=0, atol=0)
-
-
-def test_a_loss_of_all_samples_is_refused_in_one_pass_and_losses_of_each_are_taken() -> None:
-    x, y = BATCH
-    model = LossInside()
-    batch = {"pixels": x, "labels": y}, y
     step = make_one_pass_step(model, lambda output, target: output["loss"], epsilon=0.1, groups=2)
     with pytest.raises(ApartError, match=r"0-d tensor that depends on parameters.*compute\s+the loss in loss_fn"):
-        step(*split_state(model), batch, init_perturbation(model))
+        step(*split_state(model), LABELLED)
 
-    class OfEach(LossInside):
-        def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": F.cross_entropy(self.body(pixels), labels, reduction="none")}
 
-    model = OfEach()
+def test_losses_of_each_sample_that_the_model_computes_train_in_one_pass() -> None:
+    model = loss_inside("none")
     step = make_one_pass_step(model, lambda output, target: output["loss"].mean(), epsilon=0.1, groups=2)
-    out = step(*split_state(model), batch, init_perturbation(model))
-    plain = make_one_pass_step(model.body, F.cross_entropy, epsilon=0.1, groups=2)
-    expected = plain(*split_state(model.body), (x, y), init_perturbation(model.body))
+    out = step(*split_state(model), LABELLED, init_perturbation(model))
+    expected = one_pass(model.body, F.cross_entropy)
     torch.testing.assert_close(list(out.grads.values()), list(expected.grads.values()), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(out.loss, expected.loss)
 
 
 def test_a_temperature_that_the_output_brings_along_without_a_gradient_is_passed_whole() -> None:
-    class Tempered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = convolutional()
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.body(x), torch.tensor(2.0).double()
-
-    model = Tempered()
+    model = Parts(lambda m, x: (m.body(x), torch.tensor(2.0).double()), body=convolutional())
     out = one_pass(model, lambda o, t: F.cross_entropy(o[0] / o[1], t))
     expected = one_pass(model.body, lambda o, t: F.cross_entropy(o / 2, t))
     torch.testing.assert_close(list(out.grads.values()), list(expected.grads.values()))

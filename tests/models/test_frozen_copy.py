@@ -1,7 +1,5 @@
 """A functional step holds a copy of the model: of any that plain PyTorch trains; later changes to that are seen."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle
@@ -15,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import ROUNDING, assert_plain
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
-from torch.nn.utils import prune, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.utils._pytree import tree_map
 
 from apart_func import (
     ModelError,
@@ -36,8 +35,6 @@ BATCH = images()
 
 
 class Scaled(nn.Module):
-    """Multiplies its output by something that is no parameter and no buffer."""
-
     def __init__(self, prior: Any) -> None:
         super().__init__()
         self.body, self.prior = convolutional(), prior
@@ -60,6 +57,12 @@ class ByFunction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body[2:](self.normalise(self.body[0](x)))
+
+
+def in_list() -> nn.Module:
+    """LSTM keeps its weights in a list as well, where they have to be found."""
+    parts = {"norm": nn.BatchNorm2d(2), "lstm": nn.LSTM(2, 3, batch_first=True)}
+    return Parts(lambda m, x: m.lstm(m.norm(x).flatten(2).transpose(1, 2))[0][:, -1], **parts)
 
 
 def with_layer(change: Callable[[nn.Module], Any], forwards: int = 0) -> Callable[[], nn.Module]:
@@ -105,6 +108,9 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "arrays in a dict": lambda: Scaled({"prior": np.array([0.1, 0.2, 0.7])}),
     "a function of a layer": ByFunction,
     "a hook of a layer": hooked,
+    "weights in a list": in_list,
+    "parametrized": with_layer(parametrizations.weight_norm),
+    "parametrized, used": with_layer(parametrizations.orthogonal, 1),
     "weight_norm": with_layer(weight_norm),
     "weight_norm, used": with_layer(weight_norm, 1),
     # after so many power iterations its vectors stand still, also in the second pass
@@ -146,6 +152,16 @@ def test_its_copy_evaluates_with_the_arguments_and_not_with_the_weights_of_the_c
     torch.testing.assert_close(found, model.eval()(BATCH[0]).detach(), **ROUNDING)
 
 
+def test_a_module_under_two_names_compiles() -> None:
+    torch._dynamo.reset()
+    model = twice_registered()
+    step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
+    expected = step(*state, BATCH)
+    assert expected.stats["0.1"].mean.shape == (2, 2)  # of two calls
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
+
+
 @pytest.mark.parametrize("place", ["body", "forward"])
 def test_a_function_that_holds_somebody_elses_module_is_refused_before_that_one_runs(place: str) -> None:
     model, other = convolutional(), convolutional()
@@ -173,70 +189,26 @@ class Scheduled(nn.Module):
         return y + self.options["power"] * y.square()
 
 
-def set_epoch(model: Scheduled) -> None:
-    model.rate = 0.5
-
-
-def change_list(model: Scheduled) -> None:
-    model.gates[0] = 2.0
-
-
-def change_dict(model: Scheduled) -> None:
-    model.options["power"] = 0.1
-
-
-def change_hidden_tensor(model: Scheduled) -> None:
-    model.hidden[0].mul_(2)
-
-
-def change_momentum(model: Scheduled) -> None:
-    model.body[4].momentum = 0.5
-
-
-def change_eps(model: Scheduled) -> None:
-    model.body[4].eps = 0.1
-
-
-def freeze_layer(model: Scheduled) -> None:
-    model.body[4].eval()
-
-
-def change_dropout(model: Scheduled) -> None:
-    model.drop.p = 1.0
-
-
-def add_hook(model: Scheduled) -> None:
-    model.body[5].register_forward_hook(lambda layer, inputs, output: 2 * output)
-
-
-def replace_layer(model: Scheduled) -> None:
-    model.body[5] = nn.SiLU()
-
-
-def replace_forward(model: Scheduled) -> None:
-    model.body[5].forward = lambda x: F.silu(x)
-
-
-CHANGES = [
-    set_epoch,
-    change_list,
-    change_dict,
-    change_hidden_tensor,
-    change_momentum,
-    change_eps,
-    freeze_layer,
-    change_dropout,
-    add_hook,
-    replace_layer,
-    replace_forward,
-]
-
-
-def makers() -> list[Callable[[nn.Module], Any]]:
-    return [
-        lambda model: make_apart_step(model, F.cross_entropy, groups=2),
-        lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
-    ]
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a rate": lambda model: setattr(model, "rate", 0.5),
+    "a list": lambda model: model.gates.__setitem__(0, 2.0),
+    "a dict": lambda model: model.options.update(power=0.1),
+    "a tensor in a list": lambda model: model.hidden[0].mul_(2),
+    "a momentum": lambda model: setattr(model.body[4], "momentum", 0.5),
+    "eps": lambda model: setattr(model.body[4], "eps", 0.1),
+    "a mode": lambda model: model.body[4].eval(),
+    "dropout": lambda model: setattr(model.drop, "p", 1.0),
+    "a hook": lambda model: model.body[5].register_forward_hook(lambda layer, inputs, output: 2 * output),
+    "a layer": lambda model: model.body.__setitem__(5, nn.SiLU()),
+    "a batch norm": lambda model: model.body.__setitem__(4, nn.BatchNorm2d(5, eps=0.1).double()),
+    "a forward": lambda model: setattr(model.body[5], "forward", lambda x: F.silu(x)),
+    "requires_grad": lambda model: model.body[8].weight.requires_grad_(False),
+}
+MAKERS: dict[str, Callable[[nn.Module], Any]] = {
+    "two passes": lambda model: make_apart_step(model, F.cross_entropy, groups=2),
+    "one pass": lambda model: make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2),
+}
+every_step = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def tensors(step: Any, model: nn.Module) -> dict[str, Any]:
@@ -244,12 +216,12 @@ def tensors(step: Any, model: nn.Module) -> dict[str, Any]:
     return step(*split_state(model), BATCH)._asdict()
 
 
-@pytest.mark.parametrize("make", makers(), ids=["two passes", "one pass"])
-@pytest.mark.parametrize("change", CHANGES)
+@every_step
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_a_training_script_changes_is_seen_at_the_next_call_and_not_by_copies(change: Any, make: Any) -> None:
     model = Scheduled()
     step = make(model)
-    before = tensors(step, model)
+    state, before = split_state(model), tensors(step, model)
     taken = [copy.deepcopy(step), pickle.loads(pickle.dumps(step))]
     change(model)
     after = tensors(step, model)
@@ -257,7 +229,8 @@ def test_what_a_training_script_changes_is_seen_at_the_next_call_and_not_by_copi
     with pytest.raises(AssertionError):
         torch.testing.assert_close(after, before)
     for each in taken:
-        torch.testing.assert_close(tensors(each, model), before, rtol=0, atol=0)
+        torch.manual_seed(0)
+        torch.testing.assert_close(each(*state, BATCH)._asdict(), before, rtol=0, atol=0)
 
 
 def test_a_module_that_is_added_wants_its_parameters() -> None:
@@ -270,19 +243,19 @@ def test_a_module_that_is_added_wants_its_parameters() -> None:
     assert step(*split_state(model), BATCH).grads.keys() == dict(model.named_parameters()).keys()
 
 
-def test_a_model_in_evaluation_mode_has_no_step_until_it_trains_again() -> None:
+@every_step
+def test_a_model_in_evaluation_mode_has_no_step_until_it_trains_again(make: Any) -> None:
     model = convolutional()
-    for make in makers():
-        step = make(model)
-        before = tensors(step, model)
-        model.eval()
-        with pytest.raises(ModelError, match=r"none of the 2 batch-norm layers.*Call model.train\(\)"):
-            step(*split_state(model), BATCH)
-        torch.testing.assert_close(  # evaluation in the middle of training goes on
-            step.fmodel(*split_state(model), BATCH[0]), model(BATCH[0]).detach(), **ROUNDING
-        )
-        model.train()
-        torch.testing.assert_close(tensors(step, model), before, rtol=0, atol=0)
+    step, state = make(model), split_state(model)
+    before, twin = tensors(step, model), copy.deepcopy(step)
+    model.eval()
+    with pytest.raises(ModelError, match=r"none of the 2 batch-norm layers.*Call model.train\(\)"):
+        step(*state, BATCH)
+    assert twin(*state, BATCH).all_finite  # a copy is of the model as it was
+    # evaluation in the middle of training goes on
+    torch.testing.assert_close(step.fmodel(*state, BATCH[0]), model(BATCH[0]).detach(), **ROUNDING)
+    model.train()
+    torch.testing.assert_close(tensors(step, model), before, rtol=0, atol=0)
 
 
 # What a forward leaves on the copy.
@@ -316,7 +289,7 @@ class Keeps(nn.Module):
 ALIVE: list[weakref.ref[Tensor]] = []
 
 
-@pytest.mark.parametrize("make", makers(), ids=["two passes", "one pass"])
+@every_step
 def test_what_a_forward_keeps_is_dropped_with_its_graph_and_every_step_starts_alike(make: Any) -> None:
     model = Keeps()
     step = make(model)
@@ -332,13 +305,12 @@ def test_what_a_forward_keeps_is_dropped_with_its_graph_and_every_step_starts_al
 # Parameters that are not, or no longer, the model's memory.
 
 
-def test_parameters_may_be_copies_of_the_models() -> None:
+@every_step
+def test_parameters_may_be_copies_of_the_models(make: Any) -> None:
     model = convolutional()
-    copies = tuple({name: tensor.clone() for name, tensor in part.items()} for part in split_state(model))
-    for make in makers():
-        step = make(model)
-        torch.manual_seed(0)
-        torch.testing.assert_close(step(*copies, BATCH)._asdict(), tensors(step, model), rtol=0, atol=0)
+    step, copies = make(model), tree_map(torch.clone, split_state(model))
+    torch.manual_seed(0)
+    torch.testing.assert_close(step(*copies, BATCH)._asdict(), tensors(step, model), rtol=0, atol=0)
 
 
 def test_parameters_of_split_state_follow_what_gives_the_model_other_memory() -> None:

@@ -1,7 +1,5 @@
 """Gradients are those of the loss: of every kind of graph, in memory of their own, dense or sparse as PyTorch's."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from loops import drop_in_step
 from plain import ROUNDING, functional_step, one_pass, plain_step
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.func import stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
@@ -86,8 +84,6 @@ def test_parameters_inside_a_block_that_runs_again_in_its_own_backward_have_thei
 
 
 class Within(torch.autograd.Function):
-    """Calls something in its backward."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Any) -> Tensor:
         ctx.function = function
@@ -116,22 +112,15 @@ def test_a_step_inside_somebodys_backward_is_the_step_outside_of_it(take: Any) -
 # Memory.
 
 
-class Added(nn.Module):
+def added() -> nn.Module:
     """Two parameters that enter by their sum alone, and one by the sum of its elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
-        self.shared, self.own = (nn.Parameter(torch.ones(3, 3).double()) for _ in range(2))
-        self.gate = nn.Parameter(torch.ones(4).double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.body(x), self.shared + self.own) * self.gate.sum()
+    own = {name: nn.Parameter(torch.ones(3, 3)) for name in ("shared", "own")} | {"gate": nn.Parameter(torch.ones(4))}
+    return Parts(lambda m, x: F.linear(m.body(x), m.shared + m.own) * m.gate.sum(), body=convolutional(), **own)
 
 
 @pytest.mark.parametrize("take", FORMS)
 def test_gradients_own_their_memory_so_that_clipping_is_right(take: Any) -> None:
-    model = Added()
+    model = added()
     out = take(model, BATCH)
     pointers = [grad.data_ptr() for grad in out.grads.values()]
     assert len(set(pointers)) == len(pointers)
@@ -183,16 +172,10 @@ def test_sparse_gradients_stay_sparse_and_are_what_dense_ones_are(take: Any) -> 
 # Parameters that a loss does not reach.
 
 
-class Tasks(nn.Module):
+def tasks() -> nn.Module:
     """One head a task, and a task a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = convolutional()
-        self.heads = nn.ModuleList(nn.Linear(3, 3).double() for _ in range(3))
-
-    def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        return self.heads[int(task)](self.body(x))
+    heads = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    return Parts(lambda m, x, task: m.heads[int(task)](m.body(x)), body=convolutional(), heads=heads)
 
 
 def of_task(task: int) -> Any:
@@ -201,7 +184,7 @@ def of_task(task: int) -> Any:
 
 @pytest.mark.parametrize("take", FORMS)
 def test_heads_of_other_tasks_have_zero_gradients_and_get_none_from_assign_grads(take: Any) -> None:
-    model = Tasks()
+    model = tasks()
     out = take(model, of_task(1), groups=2)
     unreached = {name for name, grad in out.grads.items() if is_unreached(grad)}
     assert unreached == {f"heads.{task}.{kind}" for task in (0, 2) for kind in ("weight", "bias")}
@@ -217,7 +200,7 @@ def test_a_gradient_that_is_zero_by_chance_is_reached() -> None:
 
 
 def test_an_optimizer_with_weight_decay_moves_the_heads_that_plain_training_moves() -> None:
-    own, plain = Tasks(), Tasks()
+    own, plain = tasks(), tasks()
     plain.load_state_dict(own.state_dict())
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1) for model in (own, plain)]
     params, buffers = split_state(own)
@@ -234,7 +217,7 @@ def test_an_optimizer_with_weight_decay_moves_the_heads_that_plain_training_move
 
 
 def test_gradients_add_up_over_calls_and_none_stays_none() -> None:
-    model = Tasks()
+    model = tasks()
     outs = [functional_step(model, of_task(task)) for task in (0, 1)]
     for out in outs:
         assign_grads_(model, out.grads, accumulate=True)
@@ -243,6 +226,9 @@ def test_gradients_add_up_over_calls_and_none_stays_none() -> None:
     assert model.heads[2].bias.grad is None
     model.body[0].weight.grad.zero_()
     assert outs[0].grads["body.0.weight"].any()  # the sum has memory of its own
+    assign_grads_(model, outs[1].grads)  # in place of what is there
+    torch.testing.assert_close(model.body[0].weight.grad, outs[1].grads["body.0.weight"], rtol=0, atol=0)
+    assert model.heads[0].bias.grad is None
 
 
 # Losses that reach past the arguments, where no graph can be walked.

@@ -1,20 +1,17 @@
 """Layers that do with batch norm what some do: choose its statistics, are shared, skipped, or called in one piece."""
 
-from __future__ import annotations
-
 import copy
-import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from loops import drop_in_step
-from plain import ROUNDING, assert_plain, functional_step, one_pass
+from plain import Drops, assert_plain, functional_step, one_pass
 from small import convolutional, images
 from torch import Tensor, nn
 
-from apart_func import init_perturbation, make_apart_step, make_one_pass_step, split_state
+from apart_func import make_apart_step, make_one_pass_step, split_state
 
 BATCH = images()
 
@@ -79,20 +76,8 @@ def test_a_frozen_subclass_is_not_perturbed(take: Any) -> None:
     assert out.perturbation["1"].mean.any()
 
 
-class Drops(nn.Module):
-    """Skips its layer at random, as stochastic depth does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head, self.skips = nn.BatchNorm2d(2), nn.Linear(32, 3), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head((x if self.skips else self.norm(x)).flatten(1))
-
-
 def test_a_batch_that_calls_no_layer_is_plain_training_and_the_next_is_perturbed() -> None:
-    model = Drops().double()
+    model = Drops()
     assert_plain(lambda: copy.deepcopy(model), BATCH)
     for step in (
         make_apart_step(model, F.cross_entropy, groups=2),
@@ -106,26 +91,6 @@ def test_a_batch_that_calls_no_layer_is_plain_training_and_the_next_is_perturbed
             assert out.buffers["norm.num_batches_tracked"] == (0 if skips else 1)
 
 
-def shared() -> nn.Module:
-    torch.manual_seed(0)
-    block = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
-    return nn.Sequential(block, block, nn.Flatten(), nn.Linear(32, 3)).double()
-
-
-def test_a_module_under_two_names_compiles_and_its_step_is_a_value_all_the_same() -> None:
-    torch._dynamo.reset()
-    model = shared()
-    step = make_apart_step(model, F.cross_entropy, groups=2)
-    state = split_state(model)
-    expected = step(*state, BATCH)
-    assert expected.stats["0.1"].mean.shape == (2, 2)
-    compiled = torch.compile(step, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
-    for taken in (copy.deepcopy(step), pickle.loads(pickle.dumps(step))):
-        torch.testing.assert_close(taken(*state, BATCH)._asdict(), expected._asdict(), rtol=0, atol=0)
-    torch.testing.assert_close(step.fmodel(*state, BATCH[0]), model.eval()(BATCH[0]).detach(), **ROUNDING)
-
-
 def test_a_buffer_of_float64_in_a_float32_model_changes_neither_dtypes_nor_signs() -> None:
     """Profilers leave such counters in every module."""
     clean, left = convolutional(dtype=torch.float32), convolutional(dtype=torch.float32)
@@ -136,26 +101,3 @@ def test_a_buffer_of_float64_in_a_float32_model_changes_neither_dtypes_nor_signs
         found, expected = take(left, batch, groups=2), take(clean, batch, groups=2)
         for field in ("grads", "stats", "perturbation", "adversarial_stats"):
             torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=0, atol=0)
-
-
-def test_a_radius_that_requires_gradients_leaves_no_graph_in_what_comes_out() -> None:
-    model = Drops().double()
-    radius = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    for take in (functional_step, one_pass):
-        out = take(model, BATCH, epsilon=radius, groups=2)
-        assert not any(part.requires_grad for shift in out.perturbation.values() for part in shift)
-
-
-def test_a_step_that_is_given_its_perturbation_draws_nothing() -> None:
-    model = convolutional()
-    given = {name: type(shift)(shift.mean + 0.1, shift.scale - 0.1) for name, shift in init_perturbation(model).items()}
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
-    before = torch.get_rng_state()
-    out = step(*split_state(model), BATCH, given)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.testing.assert_close(out.perturbation, given, rtol=0, atol=0)
-    x, y = BATCH
-    mapped = torch.func.vmap(lambda scale: step(*split_state(model), (x * scale, y), given).loss)(
-        torch.tensor([1.0, 2.0]).double()
-    )
-    torch.testing.assert_close(mapped[0], out.loss, **ROUNDING)

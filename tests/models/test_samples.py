@@ -1,11 +1,9 @@
 """What belongs to a sample is cut, grouped and paired as samples are; what cannot be is refused."""
 
-from __future__ import annotations
-
 import copy
-from collections import namedtuple
+from collections import UserDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import oracle_adversarial
 from plain import ROUNDING, functional_step, one_pass, plain_step
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 
 from apart_func import (
@@ -24,7 +22,6 @@ from apart_func import (
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
-    mixed_pass,
     split_state,
 )
 
@@ -32,15 +29,36 @@ BATCH = images()
 X, Y = BATCH
 NAMES = ["cat", "dog", "cow"]
 
-# Targets that are no tensors.
-
-Pair = namedtuple("Pair", ["name", "weight"])
+# Targets.
 
 
 @dataclass
 class Labels:
-    names: list[str]
-    places: list[int]
+    classes: Any
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    classes: Any
+    factor: float = 1.0
+
+
+class Named(NamedTuple):
+    classes: Any
+    factor: float = 1.0
+
+
+def by_attribute(output: Tensor, target: Any) -> Tensor:
+    return target.factor * F.cross_entropy(output, torch.as_tensor(target.classes))
+
+
+def by_key(output: Tensor, target: Any) -> Tensor:
+    return target["factor"] * F.cross_entropy(output, torch.as_tensor(target["classes"]))
+
+
+def by_place(output: Tensor, target: Any) -> Tensor:
+    return target[1] * F.cross_entropy(output, target[0])
 
 
 def by_name(output: Tensor, names: Any) -> Tensor:
@@ -50,13 +68,21 @@ def by_name(output: Tensor, names: Any) -> Tensor:
 
 labels = [NAMES[y] for y in Y]
 TARGETS: dict[str, tuple[Any, Any]] = {
+    "a dataclass": (Labels(Y), by_attribute),
+    "a frozen dataclass": (Frozen(Y), by_attribute),
+    "a dataclass with a list": (Labels(Y.tolist()), by_attribute),
+    "a named tuple": (Named(Y), by_attribute),
+    "a named tuple with a list": (Named(Y.tolist()), by_attribute),
+    "a dict": ({"classes": Y, "factor": 1.0}, by_key),
+    "a dict with a list": ({"classes": Y.tolist(), "factor": 1.0}, by_key),
+    "a UserDict": (UserDict(classes=Y, factor=1.0), by_key),
+    "a list": ([Y, 1.0], by_place),
+    "a tuple": ((Y, 1.0), by_place),
     "a list of strings": (labels, by_name),
-    "a list of numbers": (Y.tolist(), lambda o, t: F.cross_entropy(o, torch.tensor(t))),
     "a tuple of strings": (tuple(labels), by_name),
+    "an array of strings": (np.array(labels), by_name),
+    "a list of numbers": (Y.tolist(), lambda o, t: F.cross_entropy(o, torch.tensor(t))),
     "an array": (Y.numpy(), lambda o, t: F.cross_entropy(o, torch.from_numpy(np.ascontiguousarray(t)))),
-    "a dict of lists": ({"names": labels, "unit": "px"}, lambda o, t: by_name(o, t["names"])),
-    "a named tuple": (Pair(labels, Y.double()), lambda o, t: by_name(o, t.name) + 0 * t.weight.sum()),
-    "a dataclass": (Labels(labels, Y.tolist()), lambda o, t: by_name(o, t.names) + 0 * sum(t.places)),
 }
 WAYS: dict[str, Any] = {
     "two passes": lambda loss, batch: functional_step(convolutional(), batch, loss_fn=loss, groups=2),
@@ -68,9 +94,14 @@ WAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", TARGETS)
-def test_targets_that_are_no_tensors_are_cut_as_the_samples_are(kind: str, way: str) -> None:
+def test_a_target_is_cut_as_the_samples_are_whatever_it_is_and_keeps_its_type(kind: str, way: str) -> None:
     target, loss_fn = TARGETS[kind]
-    found, expected = WAYS[way](loss_fn, (X, target)), WAYS[way](F.cross_entropy, BATCH)
+
+    def typed(output: Tensor, given: Any) -> Tensor:
+        assert type(given) is type(target)
+        return loss_fn(output, given)
+
+    found, expected = WAYS[way](typed, (X, target)), WAYS[way](F.cross_entropy, BATCH)
     for field in ("loss", "adversarial_loss", "grads", "perturbation"):
         torch.testing.assert_close(getattr(found, field), getattr(expected, field), **ROUNDING)
 
@@ -98,14 +129,10 @@ def test_an_opaque_target_is_taken_whole_and_refused_where_some_of_it_is_wanted(
 # Inputs that cannot be sliced.
 
 
-class Graph(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.norm(adjacency @ x)))
+def graph() -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 3)}
+    return Parts(lambda m, x, adjacency: m.head(torch.tanh(m.norm(adjacency @ x))), **parts)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
@@ -114,60 +141,12 @@ def test_a_sparse_input_is_taken_whole_and_refused_where_a_part_of_it_is_wanted(
     torch.manual_seed(1)
     dense, x = (torch.rand(8, 8) < 0.4).double(), torch.randn(8, 4).double()
     batch = (x, dense.to_sparse(layout=layout)), Y
-    model = Graph().double()
+    model = graph()
     expected = plain_step(copy.deepcopy(model), ((x, dense), Y))
     out = make_apart_step(model, F.cross_entropy, epsilon=0.0)(*split_state(model), batch)
     torch.testing.assert_close(out.grads, expected.grads, **ROUNDING)
     with pytest.raises(BatchError, match=rf"layout {layout}.*or ratio=1.0"):
         make_apart_step(model, F.cross_entropy, ratio=0.5)(*split_state(model), batch)
-
-
-# Losses of more than one sample.
-
-
-def pairs(output: Tensor, target: Tensor) -> Tensor:
-    """The first half and the second half of a batch belong together."""
-    one, two = output.chunk(2)
-    first, second = target.chunk(2)
-    assert torch.equal(first, second)
-    return (one - two).square().mean() + 1 / output.square().mean()
-
-
-def similarities(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
-
-
-@pytest.mark.parametrize("loss_fn", [pairs, similarities])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_a_loss_that_couples_samples_gets_the_whole_batch_in_one_pass(loss_fn: Any, groups: int) -> None:
-    target = torch.arange(4).repeat(2)
-    out = one_pass(convolutional(), (X, target), loss_fn=loss_fn, groups=groups)
-    expected = loss_fn(out.output, target)
-    torch.testing.assert_close((out.loss, out.adversarial_loss), (expected, expected), **ROUNDING)
-    mixed = mixed_pass(
-        *parts(convolutional(), loss_fn), (X, target), out.perturbation, groups=groups, clean=groups // 2
-    )
-    torch.testing.assert_close(mixed.batch_loss, expected, **ROUNDING)
-    torch.testing.assert_close(mixed.grads, out.grads, rtol=0, atol=0)
-
-
-def parts(model: nn.Module, loss_fn: Any) -> tuple[Any, ...]:
-    return functionalize(model), loss_fn, *split_state(model)
-
-
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        F.cross_entropy,
-        nn.CrossEntropyLoss(reduction="sum"),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        lambda o, t: F.cross_entropy(o, t, reduction="none").sort().values.mean(),
-    ],
-)
-def test_a_loss_that_couples_none_is_reported_of_the_clean_samples_and_of_the_others(loss_fn: Any) -> None:
-    out = one_pass(convolutional(), BATCH, loss_fn=loss_fn)
-    torch.testing.assert_close(out.loss, loss_fn(out.output[::2], Y[::2]), **ROUNDING)
-    torch.testing.assert_close(out.adversarial_loss, loss_fn(out.output[1::2], Y[1::2]), **ROUNDING)
 
 
 def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_have_no_label() -> None:
@@ -180,38 +159,21 @@ def test_where_the_loss_of_the_batch_is_finite_so_is_a_step_whose_clean_samples_
     torch.testing.assert_close(out.adversarial_loss, loss_fn(out.output, target), **ROUNDING)
 
 
-def test_what_a_loss_returns_besides_comes_out_of_every_form() -> None:
-    def loss_fn(output: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return F.cross_entropy(output, target), {"right": (output.argmax(1) == target).sum()}
-
-    for take in (functional_step, one_pass):
-        out = take(convolutional(), BATCH, loss_fn=loss_fn)
-        assert out.aux == {"right": (out.output.argmax(1) == Y).sum()}
-        assert take(convolutional(), BATCH).aux == ()
-        torch.testing.assert_close(out.grads, take(convolutional(), BATCH).grads, rtol=0, atol=0)
-    parts_of = functional_step(convolutional(), BATCH, loss_fn=loss_fn, microbatches=2).aux["right"]
-    assert parts_of.shape == (2,)
-
-
 # Layers that see other rows than one a sample, once.
 
 
-class Looped(nn.Module):
-    """Calls its layer as many times as chance says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
+def looped() -> nn.Module:
+    def forward(model: Any, x: Tensor) -> Tensor:
         for _ in range(int(torch.randint(1, 4, ()))):
-            x = x + torch.tanh(self.norm(x))
-        return self.head(x)
+            x = x + torch.tanh(model.norm(x))
+        return model.head(x)
+
+    return Parts(forward, norm=nn.BatchNorm1d(4), head=nn.Linear(4, 3))
 
 
 @pytest.mark.parametrize("take", [functional_step, one_pass])
 def test_parts_of_a_batch_may_call_a_layer_another_number_of_times(take: Any) -> None:
-    model, batch = Looped().double(), (X.flatten(1)[:, :4], Y)
+    model, batch = looped(), (X.flatten(1)[:, :4], Y)
     counts = set()
     for seed in range(6):
         torch.manual_seed(seed)
@@ -223,37 +185,6 @@ def test_parts_of_a_batch_may_call_a_layer_another_number_of_times(take: Any) ->
         assert out.stat_grads == {} or out.stat_grads["norm"].mean.shape == (2, 4)
         counts.add(int(out.buffers["norm.num_batches_tracked"]))
     assert len(counts) > 1
-
-
-class InChunks(nn.Module):
-    """Gives its layer the batch in parts, one after another, as ghost batch norm does."""
-
-    def __init__(self, size: int, drops: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm, self.head, self.size, self.drops = nn.BatchNorm1d(4), nn.Linear(4, 3), size, drops
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = x[: len(x) - self.drops]
-        h = torch.cat([self.norm(part) for part in seen.split(self.size)])
-        return self.head(torch.cat([h, x[len(seen) :]]))
-
-
-@pytest.mark.parametrize("rows", [None, "interleaved", "in_turn", "consecutive"])
-def test_a_layer_that_gets_the_batch_in_chunks_is_in_groups_of_samples(rows: Any) -> None:
-    model, x = InChunks(4).double(), X.flatten(1)[:, :4]
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2, rows=rows)
-    outputs = [step(*split_state(model), (x, Y)).output for _ in range(2)]
-    moved = (outputs[0] - outputs[1]).abs().amax(1) > 1e-12
-    assert not moved[::2].any()
-    assert moved[1::2].any()
-
-
-def test_chunks_that_are_not_the_whole_batch_are_refused() -> None:
-    model, x = InChunks(4, drops=4).double(), X.flatten(1)[:, :4]
-    step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
-    with pytest.raises(BatchError, match=r"layer 'norm' sees 4 rows of 8 samples"):
-        step(*split_state(model), (x, Y))
 
 
 # As many groups as samples.
@@ -281,7 +212,7 @@ def test_a_network_that_reads_sequences_has_the_definitions_gradients_at_every_n
 ) -> None:
     model, batch = Sequence(order).to(dtype), images(dtype=dtype)
     shifts = {name: Perturbation(0.2 + mean, scale - 0.2) for name, (mean, scale) in init_perturbation(model).items()}
-    out = adversarial_pass(*parts(model, F.cross_entropy), batch, shifts, groups=groups)
+    out = adversarial_pass(functionalize(model), F.cross_entropy, *split_state(model), batch, shifts, groups=groups)
     exact = {name: Perturbation(*(part.double() for part in shift)) for name, shift in shifts.items()}
     expected = oracle_adversarial(model.double(), F.cross_entropy, X, Y, exact, groups)
     for name, grad in out.grads.items():

@@ -1,8 +1,5 @@
 """Models that do with batch norm what some do: read its statistics, have no counter, quantise, checkpoint, freeze."""
 
-from __future__ import annotations
-
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import both_passes, drop_in_step, gradients, weights
-from oracle import oracle_sam_step, oracle_step
-from small import convolutional, images
-from test_against_oracle import Comparison, assert_agree, relative_error, take_step
+from compare import assert_agree, relative_error, take_step
+from forms import STEPS, more_of
+from loops import drop_in_step, gradients, weights
+from oracle import oracle_step
+from plain import functional_step, plain_step
+from small import Parts, convolutional, images, smooth
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +23,6 @@ from apart_func import (
     StateError,
     StepOutput,
     assign_grads_,
-    init_perturbation,
     load_state_,
     make_apart_sam_step,
     make_apart_step,
@@ -36,10 +34,6 @@ BATCH = images()
 ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
 
 
-def functional_step(model: nn.Module, batch: Any, **options: Any) -> StepOutput:
-    return make_apart_step(model, F.cross_entropy, **options)(*split_state(model), batch)
-
-
 both_forms = pytest.mark.parametrize("take", [functional_step, drop_in_step])
 
 
@@ -48,9 +42,7 @@ both_forms = pytest.mark.parametrize("take", [functional_step, drop_in_step])
 
 @both_forms
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_layer_without_a_counter_is_one_with_it_but_for_the_counter(
-    take: Callable[..., StepOutput], momentum: float | None
-) -> None:
+def test_a_layer_without_a_counter_is_one_with_it_but_for_the_counter(take, momentum):
     """Checkpoints from before torch 0.4 have none; without one and without momentum, plain PyTorch moves nothing."""
     model, counted, plain = (convolutional(momentum) for _ in range(3))
     for each in (model, plain):
@@ -64,44 +56,6 @@ def test_a_layer_without_a_counter_is_one_with_it_but_for_the_counter(
 
 
 # Models and hooks that read running statistics.
-
-
-class Reader(nn.Module):
-    """Divides by what the running statistics of its layer are at the time, as renormalisation and some losses do."""
-
-    def __init__(self, momentum: float | None) -> None:
-        super().__init__()
-        self.body = convolutional(momentum)
-        self.seen: list[Tensor] = []
-        self.body[4].register_forward_hook(self.look)
-
-    def look(self, layer: Any, inputs: Any, output: Tensor) -> Tensor:
-        state = torch.cat([layer.running_mean, layer.running_var, layer.num_batches_tracked[None]])
-        self.seen.append(state.detach().clone())
-        return output / (1 + layer.running_var.clone().view(-1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = self.body[1].running_mean.clone()
-        y = self.body(x)
-        return y * (1 + (self.body[1].running_mean - before).abs().mean())
-
-
-@both_forms
-@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
-def test_a_forward_that_reads_running_statistics_reads_what_plain_training_would_show_it(
-    take: Callable[..., StepOutput], momentum: float | None
-) -> None:
-    model, plain, untouched = (Reader(momentum).double() for _ in range(3))
-    output = plain(BATCH[0])
-    out = take(model, BATCH, epsilon=0.2, groups=2)
-    torch.testing.assert_close(out.loss, F.cross_entropy(output, BATCH[1]).detach(), **ROUNDING)
-    torch.testing.assert_close(out.buffers, dict(plain.named_buffers()), **ROUNDING)
-    if take is drop_in_step:
-        # the adversarial pass sees what the proxy pass has left, and moves nothing
-        torch.testing.assert_close(model.seen, [plain.seen[0]] * 2, **ROUNDING)
-    options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "ratio": 1.0}
-    definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=out.perturbation, **options)
-    assert_agree(Comparison(out, definition, 0.2, 1e-9))
 
 
 def in_evaluation_mode(model: nn.Module) -> Tensor:
@@ -127,71 +81,67 @@ LOOKS: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
+class Reader(nn.Module):
+    """Reads running statistics before and after its layers run, and in a hook, as renormalisation does."""
+
+    def __init__(self, look: str, momentum: float | None) -> None:
+        super().__init__()
+        self.body, self.look = convolutional(momentum), look
+        self.seen: list[Tensor] = []
+        self.body[4].register_forward_hook(self.divide)
+
+    def divide(self, layer: Any, inputs: Any, output: Tensor) -> Tensor:
+        state = torch.cat([layer.running_mean, layer.running_var, layer.num_batches_tracked[None]])
+        self.seen.append(state.detach().clone())
+        return output / (1 + layer.running_var.clone().view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.body[1].running_mean.clone()
+        y = self.body(x) * LOOKS[self.look](self.body).detach().clone().mean()
+        return y * (1 + (self.body[1].running_mean - before).abs().mean())
+
+
 @both_forms
-@pytest.mark.parametrize("look", LOOKS)
-def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far(
-    take: Callable[..., StepOutput], look: str
-) -> None:
-    class Looks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = convolutional()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.body(x)
-            return y * LOOKS[look](self.body).detach().clone().mean()
-
-    model, untouched, plain = Looks(), Looks(), Looks()
+@pytest.mark.parametrize(
+    ("look", "momentum"), [*((look, 0.1) for look in LOOKS), ("attribute", None), ("buffers", 1.0)]
+)
+def test_whoever_looks_at_running_statistics_sees_those_of_the_calls_so_far_as_in_plain_training(take, look, momentum):
+    model, plain = Reader(look, momentum), Reader(look, momentum)
     output = plain(BATCH[0])
-    out = take(model, BATCH, epsilon=0.2, groups=2)
+    step = take_step(model, BATCH, take, epsilon=0.2, groups=2)
+    out = step.library
     torch.testing.assert_close(out.output, output.detach(), **ROUNDING)
     torch.testing.assert_close(out.buffers, dict(plain.named_buffers()), **ROUNDING)
-    if look == "in evaluation mode":
-        return  # the definition normalises whatever the mode is
-    options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "ratio": 1.0}
-    definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=out.perturbation, **options)
-    assert_agree(Comparison(out, definition, 0.2, 1e-9))
+    if take is drop_in_step:
+        # the adversarial pass sees what the proxy pass has left, and moves nothing
+        torch.testing.assert_close(model.seen, [plain.seen[0]] * 2, **ROUNDING)
+    if look != "in evaluation mode":  # the definition normalises whatever the mode is
+        assert_agree(step)
 
 
 @both_forms
-def test_a_layer_that_is_called_twice_shows_its_second_call_what_the_first_has_left(
-    take: Callable[..., StepOutput],
-) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.head = nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 3)
+def test_a_layer_that_is_called_twice_shows_its_second_call_what_the_first_has_left(take):
+    def forward(model: Any, x: Tensor) -> Tensor:
+        first = model.norm(x)
+        means = model.norm.running_mean.clone()
+        return model.head(first * model.norm(2 * x + 1) + means - model.norm.running_mean)
 
-        def forward(self, x: Tensor) -> Tensor:
-            first = self.norm(x)
-            means = self.norm.running_mean.clone()
-            second = self.norm(2 * x + 1)
-            return self.head(first * second + means - self.norm.running_mean)
+    def twice() -> nn.Module:
+        torch.manual_seed(0)
+        return Parts(forward, norm=nn.BatchNorm1d(3, momentum=0.5), head=nn.Linear(3, 3))
 
-    torch.manual_seed(0)
-    model = Twice().double()
-    plain = copy.deepcopy(model)
     batch = torch.randn(8, 3).double(), torch.arange(8) % 3
-    expected = F.cross_entropy(plain(batch[0]), batch[1])
-    out = take(model, batch)
-    torch.testing.assert_close(out.loss, expected.detach(), **ROUNDING)
-    torch.testing.assert_close(out.buffers, dict(plain.named_buffers()), **ROUNDING)
+    out, expected = take(twice(), batch), plain_step(twice(), batch)
+    torch.testing.assert_close(out.loss, expected.loss, **ROUNDING)
+    torch.testing.assert_close(out.buffers, expected.buffers, **ROUNDING)
 
 
 def test_in_one_pass_a_forward_reads_the_running_statistics_of_the_clean_samples() -> None:
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.head = nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.head(self.norm(x)), self.norm.running_mean.expand(len(x), -1).clone()
-
-    torch.manual_seed(0)
-    model = Reads().double()
+    parts = {"norm": nn.BatchNorm1d(3, momentum=0.5), "head": nn.Linear(3, 3)}
+    model = Parts(lambda m, x: (m.head(m.norm(x)), m.norm.running_mean.expand(len(x), -1).clone()), **parts)
     x, y = torch.randn(8, 3).double(), torch.arange(8) % 3
     step = make_one_pass_step(model, lambda o, t: F.cross_entropy(o[0], t), epsilon=0.1, groups=2)
-    out = step(*split_state(model), (x, y), init_perturbation(model))
+    out = step(*split_state(model), (x, y))
     torch.testing.assert_close(out.output[1][0], x[::2].mean(0) / 2, **ROUNDING)
 
 
@@ -213,9 +163,7 @@ def quantised() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*reduce_range.*:UserWarning")
 @both_forms
-def test_a_quantisation_aware_network_takes_plain_trainings_step_at_no_perturbation(
-    take: Callable[..., StepOutput],
-) -> None:
+def test_a_quantisation_aware_network_takes_plain_trainings_step_at_no_perturbation(take):
     model, plain = quantised(), quantised()
     x, y = images(16, torch.float32)
     for module in (*model.modules(), *plain.modules()):
@@ -273,7 +221,7 @@ class Fourier(nn.Module):
 
 def spectra() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(12, 4, generator=generator, dtype=torch.float64), torch.arange(12) % 3
+    return torch.randn(16, 4, generator=generator, dtype=torch.float64), torch.arange(16) % 3
 
 
 class RealFourier(Fourier):
@@ -291,38 +239,32 @@ class RealFourier(Fourier):
 
 
 def as_real(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of `Fourier`, by the names of `RealFourier`."""
     found = {name: grad for name, grad in grads.items() if name != "filters"}
     return found | {"real": grads["filters"].real, "imaginary": grads["filters"].imag}
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.3])
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_complex_parameters_have_the_gradients_of_their_two_parts(rho: float, microbatches: int) -> None:
-    options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": rho, "microbatches": microbatches}
-    out, expected = (
-        make_apart_sam_step(model, F.cross_entropy, **options)(*split_state(model), spectra())
-        for model in (Fourier(), RealFourier())
-    )
-    assert relative_error(as_real(out.grads), expected.grads) < 1e-9
+def of_drop_in(model: nn.Module) -> dict[str, Tensor]:
+    return drop_in_step(model, spectra(), epsilon=0.2, groups=2).grads
+
+
+def of_step(kind: str, **options: Any) -> Callable[[nn.Module], dict[str, Tensor]]:
+    return lambda model: STEPS[kind](model, **options)(*split_state(model), spectra(), *more_of(kind, model)).grads
+
+
+@pytest.mark.parametrize(
+    "take", [*map(of_step, STEPS), of_step("APART-SAM", microbatches=2), of_drop_in], ids=[*STEPS, "parts", "drop-in"]
+)
+def test_complex_parameters_have_the_gradients_of_their_two_parts(take: Any) -> None:
+    assert relative_error(as_real(take(Fourier())), take(RealFourier())) < 1e-9
+
+
+def test_the_climb_of_complex_parameters_is_that_of_the_definition() -> None:
+    options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 0.3}
+    out = make_apart_sam_step(Fourier(), F.cross_entropy, **options)(*split_state(Fourier()), spectra())
+    given = {"ratio": 1.0, "perturbation": out.perturbation, **options}
+    definition = oracle_step(RealFourier(), F.cross_entropy, spectra(), **given)
+    assert relative_error(as_real(out.grads), definition.grads) < 1e-9
     assert out.all_finite
-    if microbatches == 1 and rho:
-        options = {"epsilon": 0.2, "groups": 2, "rho": rho, "ratio": 1.0}
-        definition = oracle_sam_step(
-            RealFourier(), F.cross_entropy, spectra(), perturbation=out.perturbation, **options
-        )
-        assert relative_error(as_real(out.grads), definition.grads) < 1e-9
-
-
-def test_complex_parameters_train_in_one_pass_and_in_the_drop_in() -> None:
-    found = []
-    for model in (Fourier(), RealFourier()):
-        step = make_one_pass_step(model, F.cross_entropy, epsilon=0.2, groups=2)
-        found.append(step(*split_state(model), spectra(), init_perturbation(model)).grads)
-        both_passes(APART(model, 0.2, 2), spectra())
-        found.append(gradients(model))
-    for complex_one, real_one in zip(found[:2], found[2:], strict=True):
-        assert relative_error(as_real(complex_one), real_one) < 1e-9
 
 
 def test_a_complex_gradient_that_is_not_finite_is_seen() -> None:
@@ -336,72 +278,49 @@ def test_a_complex_gradient_that_is_not_finite_is_seen() -> None:
 # Checkpoints.
 
 
-class Segment(nn.Module):
-    """A network whose checkpointed segment ends, or starts, with batch norm."""
+def checkpointed(start: int, stop: int) -> nn.Module:
+    """`smooth`, of which some layers are a segment that runs again in the backward."""
 
-    def __init__(self, ends: bool, reentrant: bool = False) -> None:
-        super().__init__()
-        layers = list(convolutional())
-        self.first = nn.Sequential(*(layers[:2] if ends else layers[:1]))
-        self.rest = nn.Sequential(*(layers[2:] if ends else layers[1:]))
-        self.ends, self.reentrant = ends, reentrant
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return model.after(checkpoint(model.segment, model.before(x), use_reentrant=False))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.ends:
-            return self.rest(self.checkpointed(self.first, x))
-        return self.rest[1:](self.checkpointed(self.rest[:1], self.first(x)))
-
-    def checkpointed(self, segment: nn.Module, x: Tensor) -> Tensor:
-        result: Tensor = checkpoint(segment, x, use_reentrant=self.reentrant)
-        return result
+    layers = list(smooth())
+    parts = {"before": layers[:start], "segment": layers[start:stop], "after": layers[stop:]}
+    return Parts(forward, **{name: nn.Sequential(*part) for name, part in parts.items()})
 
 
-def list_of(tree: dict[str, Any]) -> list[Any]:
-    return list(tree.values())
+# Recomputation stops early: in the middle of a batch norm that comes last.
+SEGMENTS = {"ends with batch norm": (0, 2), "is a batch norm": (1, 2), "has batch norm inside": (0, 3)}
 
 
-@both_forms
-@pytest.mark.parametrize("ends", [True, False])
+def one_pass_drop_in(model: nn.Module, batch: Any) -> Any:
+    apart = APART(model, 0.3, 2)
+    with apart.one_pass():
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    return gradients(model), dict(model.named_buffers()), apart.stats, apart.perturbation
+
+
+CHECKPOINTED: dict[str, Callable[[nn.Module, Any], Any]] = {
+    **{
+        kind: lambda model, batch, kind=kind: STEPS[kind](model)(*split_state(model), batch, *more_of(kind, model))
+        for kind in STEPS
+    },
+    "drop-in": lambda model, batch: drop_in_step(model, batch, groups=2, epsilon=0.3),
+    "one-pass drop-in": one_pass_drop_in,
+}
+
+
+@pytest.mark.parametrize("form", CHECKPOINTED)
+@pytest.mark.parametrize("place", SEGMENTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_checkpointed_segment_may_end_or_be_a_batch_norm(
-    take: Callable[..., StepOutput], ends: bool, dtype: torch.dtype
-) -> None:
-    batch = images(16, dtype)
-    found = take(Segment(ends).to(dtype), batch, groups=2, epsilon=0.3)
-    expected = take(convolutional(dtype=dtype), batch, groups=2, epsilon=0.3)
-    for field in ("grads", "buffers", "stats", "perturbation"):
-        torch.testing.assert_close(list_of(getattr(found, field)), list_of(getattr(expected, field)))
-    assert {int(n) for name, n in found.buffers.items() if "tracked" in name} == {1}
-
-
-def test_a_checkpointed_segment_that_ends_in_batch_norm_trains_in_one_pass() -> None:
-    models = Segment(ends=True), convolutional()
-    for model in models:
-        apart = APART(model, 0.3, 2)
-        for seed in range(2):
-            model.zero_grad()
-            torch.manual_seed(seed)
-            with apart.one_pass():
-                F.cross_entropy(model(images(seed=seed)[0]), images(seed=seed)[1]).backward()
-    torch.testing.assert_close(list_of(gradients(models[0])), list_of(gradients(models[1])), **ROUNDING)
-    torch.testing.assert_close(list(models[0].buffers()), list(models[1].buffers()), **ROUNDING)
-
-
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("form", ["two passes", "APART-SAM", "one pass"])
-def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_returns(form: str, ends: bool) -> None:
-    """Statistics are (C,), as of one call, and their gradients are not added up twice."""
+def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_leaves(form, place, dtype):
+    """Statistics are (C,), as of one call, their gradients are not added up twice, and the batch counts once."""
     outs = []
-    for model in (Segment(ends), convolutional()):
-        if form == "one pass":
-            step: Any = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=2)
-        else:
-            step = make_apart_step(model, F.cross_entropy, epsilon=0.3, groups=2, rho=0.1 * (form == "APART-SAM"))
+    for model in (checkpointed(*SEGMENTS[place]).to(dtype), smooth(dtype=dtype)):
         torch.manual_seed(0)
-        outs.append(step(*split_state(model), images(16)))
-    found, expected = (tree_leaves(out._asdict()) for out in outs)
-    assert [part.shape for part in found] == [part.shape for part in expected]
-    torch.testing.assert_close(found, expected, **ROUNDING)
+        outs.append(tree_leaves(tuple(CHECKPOINTED[form](model, images(16, dtype)))))
+    assert [part.shape for part in outs[0]] == [part.shape for part in outs[1]]
+    torch.testing.assert_close(*outs)
 
 
 # Models of which little is trained.
@@ -409,23 +328,16 @@ def test_a_layer_that_a_checkpoint_runs_again_is_one_call_in_all_that_a_step_ret
 
 def test_a_model_of_which_all_is_frozen_is_refused() -> None:
     model = convolutional().requires_grad_(False)
-    with pytest.raises(StateError, match=r"nothing to train. Unfreeze"):
-        make_apart_step(model, F.cross_entropy)(*split_state(model), BATCH)
-    with pytest.raises(StateError, match=r"nothing to train. Unfreeze"):
-        make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2)(
-            *split_state(model), BATCH, init_perturbation(model)
-        )
+    for kind in STEPS:
+        with pytest.raises(StateError, match=r"nothing to train. Unfreeze"):
+            STEPS[kind](model)(*split_state(model), BATCH, *more_of(kind, model))
 
 
-def test_a_model_of_which_all_but_one_parameter_is_frozen_trains() -> None:
+@both_forms
+def test_a_model_of_which_all_but_one_parameter_is_frozen_trains(take: Callable[..., StepOutput]) -> None:
     model = convolutional().requires_grad_(False)
     model[8].bias.requires_grad_()
-    assert_agree(take_step(model, BATCH, groups=2))
-    untouched = copy.deepcopy(model)
-    drop_in = drop_in_step(model, BATCH, groups=2)
-    options: dict[str, Any] = {"epsilon": 0.1, "groups": 2, "ratio": 1.0}
-    definition = oracle_step(untouched, F.cross_entropy, BATCH, perturbation=drop_in.perturbation, **options)
-    assert_agree(Comparison(drop_in, definition, 0.1, 1e-9))
+    assert_agree(take_step(model, BATCH, take, groups=2))
 
 
 # Autocast keeps what it has cast: APART-SAM moves weights between its passes.
@@ -457,9 +369,7 @@ def test_under_one_autocast_region_the_second_pass_computes_with_the_weights_of_
 
 
 @pytest.mark.parametrize("around_both", [True, False])
-def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights_of_the_climb(
-    around_both: bool,
-) -> None:
+def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights_of_the_climb(around_both):
     model = convolutional(dtype=torch.float32)
     batch = images(16, torch.float32)
     options: dict[str, Any] = {"epsilon": 0.2, "groups": 2, "rho": 2.0}
@@ -467,7 +377,7 @@ def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights
     step = make_apart_sam_step(model, F.cross_entropy, autocast_dtype=inner, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16) if around_both else nullcontext():
         out = step(*split_state(model), batch)
-    exact = oracle_sam_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
+    exact = oracle_step(model, F.cross_entropy, batch, ratio=1.0, perturbation=out.perturbation, **options)
     still = oracle_step(model, F.cross_entropy, batch, epsilon=0.2, groups=2, ratio=1.0, perturbation=out.perturbation)
     near, far = (relative_error(out.grads, each.grads) for each in (exact, still))
     assert near < 0.1 < far  # activations of 8 bits, against a step of length 2
@@ -476,53 +386,30 @@ def test_a_functional_step_of_apart_sam_under_autocast_computes_with_the_weights
 # State that comes from elsewhere.
 
 
-class Wrapper(nn.Module):
-    """What DistributedDataParallel does to names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Any:
-        return self.module(x)
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "plain": lambda model: model,
+    "module.": nn.DataParallel,
+    "_orig_mod.": torch.compile,
+    "module._orig_mod.": lambda model: nn.DataParallel(torch.compile(model)),
+}
 
 
-class Compiled(nn.Module):
-    """What torch.compile does to names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = module
-
-    def forward(self, x: Tensor) -> Any:
-        return self._orig_mod(x)
-
-
-def wrapped(kind: str, model: nn.Module) -> nn.Module:
-    return {
-        "plain": lambda: model,
-        "module.": lambda: Wrapper(model),
-        "_orig_mod.": lambda: Compiled(model),
-        "module._orig_mod.": lambda: Wrapper(Compiled(model)),
-    }[kind]()
-
-
-KINDS = ["plain", "module.", "_orig_mod.", "module._orig_mod."]
-
-
-def test_compiling_names_the_model_as_it_does_here() -> None:
-    assert list(torch.compile(convolutional()).state_dict()) == list(Compiled(convolutional()).state_dict())
-
-
-@pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("target", KINDS)
-def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, target: str) -> None:
-    inner, other = convolutional(), convolutional()
+def moved_by_one() -> nn.Module:
+    model = convolutional()
     with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
+        for tensor in (*model.parameters(), *model.buffers()):
             tensor += 1
-    load_state_(wrapped(target, inner), *split_state(wrapped(source, other)))
+    return model
+
+
+@pytest.mark.parametrize("source", WRAPPERS)
+@pytest.mark.parametrize("target", WRAPPERS)
+def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, target: str) -> None:
+    inner, other = convolutional(), moved_by_one()
+    parameters = list(inner.parameters())
+    load_state_(WRAPPERS[target](inner), *split_state(WRAPPERS[source](other)))
     torch.testing.assert_close(dict(inner.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    assert all(now is before for now, before in zip(inner.parameters(), parameters, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -540,15 +427,10 @@ def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, 
         (lambda p: {name: tensor + 1j for name, tensor in p.items()}, lambda b: b),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_changes_no_tensor(
-    params: Callable[[Any], Any], buffers: Callable[[Any], Any]
-) -> None:
-    model, other = convolutional(), convolutional()
-    with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
-            tensor += 1
+def test_a_state_that_does_not_fit_is_refused_and_changes_no_tensor(params, buffers):
+    model = convolutional()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    good_params, good_buffers = split_state(other)
+    good_params, good_buffers = split_state(moved_by_one())
     with pytest.raises(StateError):
         load_state_(model, params(good_params), buffers(good_buffers))
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)

@@ -22,6 +22,7 @@ from apart_func import (
     StatGrads,
     adversarial_pass,
     functionalize,
+    init_perturbation,
     l2_perturbation,
     make_apart_step,
     make_one_pass_step,
@@ -35,7 +36,7 @@ from apart_func import (
 )
 from apart_func.rules import kind_of, perturbation_by
 
-settings.register_profile("laws", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("laws", settings.get_profile("deterministic"), max_examples=50)
 settings.load_profile("laws")
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -101,9 +102,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 @every_rule
 @given(seed=SEEDS, epsilon=RADII, dtype=DTYPES)
-def test_a_rule_returns_a_tree_like_that_of_the_gradients_within_the_radius(
-    rule: Rule, seed: int, epsilon: float, dtype: torch.dtype
-) -> None:
+def test_a_rule_returns_a_tree_like_that_of_the_gradients_within_the_radius(rule, seed, epsilon, dtype):
     stats, gradients = random_stats(seed, dtype), random_tree(seed, dtype)
     radius = torch.tensor(epsilon, dtype=dtype)
     shifts = applied(rule, stats, gradients, radius)
@@ -157,9 +156,7 @@ def test_a_rule_compiles_to_one_graph(rule: Rule) -> None:
 
 
 @given(seed=SEEDS, epsilon=RADII, dtype=DTYPES)
-def test_every_shift_stays_within_the_radius_and_reaches_it_where_the_gradient_is_not_zero(
-    seed: int, epsilon: float, dtype: torch.dtype
-) -> None:
+def test_every_shift_stays_within_the_radius_and_reaches_it_where_the_gradient_is_not_zero(seed, epsilon, dtype):
     gradients = random_tree(seed, dtype)
     radius = torch.tensor(epsilon, dtype=dtype)
     shifts = sign_perturbation({}, gradients, radius)
@@ -238,9 +235,7 @@ MAGNITUDES = st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e30, 1e37])
 
 
 @given(seed=SEEDS, epsilon=RADII, scale=MAGNITUDES)
-def test_an_l2_step_has_the_radius_for_its_length_and_the_gradients_direction_at_every_scale(
-    seed: int, epsilon: float, scale: float
-) -> None:
+def test_an_l2_step_has_the_radius_for_its_length_and_the_gradients_direction_at_every_scale(seed, epsilon, scale):
     gradients = tree_map(lambda g: (scale * g.double()).float(), random_tree(seed, torch.float32))
     shifts = l2_perturbation({}, gradients, torch.tensor(epsilon))
     for layer, shift in shifts.items():
@@ -259,9 +254,7 @@ def test_where_no_statistic_of_a_layer_has_a_gradient_an_l2_step_is_zero() -> No
 
 
 @given(seed=SEEDS, epsilon=st.floats(0, 0.99), dtype=DTYPES)
-def test_perturbed_statistics_stay_within_the_radius_of_the_statistics(
-    seed: int, epsilon: float, dtype: torch.dtype
-) -> None:
+def test_perturbed_statistics_stay_within_the_radius_of_the_statistics(seed, epsilon, dtype):
     stats = random_stats(seed, dtype)
     radius = torch.tensor(epsilon, dtype=dtype)
     shifted = perturbed_stats(stats, sign_perturbation(stats, random_tree(seed, dtype), radius), 1e-5)
@@ -282,13 +275,16 @@ def test_a_radius_of_one_or_more_has_no_perturbed_standard_deviation(epsilon: fl
 
 @settings(max_examples=15)
 @given(epsilon=st.floats(0, 0.99), groups=st.sampled_from([0, 1, 2, 4]), seed=SEEDS)
-def test_a_steps_perturbation_is_the_radius_times_the_sign_of_its_statistic_gradients(
-    epsilon: float, groups: int, seed: int
-) -> None:
-    out = step_of(convolutional(), images(seed=seed), epsilon=epsilon, groups=groups)
-    for layer, shift in out.perturbation.items():
-        for delta, g in zip(shift, out.stat_grads[layer], strict=True):
-            assert torch.equal(delta, epsilon * g.sign())
+def test_a_steps_perturbation_is_the_radius_times_the_sign_of_its_statistic_gradients(epsilon, groups, seed):
+    model, batch = convolutional(), images(seed=seed)
+    one_pass = make_one_pass_step(model, F.cross_entropy, epsilon=epsilon, groups=2, rule=sign_perturbation)
+    for out in (
+        step_of(model, batch, epsilon=epsilon, groups=groups),
+        one_pass(*split_state(model), batch, init_perturbation(model)),
+    ):
+        for layer, shift in out.perturbation.items():
+            for delta, g in zip(shift, out.stat_grads[layer], strict=True):
+                assert torch.equal(delta, epsilon * g.sign())
 
 
 # What must not matter.
@@ -357,9 +353,7 @@ def test_exchanging_samples_between_groups_does_change_gradients() -> None:
     groups=st.sampled_from([0, 2, -1]),
     ratio=st.sampled_from([0.5, 1.0]),
 )
-def test_keys_shapes_dtypes_and_devices_of_every_output_match_its_input(
-    dtype: torch.dtype, groups: int, ratio: float
-) -> None:
+def test_keys_shapes_dtypes_and_devices_of_every_output_match_its_input(dtype, groups, ratio):
     model = convolutional(dtype=dtype)
     params, buffers = split_state(model)
     out = make_apart_step(model, F.cross_entropy, groups=groups, ratio=ratio)(params, buffers, images(dtype=dtype))

@@ -9,8 +9,6 @@ The networks tell what their layers saw by gradients: their loss multiplies it w
 probes, so the gradient of a probe is what was seen. That works in a step that is eager, mapped or compiled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -77,12 +75,10 @@ class Case:
 
     @property
     def rows(self) -> Any:
-        """The setting of the step."""
         kind, _, rows = self.layout.partition(": ")
         return {"": None, "function": sample_of_nodes if kind == "nodes" else sample_of_points}.get(rows, rows)
 
     def sample_of_rows(self, rows: int, samples: int) -> Tensor:
-        """The sample of every row of a layer's input."""
         if self.layout.startswith("nodes"):
             return sample_of_nodes("", torch.empty(rows))
         if self.layout == "points: interleaved":
@@ -124,7 +120,6 @@ class Network(nn.Module):
         self.probes = nn.ParameterList(torch.zeros(shape, dtype=wide) for _ in range(2 * len(self.calls)))
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """What the first layer sees of a batch."""
         if self.case.layout.startswith("nodes"):
             return x[torch.arange(x.shape[1]) < NODES[: len(x), None]]
         if self.case.layout.startswith("points"):
@@ -169,15 +164,12 @@ def batch_of(case: Case) -> tuple[Tensor, Tensor]:
 
 
 class Call(NamedTuple):
-    """A call of a layer, as its probes tell it."""
-
     norm: int
     x: Tensor
     y: Tensor
 
 
 def calls_of(model: Network, grads: dict[str, Tensor], samples: int, rows: int | None = None) -> list[Call]:
-    """What the layers saw, from the gradients of a mean over samples by the probes."""
     seen = [grads[f"probes.{i}"].double()[:rows] * samples for i in range(len(model.probes))]
     return [Call(norm, *seen[2 * i : 2 * i + 2]) for i, norm in enumerate(model.calls)]
 
@@ -204,7 +196,6 @@ def normalised_by(norm: Any, x: Tensor, y: Tensor) -> Normalised:
 
 
 def groups_of(case: Case, samples: int) -> int:
-    """The number of ghost groups."""
     return {0: 1, -1: samples}.get(case.groups, case.groups)
 
 
@@ -230,7 +221,6 @@ def assert_normalised_by(
 def assert_statistics(
     case: Case, calls: list[Call], samples: int, stats: dict[str, BatchStats], clean: int = 0
 ) -> None:
-    """The statistics that a step returns are those of the groups that it pushed."""
     groups, rounding = groups_of(case, samples), 1e-9 if case.dtype == torch.float64 else 1e-4
     for norm in (0, 1):
         own = [call for call in calls if call.norm == norm]
@@ -258,7 +248,6 @@ def assert_on_the_radius(case: Case, perturbation: Any, stat_grads: Any = None) 
 
 
 def two_passes(case: Case, call: Callable[..., Any] = lambda step, *state: step(*state), **options: Any) -> Any:
-    """Take the functional step."""
     model, batch = Network(case, tells_from=1), batch_of(case)
     options = {"groups": case.groups, "ratio": case.ratio, "rows": case.rows, **options}
     out = call(make_apart_step(model, loss, epsilon=case.epsilon, **options), *split_state(model), batch)
@@ -293,7 +282,6 @@ def check_one_pass(case: Case, model: Network, out: Any, perturbation: Any) -> N
 
 
 def drop_in(case: Case, compiled: bool = False) -> APART:
-    """Run two passes of the user's own."""
     model, batch = Network(case), batch_of(case)
     method = APART(model, case.epsilon / 2, case.groups, rows=case.rows)
     forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
@@ -310,7 +298,6 @@ def drop_in(case: Case, compiled: bool = False) -> APART:
 
 
 def one_pass_drop_in(case: Case, compiled: bool = False) -> APART:
-    """Run one pass of the user's own."""
     model, batch = Network(case), batch_of(case)
     method = APART(model, case.epsilon, case.groups, rows=case.rows)
     forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
@@ -321,7 +308,6 @@ def one_pass_drop_in(case: Case, compiled: bool = False) -> APART:
 
 
 def backward(model: Network, forward: Any, batch: Any) -> dict[str, Tensor]:
-    """The gradients of a pass by itself."""
     model.zero_grad()
     loss(forward(batch[0]), batch[1]).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -5,14 +5,13 @@ Everything that ranks do is done in three worlds, since to start one takes secon
 and the tests look at that.
 """
 
-from __future__ import annotations
-
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from loops import both_passes, gradients
 from oracle import Shift, ShiftTree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
-from small import convolutional, images
+from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
@@ -54,129 +53,164 @@ EPSILON, GROUPS, RATIO = 0.2, 2, 0.5
 ROUNDING = {"rtol": 1e-10, "atol": 1e-14}
 
 
-def shard(rank: int, t: int) -> tuple[Tensor, Tensor]:
+Results = list[dict[str, Any]]  # of the ranks, or of a rank's steps
+TOGETHER: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "process_group": "world"}
+
+
+def shard(rank: int, t: int = 0) -> tuple[Tensor, Tensor]:
     return images(seed=10 * t + rank)
+
+
+def step_of(rank: int, make: Any = make_apart_step, model: nn.Module | None = None, **options: Any) -> Any:
+    model = model or convolutional()
+    step = make(model, F.cross_entropy, **(TOGETHER | options))
+    torch.manual_seed(rank)  # after the model, which is made from a seed of its own
+    return step(*split_state(model), shard(rank))
 
 
 # What runs on each rank.
 
 
 @contextmanager
-def world(rank: int, folder: Path, ranks: int, seconds: float = 300) -> Iterator[None]:
-    """A process group of so many ranks, in which a collective call may take so long."""
+def world(rank: int, folder: Path, ranks: int) -> Iterator[None]:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=seconds),
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     yield
     dist.destroy_process_group()
+
+
+Way = Callable[[int], Any]
+WAYS: dict[int, dict[str, Way]] = {RANKS: {}, 4: {}}  # by the number of ranks
+
+
+def way(*worlds: int) -> Callable[[Way], Way]:
+    """Have a function of the rank called in worlds of so many ranks, and its result saved under its name."""
+
+    def register(function: Way) -> Way:
+        for ranks in worlds or (RANKS,):
+            WAYS[ranks][function.__name__] = function
+        return function
+
+    return register
 
 
 def on_rank(rank: int, folder: Path, ranks: int) -> None:
     """Join the group, and save what every way of training yields."""
     with world(rank, folder, ranks):
-        results = {name: way(rank) for name, way in (WAYS if ranks == RANKS else WAYS_OF_FOUR).items()}
-    torch.save(results, folder / f"{rank}.pt")
+        torch.save({name: found(rank) for name, found in WAYS[ranks].items()}, folder / f"{rank}.pt")
 
 
-def train_wrapped(rank: int) -> list[dict[str, Any]]:
+# Two ways to train; what happens in a step is read where it is yielded.
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def descent(make: Any, model: nn.Module, batch_of: Batches, steps: int = STEPS, *carried: Any, **options: Any) -> Any:
+    """Steps of a functional form with plain descent between them: yields each output, and the parameters after it."""
+    step, (params, buffers) = make(model, F.cross_entropy, **(TOGETHER | options)), split_state(model)
+    for t in range(steps):
+        out = step(params, buffers, batch_of(t), *carried)
+        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
+        buffers, carried = out.buffers, (out.perturbation,) if carried else ()
+        yield out, params
+
+
+def loop(model: nn.Module, batch_of: Batches, backward: Callable[[Any], Any], steps: int = STEPS) -> Iterator[int]:
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
+    for t in range(steps):
+        optimizer.zero_grad()
+        backward(batch_of(t))
+        yield t
+        optimizer.step()
+
+
+def in_one_pass(apart: APART, batch: tuple[Tensor, Tensor]) -> None:
+    with apart.one_pass():
+        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
+
+
+# The definition on averaged shards.
+
+
+@way()
+def wrapped(rank: int) -> Results:
     """The four lines around a wrapped model, which is how people write it."""
     model = DistributedDataParallel(convolutional())
     assert data_parallel_group(nn.Sequential(model)) is model.process_group
     assert data_parallel_group(model.module) is None
-    return steps(rank, model, APART(model, EPSILON, GROUPS))
+    return recorded(rank, model, APART(model, EPSILON, GROUPS))
 
 
-def train_inner(rank: int) -> list[dict[str, Any]]:
+@way()
+def inner(rank: int) -> Results:
     """The contexts around the module inside the wrapper, which has to be told of the group."""
     model = DistributedDataParallel(convolutional())
-    return steps(rank, model, APART(model.module, EPSILON, GROUPS, process_group=dist.group.WORLD))
+    return recorded(rank, model, APART(model.module, EPSILON, GROUPS, process_group=dist.group.WORLD))
 
 
-def steps(rank: int, model: DistributedDataParallel, apart: APART) -> list[dict[str, Any]]:
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    seen = []
-    for t in range(STEPS):
-        optimizer.zero_grad()
-        both_passes(apart, shard(rank, t), RATIO, model=model)
-        seen.append(
-            {
-                "grads": gradients(model.module),
-                "perturbation": without_prefix(apart.perturbation),
-                "stat_grads": without_prefix(apart.stat_grads),
-                "buffers": {name: buffer.clone() for name, buffer in model.module.named_buffers()},
-            }
-        )
-        optimizer.step()
-    return seen
+def recorded(rank: int, model: DistributedDataParallel, apart: APART) -> Results:
+    return [
+        {
+            "grads": gradients(model.module),
+            "perturbation": without_prefix(apart.perturbation),
+            "stat_grads": without_prefix(apart.stat_grads),
+            "buffers": {name: buffer.clone() for name, buffer in model.module.named_buffers()},
+        }
+        for _ in loop(model, partial(shard, rank), lambda batch: both_passes(apart, batch, RATIO, model=model))
+    ]
 
 
-def train_functional(rank: int) -> list[dict[str, Any]]:
+@way(RANKS, 4)
+def functional(rank: int) -> Results:
     """The functional step, which reduces everything itself."""
-    model = convolutional()
-    step = make_apart_step(
-        model, F.cross_entropy, epsilon=EPSILON, groups=GROUPS, ratio=RATIO, process_group=dist.group.WORLD
-    )
-    params, buffers = split_state(model)
-    seen = []
-    for t in range(STEPS):
-        out = step(params, buffers, shard(rank, t))
-        seen.append(
-            {
-                "grads": out.grads,
-                "perturbation": without_prefix(out.perturbation),
-                # of the loss with its weight, as the drop-in has them
-                "stat_grads": {k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in out.stat_grads.items()},
-                "buffers": out.buffers,
-                "loss": out.loss,
-            }
-        )
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers = out.buffers
-    return seen
+    return [
+        {
+            "grads": out.grads,
+            "perturbation": without_prefix(out.perturbation),
+            # of the loss with its weight, as the drop-in has them
+            "stat_grads": {k: Shift(*(g / (1 + RATIO) for g in v)) for k, v in out.stat_grads.items()},
+            "buffers": out.buffers,
+            "loss": out.loss,
+        }
+        for out, _ in descent(make_apart_step, convolutional(), partial(shard, rank), ratio=RATIO)
+    ]
 
 
-def train_by_rule(rank: int) -> Any:
+@way()
+def by_rule(rank: int) -> Any:
     """A rule that averages over ranks itself, in a step that reduces nothing."""
 
     def rule(stats: Any, stat_grads: Any, epsilon: Tensor) -> Any:
         return sign_perturbation(stats, mean_over_ranks(stat_grads), epsilon)
 
-    model = convolutional()
-    out = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, rule=rule)(*split_state(model), shard(rank, 0))
-    return without_prefix(out.perturbation)
+    return step_of(rank, rule=rule, process_group=None).perturbation
 
 
-def train_one_pass(rank: int) -> list[dict[str, Any]]:
+@way()
+def wrapped_one_pass(rank: int) -> Results:
     """One context around a wrapped model, from generators that differ."""
     model = DistributedDataParallel(convolutional())
-    apart = APART(model, EPSILON, GROUPS)
+    apart, before = APART(model, EPSILON, GROUPS), dict[str, Tensor]()
+
+    def backward(batch: tuple[Tensor, Tensor]) -> None:
+        before.update({name: tensor.clone() for name, tensor in model.module.state_dict().items()})
+        in_one_pass(apart, batch)
+
     torch.manual_seed(rank)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    seen = []
-    for t in range(STEPS):
-        x, y = shard(rank, t)
-        before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
-        optimizer.zero_grad()
-        with apart.one_pass():
-            F.cross_entropy(model(x), y).backward()
-        drawn = without_prefix(apart.perturbation)
-        seen.append({"before": before, "grads": gradients(model.module), "perturbation": drawn})
-        optimizer.step()
-    return seen
+    return [
+        {"before": dict(before), "grads": gradients(model.module), "perturbation": without_prefix(apart.perturbation)}
+        for _ in loop(model, partial(shard, rank), backward)
+    ]
 
 
-def accumulate(rank: int) -> dict[str, Any]:
+@way()
+def accumulated(rank: int) -> dict[str, Any]:
     """Two micro-batches, and one reduction of gradients, in the second adversarial pass."""
     model = DistributedDataParallel(convolutional())
     apart, perturbations = APART(model, EPSILON, GROUPS), []
     with model.no_sync():
-        both_passes(apart, shard(rank, 0))
+        both_passes(apart, shard(rank))
         perturbations.append(without_prefix(apart.perturbation))
         x, y = shard(rank, 1)
         with apart.to_proxy():
@@ -187,6 +221,7 @@ def accumulate(rank: int) -> dict[str, Any]:
     return {"grads": gradients(model.module), "perturbations": perturbations}
 
 
+@way()
 def mean(rank: int) -> Any:
     own = {"a": StatGrads(torch.full((2,), 1.0 + rank), torch.arange(2.0)), "b": StatGrads(*torch.eye(2) * rank)}
     return mean_over_ranks(own)
@@ -194,13 +229,12 @@ def mean(rank: int) -> Any:
 
 # Training that several ranks and one process are to do alike. What differs is where a batch comes from.
 
-Batches = Callable[[int], tuple[Tensor, Tensor]]
 SETTINGS = list(product((1.0, 0.5), (0, 2)))
 LONG = 5
 
 
-def synchronised() -> nn.Module:
-    model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+def synchronised(group: Any = None) -> nn.Module:
+    model: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional(), group)
     return model
 
 
@@ -215,177 +249,147 @@ def whole_batch(t: int, ranks: int, chosen: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def two_passes(batch_of: Batches, group: Any, ratio: float, groups: int, model: nn.Module | None = None) -> Any:
-    model = model or synchronised()
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, ratio=ratio, groups=groups, process_group=group)
-    params, buffers = split_state(model)
-    for t in range(LONG):
-        out = step(params, buffers, batch_of(t))
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers = out.buffers
-    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
+def last_of(steps: Any) -> Any:
+    *_, (out, params) = steps
+    return params, out.buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, out.perturbation
 
 
-def one_pass(batch_of: Batches, group: Any, steps: int = LONG, model: nn.Module | None = None) -> Any:
-    model = model or synchronised()
-    options: dict[str, Any] = {"epsilon": EPSILON, "groups": GROUPS, "process_group": group}
-    step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options)
-    (params, buffers), perturbation = split_state(model), init_perturbation(model)
-    for t in range(steps):
-        out = step(params, buffers, batch_of(t), perturbation)
-        params = {name: p - LEARNING_RATE * out.grads[name] for name, p in params.items()}
-        buffers, perturbation = out.buffers, out.perturbation
-    return params, buffers, out.loss, out.adversarial_loss, out.stats, out.stat_grads, perturbation
+def one_pass(model: nn.Module, batch_of: Batches, steps: int, group: Any) -> Any:
+    more = {"rule": sign_perturbation, "process_group": group}
+    return last_of(descent(make_one_pass_step, model, batch_of, steps, init_perturbation(model), **more))
 
 
 def drop_in(batch_of: Batches, group: Any, ratio: float, groups: int, in_one: bool = False) -> Any:
     """The drop-in; DistributedDataParallel takes SyncBatchNorm on GPUs alone, so gradients are averaged by hand."""
     model = synchronised()
     apart = APART(model, EPSILON, groups, process_group=group)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    for t in range(LONG):
-        optimizer.zero_grad()
-        if in_one:
-            x, y = batch_of(t)
-            with apart.one_pass():
-                F.cross_entropy(model(x), y).backward()
-        else:
-            both_passes(apart, batch_of(t), ratio)
+    backward = partial(in_one_pass, apart) if in_one else lambda batch: both_passes(apart, batch, ratio)
+    for _ in loop(model, batch_of, backward, LONG):
         for parameter in model.parameters() if group == "world" else ():
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
-        optimizer.step()
     state = {name: p.detach().clone() for name, p in model.state_dict().items()}
     return state, apart.stats, apart.stat_grads, apart.perturbation
 
 
 def all_forms(batches: Callable[[int], Batches], group: Any) -> dict[str, Any]:
-    """Every form with every setting.
-
-    Args:
-        batches: from the number of samples that a rank's adversarial pass takes to batches.
-        group: the ranks.
-    """
-    found: dict[str, Any] = {"one pass": one_pass(batches(8), group)}
-    found["one-pass drop-in"] = drop_in(batches(8), group, 1.0, GROUPS, in_one=True)
+    """Every form with every setting; `batches` of how many samples a rank's adversarial pass takes."""
+    found = {
+        "one pass": one_pass(synchronised(), batches(8), LONG, group),
+        "one-pass drop-in": drop_in(batches(8), group, 1.0, GROUPS, in_one=True),
+    }
     for ratio, groups in SETTINGS:
-        found[f"two passes {ratio} {groups}"] = two_passes(batches(int(8 * ratio)), group, ratio, groups)
-        found[f"drop-in {ratio} {groups}"] = drop_in(batches(int(8 * ratio)), group, ratio, groups)
+        of_ratio = batches(int(8 * ratio))
+        options = {"ratio": ratio, "groups": groups, "process_group": group}
+        found[f"two passes {ratio} {groups}"] = last_of(
+            descent(make_apart_step, synchronised(), of_ratio, LONG, **options)
+        )
+        found[f"drop-in {ratio} {groups}"] = drop_in(of_ratio, group, ratio, groups)
     return found
 
 
-FORMS = [
-    "one pass",
-    "one-pass drop-in",
-    *(f"{form} {ratio} {groups}" for form in ("two passes", "drop-in") for ratio, groups in SETTINGS),
-]
+FORMS = ["one pass", "one-pass drop-in"]
+FORMS += [f"{form} {ratio} {groups}" for form in ("two passes", "drop-in") for ratio, groups in SETTINGS]
 
 
-def train_synchronised(rank: int) -> dict[str, Any]:
-    return all_forms(lambda chosen: lambda t: shard(rank, t), "world")
+@way(RANKS, 4)
+def all_synchronised(rank: int) -> dict[str, Any]:
+    return all_forms(lambda chosen: partial(shard, rank), "world")
 
 
-def train_long(rank: int) -> Any:
+@way(RANKS, 4)
+def long(rank: int) -> Any:
     """Fifty steps of either form in float32, without SyncBatchNorm."""
 
     def batch_of(t: int) -> tuple[Tensor, Tensor]:
         return images(dtype=torch.float32, seed=10 * t + rank)
 
     model = convolutional(dtype=torch.float32)
-    with patch(f"{__name__}.LONG", 50):
-        return two_passes(batch_of, "world", RATIO, GROUPS, model), one_pass(batch_of, "world", 50, model)
+    two = last_of(descent(make_apart_step, model, batch_of, 50, ratio=RATIO))
+    return two, one_pass(model, batch_of, 50, "world")
 
 
-def train_unequal(rank: int) -> Any:
-    """More samples on the second rank."""
-    model = synchronised()
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, ratio=0.5, process_group="world")
-    return step(*split_state(model), images(unequal(rank), seed=rank))
+@way()
+def unlike(rank: int) -> Any:
+    model = synchronised(dist.group.WORLD)
+    return make_apart_step(model, F.cross_entropy, ratio=0.5, **TOGETHER)(*split_state(model), unequal(rank))
 
 
-def unequal(rank: int) -> int:
-    return 8 + 4 * rank
+def unequal(rank: int) -> tuple[Tensor, Tensor]:
+    return images(8 + 4 * rank, seed=rank)
 
 
+@way()
 def single_rows(rank: int) -> Any:
     """One sample a rank, in a layer that sees one value of each."""
     model = nn.SyncBatchNorm(3).double()
     return functionalize(model)(*split_state(model), torch.arange(3.0).double().view(1, 3) + rank, training=True)
 
 
+@way()
 def sam(rank: int) -> Any:
-    model = convolutional()
-    step = make_apart_sam_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, rho=0.1, process_group="world")
-    return step(*split_state(model), shard(rank, 0))
+    return step_of(rank, make_apart_sam_step, rho=0.1)
 
 
-def ascend(rank: int) -> Any:
-    """A rule that asks for further gradients."""
-    model = convolutional()
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, rule=multi_step(3), process_group="world")
-    return step(*split_state(model), shard(rank, 0)).perturbation
+@way()
+def ascent(rank: int) -> Any:
+    return step_of(rank, rule=multi_step(3)).perturbation
 
 
-def draw(rank: int) -> Any:
+@way()
+def drawn(rank: int) -> Any:
     """Random signs, from generators that differ, in every form."""
-    model, options = convolutional(), {"epsilon": EPSILON, "rule": random_sign_perturbation}
-    torch.manual_seed(rank)  # after the model, which is made from a seed of its own
-    two = make_apart_step(model, F.cross_entropy, process_group="world", **options)  # type: ignore[arg-type]
-    one = make_one_pass_step(model, F.cross_entropy, groups=2, process_group="world", **options)  # type: ignore[arg-type]
-    apart = APART(model, rule=random_sign_perturbation, process_group="world")
     found = [
-        two(*split_state(model), shard(rank, 0)).perturbation,
-        one(*split_state(model), shard(rank, 0)).perturbation,
+        step_of(rank, make, rule=random_sign_perturbation).perturbation
+        for make in (make_apart_step, make_one_pass_step)
     ]
-    both_passes(apart, shard(rank, 0))
-    found.append(apart.perturbation)
-    in_one, (x, y) = APART(model, groups=2, process_group="world"), shard(rank, 0)
-    with in_one.one_pass():
-        F.cross_entropy(model(x), y).backward()
-    return [*found, in_one.perturbation]
+    model = convolutional()
+    apart, in_one = APART(model, rule=random_sign_perturbation, process_group="world"), APART(model, **TOGETHER)
+    torch.manual_seed(rank)
+    both_passes(apart, shard(rank))
+    in_one_pass(in_one, shard(rank))
+    return [*found, apart.perturbation, in_one.perturbation]
 
 
-class Sometimes(nn.Module):
+def sometimes() -> nn.Module:
     """Calls a layer on the first rank alone, and one nowhere."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = (nn.BatchNorm1d(3).double() for _ in range(3))
-        self.last = nn.Linear(3, 3).double()
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = model.first(x)
+        return model.last(x if dist.get_rank() else model.second(x * x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.last(x if dist.get_rank() else self.second(x * x))  # type: ignore[no-any-return]
+    torch.manual_seed(0)
+    norms = {name: nn.BatchNorm1d(3) for name in ("first", "second", "third")}
+    return Parts(forward, **norms, last=nn.Linear(3, 3))
 
 
+@way()
 def called_sometimes(rank: int) -> Any:
-    model = Sometimes()
-    options: dict[str, Any] = {"epsilon": EPSILON, "groups": 2, "rule": sign_perturbation, "process_group": "world"}
-    step = make_one_pass_step(model, F.cross_entropy, **options)
+    model = sometimes()
+    step = make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **TOGETHER)
     carried = {name: type(shift)(shift.mean + 0.05, shift.scale) for name, shift in init_perturbation(model).items()}
     generator = torch.Generator().manual_seed(rank)
     batch = torch.randn(8, 3, generator=generator).double(), torch.randint(3, (8,), generator=generator)
     return step(*split_state(model), batch, carried)
 
 
+@way()
 def not_finite(rank: int) -> Any:
-    """An infinity in the batch of the second rank."""
     model = convolutional()
     params, buffers = split_state(model)
-    x, y = shard(rank, 0)
+    x, y = shard(rank)
     if rank:
         x[0] = torch.inf
     found = []
     for make in (make_apart_step, make_one_pass_step):
-        step = make(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
-        out = step(params, buffers, (x, y))
+        out = make(model, F.cross_entropy, **TOGETHER)(params, buffers, (x, y))
         found.append((bool(out.all_finite), all(torch.equal(out.buffers[k], b) for k, b in buffers.items())))
     return found
 
 
-def count(rank: int) -> dict[str, list[int]]:
+@way()
+def reductions(rank: int) -> dict[str, list[int]]:
     """How many values each all-reduce of a second step has; the first one also compares the ranks."""
     model, sizes = convolutional(), list[int]()
     original = dist.all_reduce
@@ -394,99 +398,89 @@ def count(rank: int) -> dict[str, list[int]]:
         sizes.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 
-    options: dict[str, Any] = {"epsilon": EPSILON, "groups": 2, "process_group": "world"}
-    steps = {
-        "two passes": (make_apart_step(model, F.cross_entropy, **options), ()),
-        "micro-batches": (make_apart_step(model, F.cross_entropy, microbatches=2, **options), ()),
-        "ascent": (make_apart_step(model, F.cross_entropy, rho=0.1, **options), ()),
-        "one pass": (make_one_pass_step(model, F.cross_entropy, **options), ()),
+    steps: dict[str, tuple[Any, ...]] = {
+        "two passes": (make_apart_step(model, F.cross_entropy, **TOGETHER),),
+        "micro-batches": (make_apart_step(model, F.cross_entropy, microbatches=2, **TOGETHER),),
+        "ascent": (make_apart_step(model, F.cross_entropy, rho=0.1, **TOGETHER),),
+        "one pass": (make_one_pass_step(model, F.cross_entropy, **TOGETHER),),
         "carried": (
-            make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **options),
-            (init_perturbation(model),),
+            make_one_pass_step(model, F.cross_entropy, rule=sign_perturbation, **TOGETHER),
+            init_perturbation(model),
         ),
     }
     found = {}
-    for name, (step, more) in steps.items():
-        step(*split_state(model), shard(rank, 0), *more)
+    for name, (step, *more) in steps.items():
+        step(*split_state(model), shard(rank), *more)
         sizes.clear()
         with patch.object(dist, "all_reduce", counted):
-            step(*split_state(model), shard(rank, 0), *more)
+            step(*split_state(model), shard(rank), *more)
         found[name] = list(sizes)
     return found
 
 
-def compile_step(rank: int) -> Any:
-    """A compiled step, and what it is to equal."""
-    model, batch = convolutional(), shard(rank, 0)
-    params, buffers = split_state(model)
-    step = make_apart_step(model, F.cross_entropy, epsilon=EPSILON, groups=2, process_group="world")
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    return step(params, buffers, batch).grads, compiled(params, buffers, batch).grads
+@way()
+def compiled(rank: int) -> Any:
+    model = convolutional()
+    step, arguments = make_apart_step(model, F.cross_entropy, **TOGETHER), (*split_state(model), shard(rank))
+    return step(*arguments).grads, torch.compile(step, backend="aot_eager", fullgraph=True)(*arguments).grads
 
 
-def sweep(rank: int) -> Any:
-    """A step mapped over radii, and steps one by one, with synchronised layers."""
-    model, batch = synchronised(), shard(rank, 0)
+@way()
+def swept(rank: int) -> Any:
+    model, batch = synchronised(), shard(rank)
     params, buffers = split_state(model)
-    step = make_apart_step(model, F.cross_entropy, groups=2, process_group="world")
+    step = make_apart_step(model, F.cross_entropy, **TOGETHER)
     radii = torch.tensor([EPSILON, 0.05], dtype=torch.float64)
     mapped = torch.func.vmap(lambda epsilon: step(params, buffers, batch, epsilon=epsilon).grads)(radii)
     return mapped, [step(params, buffers, batch, epsilon=radius).grads for radius in radii]
 
 
-def compile_synchronised(rank: int) -> str:
-    """What a compiler says about layers that are synchronised."""
+@way()
+def compiled_synchronised(rank: int) -> str:
     model = synchronised()
     step = torch.compile(make_apart_step(model, F.cross_entropy), backend="aot_eager", fullgraph=True)
     try:
-        step(*split_state(model), shard(rank, 0))
+        step(*split_state(model), shard(rank))
     except Exception as error:  # Dynamo puts its own class around ours
         return str(error)
     return "nothing was said"
 
 
-def train_in_halves(rank: int) -> Any:
+@way(4)
+def halves(rank: int) -> Any:
     """Four ranks as two groups of two, which train apart."""
-    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    group = halves[rank // 2]
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional(), group)
-    return two_passes(lambda t: shard(rank % 2, t), group, 0.5, 2, model)
+    group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    model = synchronised(group)
+    return last_of(descent(make_apart_step, model, partial(shard, rank % 2), LONG, ratio=0.5, process_group=group))
 
 
-def disagree(rank: int) -> dict[str, str]:
+@way()
+def disagreements(rank: int) -> dict[str, str]:
     """What is said where the second rank has something else."""
-    model, batch = convolutional(), shard(rank, 0)
+    model, batch = convolutional(), shard(rank)
     wider = nn.Sequential(*model, nn.Linear(3, 3).double()) if rank else model
     other = convolutional()
     if rank:
         nn.init.ones_(other[0].weight)
-    tokens, of_tokens = Tokens(), (torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.long))
+    of_tokens = torch.randn(4, 2, 3).double(), torch.zeros(4, dtype=torch.long)
 
-    def step_of(model: nn.Module, batch: Any = batch, **settings: Any) -> Any:
-        step = make_apart_step(model, F.cross_entropy, process_group="world", **settings)
+    def tried(model: nn.Module, batch: Any = batch, make: Any = make_apart_step, **settings: Any) -> Any:
+        step = make(model, F.cross_entropy, **{"epsilon": 0.1, "groups": 2, "process_group": "world"} | settings)
         return lambda: step(*split_state(model), batch)
 
-    tried = {
-        "settings": step_of(model, epsilon=0.1 + 0.1 * rank),
-        "form": lambda: (
-            make_one_pass_step(model, F.cross_entropy, epsilon=0.1, groups=2, process_group="world")(
-                *split_state(model), batch
-            )
-            if rank
-            else step_of(model)()
-        ),
-        "model": step_of(wider),
-        "values": step_of(other),
-        "batch": step_of(model, (batch[0].float() if rank else batch[0], batch[1])),
+    calls = {
+        "settings": tried(model, epsilon=0.1 + 0.1 * rank),
+        "form": tried(model, make=make_one_pass_step if rank else make_apart_step),
+        "model": tried(wider),
+        "values": tried(other),
+        "batch": tried(model, (batch[0].float() if rank else batch[0], batch[1])),
         "drop-in": lambda: APART(model, groups=2 * rank, process_group="world").to_proxy().__enter__(),
         "groups": lambda: both_passes(APART(synchronised(), groups=-1, process_group="world"), batch),
-        "functional groups": step_of(synchronised(), groups=-1),
-        "subclass": step_of(nn.Sequential(Activated(2).double(), *model)),
-        "rows": lambda: make_one_pass_step(
-            tokens, F.cross_entropy, epsilon=0.1, groups=2, rows=lambda layer, x: torch.arange(len(x)) // 2
-        )(*split_state(tokens), of_tokens),
+        "functional groups": tried(synchronised(), groups=-1),
+        "subclass": tried(nn.Sequential(Activated(2).double(), *model)),
+        "rows": tried(tokens(), of_tokens, make_one_pass_step, rows=lambda layer, x: torch.arange(len(x)) // 2),
     }
-    return {name: refusal(call) for name, call in tried.items()}
+    return {name: refusal(call) for name, call in calls.items()}
 
 
 class Activated(nn.SyncBatchNorm):
@@ -496,15 +490,9 @@ class Activated(nn.SyncBatchNorm):
         return super().forward(x).relu()
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """Two rows a sample in a synchronised layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.SyncBatchNorm(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.flatten(0, 1)).view(x.shape).mean(1)  # type: ignore[no-any-return]
+    return Parts(lambda m, x: m.norm(x.flatten(0, 1)).view(x.shape).mean(1), norm=nn.SyncBatchNorm(3))
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -518,23 +506,17 @@ def refusal(call: Callable[[], Any]) -> str:
 # Wrappers.
 
 
-class Unused(nn.Module):
-    """A model with a layer that no loss depends on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = convolutional(), nn.Linear(3, 3).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)  # type: ignore[no-any-return]
+def unused() -> nn.Module:
+    return Parts(lambda m, x: m.body(x), body=convolutional(), head=nn.Linear(3, 3))
 
 
-def train_in_wrappers(rank: int) -> dict[str, Any]:
+@way()
+def wrappers(rank: int) -> dict[str, Any]:
     """Two passes of the drop-in in every kind of wrapper, which end alike."""
     from torch.distributed.fsdp import fully_shard
 
     def data_parallel(first_without: int = STEPS, **options: Any) -> Any:
-        model = Unused() if options.get("find_unused_parameters") else convolutional()
+        model = unused() if options.get("find_unused_parameters") else convolutional()
         wrapped = DistributedDataParallel(model, **options)
         return trained(rank, wrapped, APART(wrapped, EPSILON, GROUPS), first_without)
 
@@ -560,21 +542,24 @@ def train_in_wrappers(rank: int) -> dict[str, Any]:
 
 def trained(rank: int, model: Any, apart: APART, first_without: int) -> dict[str, Tensor]:
     """Train, in the proxy passes from a step on without reduction of gradients."""
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
-    for t in range(STEPS):
-        optimizer.zero_grad()
-        x, y = shard(rank, t)
-        with apart.to_proxy(), model.no_sync() if t >= first_without else nullcontext():
+    steps = iter(range(STEPS))
+
+    def backward(batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        with apart.to_proxy(), model.no_sync() if next(steps) >= first_without else nullcontext():
             (F.cross_entropy(model(x), y) / 2).backward()
         with apart.to_adver():
             (F.cross_entropy(model(x), y) / 2).backward()
-        optimizer.step()
+
+    for _ in loop(model, partial(shard, rank), backward):
+        pass
     state = {name.removeprefix("module.").removeprefix("body."): p for name, p in model.named_parameters()}
     state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in state.items()}
     return {name: p.detach().clone() for name, p in state.items() if not name.startswith("head")}
 
 
-def wrap_late(rank: int) -> dict[str, Any]:
+@way()
+def late(rank: int) -> dict[str, Any]:
     """The method around a model that is wrapped later, or by nothing that is known."""
     found: dict[str, Any] = {}
     for name, setting in (("unsaid", None), ("local", "local"), ("world", "world")):
@@ -588,14 +573,14 @@ def wrap_late(rank: int) -> dict[str, Any]:
     return found
 
 
+@way()
 def distributed_tensors(rank: int) -> str:
-    """A batch of DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_module
 
     mesh = init_device_mesh("cpu", (RANKS,))
     model = distribute_module(convolutional(), mesh)
-    x, y = (DTensor.from_local(part, mesh, [Shard(0)]) for part in shard(rank, 0))
+    x, y = (DTensor.from_local(part, mesh, [Shard(0)]) for part in shard(rank))
     return refusal(lambda: both_passes(APART(model, process_group="world"), (x, y)))
 
 
@@ -603,69 +588,31 @@ def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("module."): Shift(*value) for name, value in tree.items()}
 
 
-WAYS: dict[str, Callable[[int], Any]] = {
-    "wrapped": train_wrapped,
-    "inner": train_inner,
-    "functional": train_functional,
-    "by rule": train_by_rule,
-    "one_pass": train_one_pass,
-    "accumulate": accumulate,
-    "mean": mean,
-    "synchronised": train_synchronised,
-    "long": train_long,
-    "unequal": train_unequal,
-    "single rows": single_rows,
-    "sam": sam,
-    "ascend": ascend,
-    "draw": draw,
-    "called sometimes": called_sometimes,
-    "not finite": not_finite,
-    "count": count,
-    "compiled": compile_step,
-    "swept": sweep,
-    "compiled, synchronised": compile_synchronised,
-    "disagree": disagree,
-    "wrappers": train_in_wrappers,
-    "late": wrap_late,
-    "distributed tensors": distributed_tensors,
-}
-WAYS_OF_FOUR: dict[str, Callable[[int], Any]] = {
-    "synchronised": train_synchronised,
-    "long": train_long,
-    "functional": train_functional,
-    "halves": train_in_halves,
-}
-
-
 # What is checked of it.
 
 
-def results_of(ranks: int, folder: Path) -> list[dict[str, Any]]:
+def results_of(ranks: int, folder: Path) -> Results:
     spawn(on_rank, (folder, ranks), nprocs=ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of two ranks."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results_of(RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Those of four, of what is to hold for any number."""
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results_of(4, tmp_path_factory.mktemp("four"))
 
 
-@pytest.fixture(params=["ranks", "four_ranks"])
-def some_ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """The results of two ranks, and of four."""
-    found: list[dict[str, Any]] = request.getfixturevalue(request.param)
+@pytest.fixture(params=["ranks", pytest.param("four_ranks", marks=pytest.mark.slow)])
+def some_ranks(request: pytest.FixtureRequest) -> Results:
+    found: Results = request.getfixturevalue(request.param)
     return found
 
 
 def averaged(trees: list[Any]) -> Any:
-    """The mean of dicts of tensors or of pairs of them."""
     if isinstance(trees[0], dict):
         return {name: averaged([tree[name] for tree in trees]) for name in trees[0]}
     return Shift(*map(averaged, zip(*trees, strict=True))) if isinstance(trees[0], tuple) else sum(trees) / len(trees)
@@ -690,26 +637,23 @@ def definition(model: nn.Module, shards: list[Any], perturbation: ShiftTree, rat
     }
 
 
-@pytest.mark.parametrize("way", ["wrapped", "inner", "functional"])
-def test_gradients_and_perturbation_are_equal_on_all_ranks(ranks: list[dict[str, Any]], way: str) -> None:
-    for first, second in zip(*(results[way] for results in ranks), strict=True):
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
+@pytest.mark.parametrize(
+    "way", ["wrapped", "inner", "functional", "by_rule", "accumulated", "sam", "ascent", "drawn", "mean"]
+)
+def test_what_ranks_find_together_is_equal_on_all_of_them_to_the_last_bit(ranks: Results, way: str) -> None:
+    first, second = (found.grads if way == "sam" else found for found in (results[way] for results in ranks))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["wrapped", "inner", "functional"])
-def test_every_step_is_that_of_the_definition_on_averaged_shards(ranks: list[dict[str, Any]], way: str) -> None:
-    check_definition(ranks, way)
-
-
-@pytest.mark.slow
-def test_every_step_of_four_ranks_is_that_of_the_definition_on_averaged_shards(
-    four_ranks: list[dict[str, Any]],
-) -> None:
-    check_definition(four_ranks, "functional")
-
-
-def check_definition(ranks: list[dict[str, Any]], way: str) -> None:
-    model = convolutional()
+@pytest.mark.parametrize(
+    ("way", "worlds"),
+    [
+        *((way, "ranks") for way in ("wrapped", "inner", "functional")),
+        pytest.param("functional", "four_ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_every_step_is_that_of_the_definition_on_averaged_shards(way, worlds, request):
+    ranks, model = request.getfixturevalue(worlds), convolutional()
     for t, found in enumerate(ranks[0][way]):
         expected = definition(model, [shard(rank, t) for rank in range(len(ranks))], found["perturbation"], RATIO)
         if way != "functional":  # gradients are reduced by the wrapper, which sends rank 0's buffers to all
@@ -725,17 +669,17 @@ def check_definition(ranks: list[dict[str, Any]], way: str) -> None:
         model.load_state_dict(params | found["buffers"])
 
 
-def test_one_pass_draws_one_perturbation_for_all_ranks_and_another_in_every_step(ranks: list[dict[str, Any]]) -> None:
-    for first, second in zip(*(results["one_pass"] for results in ranks), strict=True):
+def test_one_pass_draws_one_perturbation_for_all_ranks_and_another_in_every_step(ranks: Results) -> None:
+    for first, second in zip(*(results["wrapped_one_pass"] for results in ranks), strict=True):
         for key in ("perturbation", "grads"):
             torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
-    drawn = [step["perturbation"]["4"].mean for step in ranks[0]["one_pass"]]
+    drawn = [step["perturbation"]["4"].mean for step in ranks[0]["wrapped_one_pass"]]
     assert not all(torch.equal(drawn[0], later) for later in drawn[1:])
 
 
-def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: list[dict[str, Any]]) -> None:
+def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: Results) -> None:
     model = convolutional()
-    for t, seen in enumerate(ranks[0]["one_pass"]):
+    for t, seen in enumerate(ranks[0]["wrapped_one_pass"]):
         model.load_state_dict(seen["before"])
         steps = [
             oracle_one_pass_step(
@@ -746,29 +690,20 @@ def test_one_pass_on_several_ranks_is_the_definition_on_averaged_shards(ranks: l
         torch.testing.assert_close(seen["grads"], averaged([step.grads for step in steps]), **ROUNDING)
 
 
-def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(
-    ranks: list[dict[str, Any]],
-) -> None:
-    first, second = (results["accumulate"] for results in ranks)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+def test_accumulation_without_synchronisation_still_has_one_perturbation_for_all_ranks(ranks):
+    found = ranks[0]["accumulated"]
     parts = [
         definition(convolutional(), [shard(rank, t) for rank in range(RANKS)], perturbation, 1.0)["grads"]
-        for t, perturbation in enumerate(first["perturbations"])
+        for t, perturbation in enumerate(found["perturbations"])
     ]
     total = {name: grad + parts[1][name] for name, grad in parts[0].items()}
-    torch.testing.assert_close(first["grads"], total, **ROUNDING)
+    torch.testing.assert_close(found["grads"], total, **ROUNDING)
 
 
-def test_the_mean_over_ranks_keeps_the_tree(ranks: list[dict[str, Any]]) -> None:
+def test_the_mean_over_ranks_keeps_the_tree(ranks: Results) -> None:
     expected = {"a": StatGrads(torch.full((2,), 1.5), torch.arange(2.0)), "b": StatGrads(*torch.eye(2) / 2)}
-    for results in ranks:
-        torch.testing.assert_close(results["mean"], expected, rtol=0, atol=0)
-        assert type(results["mean"]["a"]) is StatGrads
-
-
-def test_a_rule_may_average_over_ranks_itself(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["by rule"].keys() == {"1", "4"}
-    torch.testing.assert_close(ranks[0]["by rule"], ranks[1]["by rule"], rtol=0, atol=0)
+    torch.testing.assert_close(ranks[0]["mean"], expected, rtol=0, atol=0)
+    assert type(ranks[0]["mean"]["a"]) is StatGrads
 
 
 @pytest.fixture(scope="module")
@@ -785,14 +720,12 @@ def one_process() -> Callable[[int], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ranks_with_synchronised_layers_are_one_process_on_the_whole_batch(
-    form: str, some_ranks: list[dict[str, Any]], one_process: Callable[[int], dict[str, Any]]
-) -> None:
+def test_ranks_with_synchronised_layers_are_one_process_on_the_whole_batch(form, some_ranks, one_process):
     for results in some_ranks:
-        torch.testing.assert_close(results["synchronised"][form], one_process(len(some_ranks))[form], **ROUNDING)
+        torch.testing.assert_close(results["all_synchronised"][form], one_process(len(some_ranks))[form], **ROUNDING)
 
 
-def test_fifty_steps_leave_ranks_equal_to_the_last_bit(some_ranks: list[dict[str, Any]]) -> None:
+def test_fifty_steps_leave_ranks_equal_to_the_last_bit(some_ranks: Results) -> None:
     for results in some_ranks:
         for first, own in zip(some_ranks[0]["long"], results["long"], strict=True):
             assert torch.isfinite(own[2])
@@ -800,11 +733,9 @@ def test_fifty_steps_leave_ranks_equal_to_the_last_bit(some_ranks: list[dict[str
                 torch.testing.assert_close(own[place], first[place], rtol=0, atol=0)
 
 
-def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all_samples(
-    ranks: list[dict[str, Any]],
-) -> None:
-    out, model = ranks[0]["unequal"], convolutional()
-    shards = [images(unequal(rank), seed=rank) for rank in range(RANKS)]
+def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all_samples(ranks):
+    out, model = ranks[0]["unlike"], convolutional()
+    shards = [unequal(rank) for rank in range(RANKS)]
     cut = [(x[: len(x) // 2], y[: len(y) // 2]) for x, y in shards]
 
     def loss_of_ranks(parts: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -826,17 +757,16 @@ def test_ranks_of_unlike_numbers_of_samples_weigh_alike_under_the_moments_of_all
     torch.testing.assert_close({k: Shift(*g) for k, g in out.stat_grads.items()}, proxy.stat_grads, **ROUNDING)
 
 
-def test_one_value_on_each_rank_has_a_variance(ranks: list[dict[str, Any]]) -> None:
+def test_one_value_on_each_rank_has_a_variance(ranks: Results) -> None:
     values = torch.tensor([[-0.5], [0.5]]).double() / (0.25 + 1e-5) ** 0.5
     for results, value in zip(ranks, values, strict=True):
-        torch.testing.assert_close(results["single rows"], value.expand(1, 3), **ROUNDING)
+        torch.testing.assert_close(results["single_rows"], value.expand(1, 3), **ROUNDING)
 
 
-def test_the_ascent_in_weights_follows_the_averaged_gradient(ranks: list[dict[str, Any]]) -> None:
-    first, second = (results["sam"] for results in ranks)
-    torch.testing.assert_close(first.grads, second.grads, rtol=0, atol=0)
+def test_the_ascent_in_weights_follows_the_averaged_gradient(ranks: Results) -> None:
+    first = ranks[0]["sam"]
     shift = {name: Shift(*pair) for name, pair in first.perturbation.items()}
-    model, shards = convolutional(), [shard(rank, 0) for rank in range(RANKS)]
+    model, shards = convolutional(), [shard(rank) for rank in range(RANKS)]
     g = averaged([oracle_proxy(model, F.cross_entropy, *one).grads for one in shards])
     norm = sum((grad**2).sum() for grad in g.values()) ** 0.5
     up = convolutional()
@@ -847,22 +777,14 @@ def test_the_ascent_in_weights_follows_the_averaged_gradient(ranks: list[dict[st
     torch.testing.assert_close(first.grads, {k: (g[k] + second_grads[k]) / 2 for k in g}, **ROUNDING)
 
 
-def test_a_rule_of_several_gradients_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    first, second = (results["ascend"] for results in ranks)
-    assert any((shift.mean != 0).any() for shift in first.values())
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+def test_rules_of_several_gradients_and_rules_that_draw_move_every_layer(ranks: Results) -> None:
+    assert ranks[0]["by_rule"].keys() == {"1", "4"}
+    assert any((shift.mean != 0).any() for shift in ranks[0]["ascent"].values())
+    assert all((shift.mean != 0).all() for found in ranks[0]["drawn"] for shift in found.values())
 
 
-def test_a_rule_that_draws_finds_one_perturbation_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    first, second = (results["draw"] for results in ranks)
-    assert all((shift.mean != 0).all() for found in first for shift in found.values())
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_does_keep_theirs(
-    ranks: list[dict[str, Any]],
-) -> None:
-    first, second = (results["called sometimes"] for results in ranks)
+def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_does_keep_theirs(ranks):
+    first, second = (results["called_sometimes"] for results in ranks)
     torch.testing.assert_close(first.perturbation, second.perturbation, rtol=0, atol=0)
     assert "second" in first.stats
     assert "second" not in second.stats
@@ -870,12 +792,12 @@ def test_layers_that_some_ranks_call_have_one_perturbation_and_those_that_none_d
     assert set(first.perturbation["third"].mean.tolist()) == {0.05}
 
 
-def test_what_is_not_finite_on_one_rank_is_seen_by_all(ranks: list[dict[str, Any]]) -> None:
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(ranks: Results) -> None:
     for results in ranks:
-        assert results["not finite"] == [(False, True)] * 2
+        assert results["not_finite"] == [(False, True)] * 2
 
 
-def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
+def test_a_step_reduces_gradients_once(ranks: Results) -> None:
     model = convolutional()
     trained = sum(parameter.numel() for parameter in model.parameters())
     channels = sum(shift.mean.numel() for shift in init_perturbation(model).values())
@@ -884,7 +806,7 @@ def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
     # statistics and their gradients, and how many ranks called each layer
     statistics = 5 * channels
     for results in ranks:
-        assert results["count"] == {
+        assert results["reductions"] == {
             "two passes": [statistics, bucket],
             "micro-batches": [statistics, statistics, bucket],
             "ascent": [statistics, trained, bucket],
@@ -893,32 +815,30 @@ def test_a_step_reduces_gradients_once(ranks: list[dict[str, Any]]) -> None:
         }
 
 
-def test_a_step_on_several_ranks_compiles(ranks: list[dict[str, Any]]) -> None:
+def test_a_step_on_several_ranks_compiles(ranks: Results) -> None:
     for results in ranks:
-        eager, compiled = results["compiled"]
-        torch.testing.assert_close(compiled, eager, **ROUNDING)
-        torch.testing.assert_close(compiled, ranks[0]["compiled"][1], rtol=0, atol=0)
+        eager, in_one_graph = results["compiled"]
+        torch.testing.assert_close(in_one_graph, eager, **ROUNDING)
+        torch.testing.assert_close(in_one_graph, ranks[0]["compiled"][1], rtol=0, atol=0)
 
 
-def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differentiated(
-    ranks: list[dict[str, Any]],
-) -> None:
+def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differentiated(ranks):
     for results in ranks:
         mapped, one_by_one = results["swept"]
         for place, grads in enumerate(one_by_one):
             torch.testing.assert_close({name: grad[place] for name, grad in mapped.items()}, grads, **ROUNDING)
 
 
-def test_a_compiler_says_that_it_cannot_synchronise_layers(ranks: list[dict[str, Any]]) -> None:
+def test_a_compiler_says_that_it_cannot_synchronise_layers(ranks: Results) -> None:
     for results in ranks:
-        assert "SyncBatchNorm does not compile" in results["compiled, synchronised"]
+        assert "SyncBatchNorm does not compile" in results["compiled_synchronised"]
 
 
-def test_a_group_of_some_ranks_is_a_world_of_its_own(
-    ranks: list[dict[str, Any]], four_ranks: list[dict[str, Any]]
-) -> None:
+@pytest.mark.slow
+def test_a_group_of_some_ranks_is_a_world_of_its_own(ranks: Results, four_ranks: Results) -> None:
     for rank, results in enumerate(four_ranks):
-        torch.testing.assert_close(results["halves"], ranks[rank % 2]["synchronised"]["two passes 0.5 2"], **ROUNDING)
+        expected = ranks[rank % 2]["all_synchronised"]["two passes 0.5 2"]
+        torch.testing.assert_close(results["halves"], expected, **ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -936,12 +856,12 @@ def test_a_group_of_some_ranks_is_a_world_of_its_own(
         ("rows", "BatchError: layer 'norm' is synchronised"),
     ],
 )
-def test_what_differs_or_cannot_be_is_said_on_every_rank(what: str, words: str, ranks: list[dict[str, Any]]) -> None:
+def test_what_differs_or_cannot_be_is_said_on_every_rank(what: str, words: str, ranks: Results) -> None:
     for results in ranks:
-        assert words in results["disagree"][what]
+        assert words in results["disagreements"][what]
 
 
-def test_the_drop_in_is_the_same_in_every_wrapper(ranks: list[dict[str, Any]]) -> None:
+def test_the_drop_in_is_the_same_in_every_wrapper(ranks: Results) -> None:
     for results in ranks:
         plain = results["wrappers"]["plain"]
         assert len(plain) == 8
@@ -949,20 +869,20 @@ def test_the_drop_in_is_the_same_in_every_wrapper(ranks: list[dict[str, Any]]) -
             torch.testing.assert_close(found, plain, msg=lambda text, name=name: f"{name}: {text}", **ROUNDING)
 
 
-def test_without_a_wrapper_the_drop_in_takes_all_ranks_and_says_so_once(ranks: list[dict[str, Any]]) -> None:
-    late = [results["late"] for results in ranks]
-    for perturbation, said in (one["unsaid"] for one in late):
+def test_without_a_wrapper_the_drop_in_takes_all_ranks_and_says_so_once(ranks: Results) -> None:
+    found = [results["late"] for results in ranks]
+    for perturbation, said in (one["unsaid"] for one in found):
         assert len(said) == 1
         assert "averages statistic gradients over all 2 ranks" in said[0]
-        torch.testing.assert_close(perturbation, late[0]["world"][0], rtol=0, atol=0)
-    assert [one[name][1] for one in late for name in ("local", "world")] == [[]] * 4
-    own = [torch.cat([part for shift in one["local"][0].values() for part in shift]) for one in late]
+        torch.testing.assert_close(perturbation, found[0]["world"][0], rtol=0, atol=0)
+    assert [one[name][1] for one in found for name in ("local", "world")] == [[]] * 4
+    own = [torch.cat([part for shift in one["local"][0].values() for part in shift]) for one in found]
     assert not torch.equal(*own)
 
 
-def test_a_batch_of_distributed_tensors_is_refused(ranks: list[dict[str, Any]]) -> None:
+def test_a_batch_of_distributed_tensors_is_refused(ranks: Results) -> None:
     for results in ranks:
-        assert results["distributed tensors"].startswith("BatchError: layer '1' got a DTensor")
+        assert results["distributed_tensors"].startswith("BatchError: layer '1' got a DTensor")
 
 
 def test_a_process_group_is_needed_for_the_world_and_for_nothing_else() -> None:
@@ -979,21 +899,21 @@ def test_a_process_group_is_needed_for_the_world_and_for_nothing_else() -> None:
 
 
 def lose(rank: int, folder: Path, how: str) -> None:
-    """Take steps; after the first the second rank is gone, or does not come for a long while."""
+    """Take steps; after the first the second rank is gone, or does not come any more."""
     model = convolutional()
-    step = make_apart_step(model, F.cross_entropy, process_group="world")
-    with world(rank, folder, RANKS, seconds=6):
-        step(*split_state(model), shard(rank, 0))
+    with world(rank, folder, RANKS):
+        group = dist.new_group(timeout=timedelta(seconds=20))
+        step = make_apart_step(model, F.cross_entropy, process_group=group)
+        step(*split_state(model), shard(rank))
         if rank and how == "gone":
             os._exit(1)
-        if rank:
-            time.sleep(30)
-        start = time.monotonic()
+        while rank:
+            time.sleep(1)
         try:
-            step(*split_state(model), shard(rank, 0))
+            step(*split_state(model), shard(rank))
         except RanksError as error:
-            torch.save((str(error), time.monotonic() - start), folder / f"{rank}.pt")
-            os._exit(0)
+            (folder / "said").write_text(str(error))
+        os._exit(0)
 
 
 @pytest.mark.slow
@@ -1002,10 +922,7 @@ def test_a_rank_that_is_lost_ends_the_others_with_an_error(how: str, tmp_path: P
     processes = [get_context("spawn").Process(target=lose, args=(rank, tmp_path, how)) for rank in range(RANKS)]
     for process in processes:
         process.start()
-    processes[0].join(120)
-    for process in processes[1:]:
-        process.kill()
-        process.join()
-    assert processes[0].exitcode == 0
-    said, _ = torch.load(tmp_path / "0.pt")
-    assert "rank 0 waited for the other ranks in vain" in said
+    processes[0].join()
+    processes[1].kill()
+    processes[1].join()
+    assert "rank 0 waited for the other ranks in vain" in (tmp_path / "said").read_text()

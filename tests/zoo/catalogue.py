@@ -7,8 +7,6 @@ None has weights that were trained. What is the same in all channels at first (Î
 random, so that no gradient vanishes for that reason.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import warnings
@@ -28,43 +26,25 @@ PACKAGES = ("timm", "torchvision", "transformers")
 
 
 class Case(NamedTuple):
-    """A model to train.
+    """A model to train."""
 
-    Attributes:
-        model: in training mode.
-        batch: `(input, target)`; a dict as input holds keywords.
-        loss_fn: `(output, target) -> scalar`.
-        samples: in the batch.
-    """
-
-    model: nn.Module
-    batch: tuple[Any, Any]
+    model: nn.Module  # in training mode
+    batch: tuple[Any, Any]  # (input, target); a dict as input holds keywords
     loss_fn: Callable[[Any, Any], Tensor]
     samples: int = SAMPLES
 
 
 class Entry(NamedTuple):
-    """A model that can be made.
-
-    Attributes:
-        package: that it is in.
-        family: module that it is in.
-        name: its own.
-        make: the model with its batch; None where no model of the family has batch norm.
-    """
+    """A model that can be made."""
 
     package: str
-    family: str
+    family: str  # the module that it is in
     name: str
-    make: Callable[[], Case] | None
+    make: Callable[[], Case] | None  # None where no model of the family has batch norm
 
 
 def entries(package: str) -> Iterator[Entry]:
-    """The models of a package.
-
-    Args:
-        package: one of `PACKAGES`.
-    """
+    """The models of one of `PACKAGES`."""
     yield from {"timm": of_timm, "torchvision": of_torchvision, "transformers": of_transformers}[package]()
 
 

@@ -3,8 +3,6 @@
 `make zoo` compares all of them; here are a few of each package, which differ in kind.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import catalogue
@@ -21,7 +19,6 @@ from apart_func import make_apart_step, sign_perturbation, split_state
 
 
 def row_of(package: str, name: str) -> dict[str, Any]:
-    """What the zoo says about a model."""
     pytest.importorskip(package)
     return zoo.row_of(entry(package, name), seconds=600)
 
@@ -168,11 +165,14 @@ class Twice(nn.Module):
         return self.head(self.second(self.mix(self.first(x))).tanh())
 
 
-def test_statistic_gradients_that_are_zero_but_for_rounding_are_counted() -> None:
+def twice(samples: int) -> Case:
     torch.manual_seed(0)
-    batch = torch.randn(8, 4).double() + 1, torch.randint(3, (8,))
-    twice = Case(catalogue.drawn(Twice()).double(), batch, F.cross_entropy)
-    row = against_definition(twice, plain_step(twice))
+    batch = torch.randn(samples, 4).double() + 1, torch.randint(3, (samples,))
+    return Case(catalogue.drawn(Twice()).double(), batch, F.cross_entropy)
+
+
+def test_statistic_gradients_that_are_zero_but_for_rounding_are_counted() -> None:
+    row = against_definition(twice(8), plain_step(twice(8)))
     assert 0 < row["cancelled"] <= 4 / 16  # δμ of the first layer; rounding may leave a zero
 
 
@@ -180,10 +180,8 @@ def test_statistic_gradients_that_are_zero_but_for_rounding_are_counted() -> Non
 
 
 def differing(case: Case, rule: Any) -> float:
-    """The share of δ that is another in float32 than in float64."""
     found = []
-    for dtype in (torch.float64, torch.float32):
-        typed = zoo.in_dtype(case, dtype)
+    for typed in (zoo.in_dtype(case, dtype) for dtype in (torch.float64, torch.float32)):
         step = make_apart_step(typed.model, typed.loss_fn, epsilon=0.1, rule=rule)
         shifts = zoo.flat(step(*split_state(typed.model), typed.batch).perturbation)
         found.append(torch.cat([shift.sign() for shift in shifts.values()]))
@@ -193,11 +191,8 @@ def differing(case: Case, rule: Any) -> float:
 def test_the_rule_of_the_page_leaves_out_what_rounding_decides() -> None:
     names: dict[str, Any] = {}
     exec(zoo.PAGE.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0], names)
-    torch.manual_seed(0)
-    batch = torch.randn(64, 4).double() + 1, torch.randint(3, (64,))
-    twice = Case(catalogue.drawn(Twice()).double(), batch, F.cross_entropy)
-    assert differing(twice, sign_perturbation) > 0
-    assert differing(twice, names["settled_signs"]) == 0
+    assert differing(twice(64), sign_perturbation) > 0
+    assert differing(twice(64), names["settled_signs"]) == 0
 
 
 def test_the_page_shows_what_was_recorded_and_nothing_differs() -> None:

@@ -8,8 +8,6 @@ contexts of the drop-in, and again by `oracle.py`, given the δ that the library
 statistic gradients and buffers are apart, what was refused and by which error, or why nothing was compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import gc
@@ -124,56 +122,32 @@ def compared(entry: Entry) -> Row:
 
 
 class Taken(NamedTuple):
-    """A step that the library has taken, or PyTorch.
-
-    Attributes:
-        grads: by parameter.
-        buffers: after it.
-        stat_grads: ∂L_p/∂δ by layer; none of a step that does not need them.
-        perturbation: δ of its perturbed samples.
-    """
+    """A step that the library has taken, or PyTorch."""
 
     grads: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    stat_grads: Mapping[str, Any] = {}
-    perturbation: Mapping[str, Any] = {}
+    buffers: Mapping[str, Tensor]  # after it
+    stat_grads: Mapping[str, Any] = {}  # ∂L_p/∂δ by layer; none of a step that does not need them
+    perturbation: Mapping[str, Any] = {}  # of its perturbed samples
 
 
 class Options(NamedTuple):
-    """How a step is taken.
-
-    Attributes:
-        groups: ghost groups.
-        rows: how rows belong to samples.
-    """
+    """How a step is taken."""
 
     groups: int = GROUPS
     rows: Any = None
 
 
 class Plain(NamedTuple):
-    """A step of plain training.
-
-    Attributes:
-        taken: its gradients and buffers.
-        is_double: whether all of the forward was in float64.
-    """
+    """A step of plain training."""
 
     taken: Taken
-    is_double: bool
+    is_double: bool  # whether all of the forward was in float64
 
 
 def against_definition(case: Case, plain: Plain) -> Row:
-    """Take a step in every form, and compare it with the definition's at the same δ.
+    """Take a step in every form, and compare it with the definition's at the same δ, and that at 0 with plain training.
 
     Where a statistic gradient is zero but for rounding, its sign is a coin toss, and at another δ nothing could agree.
-
-    Args:
-        case: in the precision to compare in.
-        plain: a step of plain training of the same case, with which the definition at δ = 0 is compared.
-
-    Returns:
-        `outcome` is "compared", "refused", or "DIFFERS"; with the errors of every form.
     """
     options, taken, refused = most_of(case)
     precision = "float64" if plain.is_double else "float32"
@@ -258,23 +232,25 @@ def functional(case: Case, options: Options, before: Mapping[str, Taken]) -> Tak
 
 def drop_in(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """Both passes of a loop with `backward()`."""
-    model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
+    apart = APART(copy.deepcopy(case.model), RADIUS, options.groups, rows=options.rows)
     for context in (apart.to_proxy, apart.to_adver):
         with context():
-            (0.5 * loss_of(model, case)).backward()
-    stat_grads = {layer: Shift(*(2 * part for part in g)) for layer, g in apart.stat_grads.items()}
-    return Taken(left_in(model), dict(model.named_buffers()), stat_grads, apart.perturbation)
+            (0.5 * loss_of(apart.model, case)).backward()
+    return left_in(
+        apart.model,
+        {layer: Shift(*(2 * g for g in pair)) for layer, pair in apart.stat_grads.items()},
+        apart.perturbation,
+    )
 
 
 def drop_in_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
     """The one pass of a loop with `backward()`, under random signs."""
-    model = copy.deepcopy(case.model)
-    apart = APART(model, RADIUS, options.groups, rows=options.rows)
+    apart = APART(copy.deepcopy(case.model), RADIUS, options.groups, rows=options.rows)
     with apart.one_pass():
-        model.register_forward_pre_hook(seeded)  # the signs are drawn by now; dropout draws what it draws elsewhere
-        loss_of(model, case).backward()
-    return Taken(left_in(model), dict(model.named_buffers()), perturbation=apart.perturbation)
+        # the signs are drawn by now; dropout draws what it draws elsewhere
+        apart.model.register_forward_pre_hook(seeded)
+        loss_of(apart.model, case).backward()
+    return left_in(apart.model, {}, apart.perturbation)
 
 
 def functional_one_pass(case: Case, options: Options, before: Mapping[str, Taken]) -> Taken:
@@ -313,7 +289,7 @@ def plain_step(case: Case) -> Plain:
     with dtypes:
         loss = loss_of(model, case)
     loss.backward()
-    return Plain(Taken(left_in(model), dict(model.named_buffers())), dtypes.is_double)
+    return Plain(left_in(model), dtypes.is_double)
 
 
 def loss_of(model: nn.Module, case: Case) -> Tensor:
@@ -321,9 +297,10 @@ def loss_of(model: nn.Module, case: Case) -> Tensor:
     return case.loss_fn(call(model, fresh(case.batch[0])), fresh(case.batch[1]))
 
 
-def left_in(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that `backward()` has left, zero where there are none."""
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained_parameters(model).items()}
+def left_in(model: nn.Module, *of_library: Mapping[str, Any]) -> Taken:
+    """The gradients that `backward()` has left, zero where there are none, and the buffers after it."""
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained_parameters(model).items()}
+    return Taken(grads, dict(model.named_buffers()), *of_library)
 
 
 def of_model(case: Case, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -489,11 +466,7 @@ def rendered(page: str, results: Sequence[Row]) -> str:
 
 
 def measure(settings: argparse.Namespace) -> Iterator[Row]:
-    """Compare one model after the other.
-
-    Yields:
-        A row for every model.
-    """
+    """Yield a row for every model, one after the other."""
     torch.set_num_threads(settings.threads)
     for package in settings.packages:
         for entry in entries(package):

@@ -1,7 +1,5 @@
 """What plain PyTorch does with a model: at zero radius, in one group, every form of the method has to do the same."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +31,19 @@ class Plain(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+class Drops(nn.Module):
+    """Skips its only layer at random, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.head, self.skips = nn.BatchNorm2d(2), nn.Linear(32, 3), True
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x if self.skips else self.norm(x)).flatten(1))
+
+
 def plain_step(model: nn.Module, batch: Any, loss_fn: Any = F.cross_entropy) -> Plain:
     """Train a model as PyTorch does; it is changed."""
     model.zero_grad()
@@ -52,7 +63,6 @@ def functional_step(model: nn.Module, batch: Any, *, loss_fn: Any = F.cross_entr
 
 
 def one_pass(model: nn.Module, batch: Any, *, loss_fn: Any = F.cross_entropy, **options: Any) -> StepOutput:
-    """A step of one pass, of the same signs each time."""
     options = {"epsilon": 0.3, "groups": 2} | options
     step = make_one_pass_step(model, loss_fn, **options)
     torch.manual_seed(0)

@@ -116,6 +116,26 @@ def test_preactivation_normalises_after_the_stem_and_before_every_other_convolut
     torch.testing.assert_close(wide(3 * x), wide(x), rtol=1e-3, atol=1e-4)  # its shortcut is adapted after batch norm
 
 
+HE, PYTORCH = 2.0, 1 / 3  # variance of a weight, times the inputs of an output, where these are the outputs of an input
+
+
+@pytest.mark.parametrize(("name", "scale"), [("preact_resnet18", PYTORCH), ("wideresnet40_2", HE), ("resnet18", HE)])
+def test_convolutions_start_from_the_published_weights(name, scale):
+    torch.manual_seed(0)
+    *_, last = (c for c in convolutions(make_network(name, data_of(3, 32, 32))) if c.kernel_size == (3, 3))
+    assert last.in_channels == last.out_channels
+    # 147,456 weights or more: four deviations of their variance are 1.5 %.
+    assert last.weight.var().item() * last.weight[0].numel() == pytest.approx(scale, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18", "resnet18"])
+def test_the_stem_for_small_images_starts_from_pytorch_s_weights(name):
+    torch.manual_seed(0)
+    stem, *_ = convolutions(make_network(name, data_of(3, 32, 32)))
+    # 1728 weights: four deviations of their variance are 14 %. He's would be 0.28 times as large.
+    assert stem.weight.var().item() * 27 == pytest.approx(PYTORCH, rel=0.14)
+
+
 def test_signals_go_through_resnet1d():
     model = make_network("resnet1d", data_of(1, 40))
     assert model(torch.randn(4, 1, 40)).shape == (4, 10)

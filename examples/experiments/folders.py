@@ -63,7 +63,14 @@ def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
 
 
 def find_tiny_imagenet(folder: Path) -> Folders:
-    """List the images of Tiny-ImageNet; its validation images, whose classes are in a file, are for testing."""
+    """List the images of Tiny-ImageNet; its validation images are for testing.
+
+    Their classes are in a file, as it is delivered, or sorted into a folder a class, as the original program has it.
+    """
+    inner = folder / "tiny-imagenet-200"
+    val = (inner if inner.is_dir() else folder) / "val"
+    if val.is_dir() and not ((val / "images").exists() or (val / "val_annotations.txt").exists()):
+        return find_class_folders(val.parent, ("val",))
     root = locate(folder, "tiny-imagenet-200", ("wnids.txt", "train", "val/images", "val/val_annotations.txt"))
     classes = sorted(_read_text(root / "wnids.txt").split())
     if len(classes) < 2:

@@ -408,6 +408,19 @@ def test_tiny_imagenet_trains_on_its_folders_and_tests_on_its_annotated_images(f
     assert [Path(path).name for path in data.test.paths] == [f"val_{i}.JPEG" for i in range(6)]
 
 
+def test_tiny_imagenet_may_have_its_validation_images_sorted_by_class(tmp_path):
+    folder = write_class_folders(tmp_path / "tiny-imagenet-200", side=64)
+    for given in (folder, tmp_path):
+        data = load_dataset("tiny-imagenet", given)
+        assert (len(data.train), data.validation, len(data.test)) == (12, None, 12)
+        assert all(channel == label for channel, label in brightest_channels(data, data.test))
+    varied, _ = data.train.batch(range(12), augment=True)
+    assert varied.shape == (12, 3, 64, 64)
+    brightness = varied.amax(dim=1).float()  # moved over black, not cut out and enlarged
+    assert (brightness == 0).any()
+    assert brightness.max() > 190
+
+
 def test_imagenet_tests_on_val_and_is_cropped_to_224(folders):
     data = load_dataset("imagenet", folders["imagenet"])
     assert data.sample_shape == (3, 224, 224)

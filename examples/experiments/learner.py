@@ -151,6 +151,8 @@ class Learner:
         grads = list(torch._foreach_add(grads, params, alpha=self.training.weight_decay))
         torch._foreach_mul_(momenta, self.training.momentum)
         torch._foreach_add_(momenta, grads)
+        if self.training.nesterov:
+            momenta = list(torch._foreach_add(grads, momenta, alpha=self.training.momentum))
         torch._foreach_add_(params, momenta, alpha=-lr)
 
     def _step(self, is_plain: bool) -> Callable[..., Any]:

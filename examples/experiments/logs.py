@@ -76,7 +76,7 @@ def learning_rate(training: TrainingSettings, done: float) -> float:
     """
     if training.schedule == "cosine":
         return training.lr * (1 + math.cos(math.pi * done)) / 2
-    return training.lr * 0.1 ** sum(done >= milestone for milestone in training.milestones)
+    return training.lr * training.gamma ** sum(done >= milestone for milestone in training.milestones)
 
 
 def is_measured(training: TrainingSettings, epoch: int) -> bool:

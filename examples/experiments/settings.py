@@ -144,9 +144,11 @@ class TrainingSettings:
         batch_size: samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
         lr: learning rate at the start.
         momentum: of SGD.
+        nesterov: look ahead along the momentum, as SGD of torch does.
         weight_decay: of SGD, on all parameters.
         schedule: the learning rate falls in steps, or to zero along a cosine.
-        milestones: where it is multiplied by 0.1 under the schedule of steps, as fractions of the run.
+        milestones: where the schedule of steps multiplies it by gamma, as fractions of the run.
+        gamma: that factor.
         sync_batch_norm: under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
         amp: lower precision of activations. Weights stay float32.
         compile: make one graph of the whole step with torch.compile.
@@ -159,9 +161,11 @@ class TrainingSettings:
     batch_size: int = 128
     lr: float = 0.1
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     schedule: Literal["steps", "cosine"] = "steps"
     milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
     sync_batch_norm: Literal["auto", "on", "off"] = "auto"
     amp: Annotated[Literal["bf16"] | None, arg(metavar="{bf16}")] = None
     compile: bool = False
@@ -172,7 +176,9 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
         _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
-        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, gamma=self.gamma)
+        if self.nesterov and not self.momentum:
+            raise SettingsError("nesterov looks ahead along a momentum, which is 0: leave it out, or raise --momentum.")
         if sorted(self.milestones) != list(self.milestones) or not all(0 < share < 1 for share in self.milestones):
             raise SettingsError(f"milestones are {self.milestones}; expected rising fractions of the run, in (0, 1).")
         if self.clip is not None and not self.clip > 0:

@@ -5,6 +5,8 @@ flag changes one of them. OUT gets config.json, metrics.csv (a row an epoch), ch
 end model.safetensors. A run that was stopped, by Ctrl-C, SIGTERM or a power cut, goes on with the same command and
 --resume, and ends as if nothing had happened.
 
+The original's names of options are understood too: --dataset, --num_workers, -b, -eps, -g, -r.
+
 On several GPUs or processes: `torchrun --nproc-per-node 2 -m experiments train ...`. They divide --batch-size, and the
 first of them writes OUT. With torchrun's --max-restarts a run comes back by itself after a process was killed.
 """
@@ -23,6 +25,17 @@ from experiments.interrupts import Interrupted
 from experiments.loop import train
 from experiments.presets import preset
 from experiments.settings import DataName, Settings
+
+# What the original's program calls some options; it has their other names as well, with - or _ between words.
+ORIGINAL = {
+    "--dataset": "--data",
+    "--num_workers": "--workers",
+    "--num-workers": "--workers",
+    "-b": "--batch-size",
+    "-eps": "--epsilon",
+    "-g": "--groups",
+    "-r": "--ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
+    arguments = [ORIGINAL.get(argument, argument) for argument in arguments]
     command = parse(arguments)
     out = command.settings.out
     try:

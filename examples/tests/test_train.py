@@ -532,6 +532,22 @@ def test_flags_are_flat():
     assert (stored["seed"], stored["out"]) == (3, "runs/x")
 
 
+def test_the_original_s_names_of_options_are_understood(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(command_line, "train", lambda runs, resume: trained.extend(runs))
+    line = f"""
+        --dataset cifar10 --data_dir PATH --model wideresnet40_2 -b 64 --epochs 100 --num_workers 4 --lr 0.2
+        --momentum 0.8 --nesterov --weight_decay 1e-4 --gamma 0.2 -r 0.5 -eps 0.05 -g 8 --rho 0.1 --out {tmp_path}
+    """
+    command_line.main(line.split())
+    (settings,) = trained
+    method, training = settings.method, settings.training
+    assert (settings.data.name, settings.data.folder, settings.machine.workers) == ("cifar10", Path("PATH"), 4)
+    assert (training.batch_size, training.lr, training.momentum, training.nesterov) == (64, 0.2, 0.8, True)
+    assert (training.weight_decay, training.gamma) == (1e-4, 0.2)
+    assert (method.ratio, method.epsilon, method.groups, method.rho) == (0.5, 0.05, 8, 0.1)
+
+
 def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit, match="0"):
         command_line.parse(["--data", "imagenet", "--help"])
@@ -550,6 +566,7 @@ def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
         (["--lr", "-1"], "lr is -1"),
         (["--milestones", "0.5", "0.2"], "rising fractions"),
         (["--clip", "0"], "a norm above 0"),
+        (["--nesterov", "--momentum", "0"], "raise --momentum"),
     ],
 )
 def test_a_bad_flag_is_refused_with_what_is_expected(arguments, message, capsys):

@@ -225,11 +225,12 @@ def test_one_pass_refuses_a_rule_of_several_steps():
 # the learner
 
 
-def test_plain_steps_are_those_of_an_ordinary_loop():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_plain_steps_are_those_of_an_ordinary_loop(nesterov):
     model = network()
     other = copy.deepcopy(model)
-    learner = learner_of(model, momentum=0.9, weight_decay=5e-4, clip=0.5)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    learner = learner_of(model, momentum=0.9, nesterov=nesterov, weight_decay=5e-4, clip=0.5)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=5e-4)
     for number in range(3):
         images, labels = batch_of(seed=number)
         learner.train([(images, labels)], 0.1, number)
@@ -506,15 +507,17 @@ def test_presets_are_the_published_settings(name):
     of_network = (settings.model.name, training.batch_size, training.epochs, training.weight_decay)
     of_method = (method.epsilon, method.groups, method.rho, data.crop, training.milestones)
     assert PUBLISHED[name] == (*of_network, *of_method)
-    assert (training.lr, training.momentum, training.schedule) == (0.1, 0.9, "steps")
+    assert (training.lr, training.momentum, training.nesterov) == (0.1, 0.9, False)
+    assert (training.schedule, training.gamma) == ("steps", 0.1)
     assert (method.ratio, method.label_smoothing, method.epsilon_schedule, method.every) == (1.0, 0.0, "constant", 1)
     assert (data.augment, data.train_samples, settings.seed) == (True, None, 42)
 
 
-def test_the_learning_rate_falls_tenfold_at_every_milestone():
-    training = TrainingSettings(lr=0.1, schedule="steps", milestones=(0.5, 0.75))
+@pytest.mark.parametrize("gamma", [0.1, 0.2])
+def test_the_learning_rate_falls_by_gamma_at_every_milestone(gamma):
+    training = TrainingSettings(lr=0.1, schedule="steps", milestones=(0.5, 0.75), gamma=gamma)
     rates = [learning_rate(training, step / 8) for step in range(8)]
-    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates == pytest.approx([0.1] * 4 + [0.1 * gamma] * 2 + [0.1 * gamma**2] * 2)
 
 
 def test_imagenet_has_the_milestones_of_105_epochs_scaled_to_its_own():

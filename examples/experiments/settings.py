@@ -42,25 +42,32 @@ class DataSettings:
         name: the data set. digits, mnist5k and mnist1d (synthetic) come with Python packages.
         folder: where it lies on disk; the bundled sets need none.
         crop: side of the images that the network sees; by default that of the data set.
+        resize: side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; pixels then
+            lie in [−1, 1], as such networks expect.
         augment: crop and flip the training images at random, where the data set has it.
         train_samples: how many to train on, with the same share of every class; by default all that are left.
         validation_samples: how many to set aside from the training samples for choosing settings, likewise; by default
             the number of the bundled sets, and none of the others.
-        split_seed: decides which samples these are.
+        test_samples: how many of the test samples to measure on, the first; by default all.
+        split_seed: decides which samples are trained on and set aside.
     """
 
     name: Annotated[DataName, arg(name="data")] = "digits"
     folder: Annotated[Path | None, arg(name="data-dir", metavar="PATH")] = None
     crop: Annotated[int | None, arg(metavar="PIXELS")] = None
+    resize: Annotated[int | None, arg(metavar="PIXELS")] = None
     augment: bool = True
     train_samples: Annotated[int | None, arg(metavar="N")] = None
     validation_samples: Annotated[int | None, arg(metavar="N")] = None
+    test_samples: Annotated[int | None, arg(metavar="N")] = None
     split_seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse numbers of samples that are none."""
         _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples or 0)
-        _at_least(1, train_samples=1 if self.train_samples is None else self.train_samples)
+        for name in ("train_samples", "test_samples", "resize"):
+            value = getattr(self, name)
+            _at_least(1, **{name: 1 if value is None else value})
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ class ModelSettings:
 
     Attributes:
         name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
-            wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm.
+            wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm;
+            efficientnet_lite0_imagenet is pretrained.
         width: channels of its first stage, where it has a choice.
         dropout: share of the features that training drops before the classifier.
     """

@@ -71,11 +71,13 @@ class InMemory:
         samples: all of them, the first dimension counts.
         labels: (N,), int64.
         vary: makes training samples of a batch; None leaves them as they are.
+        side: height and width that images are enlarged to at last; None leaves them as they are.
     """
 
     samples: Tensor
     labels: Tensor
     vary: Callable[[Tensor], Tensor] | None = None
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +86,8 @@ class InMemory:
         """See `Split`."""
         chosen = torch.as_tensor(indices)
         samples = self.samples[chosen]
-        return self.vary(samples) if augment and self.vary else samples, self.labels[chosen]
+        samples = self.vary(samples) if augment and self.vary else samples
+        return images_to.resize(samples, [self.side] * 2) if self.side else samples, self.labels[chosen]
 
     def subset(self, indices: Tensor) -> InMemory:
         """See `Split`."""

@@ -267,6 +267,21 @@ def test_cifar10_is_its_five_training_files_in_order_and_its_test_file(folders):
     assert torch.equal(data.test.samples, random_images(4, seed=6))
 
 
+def test_cifar_is_enlarged_on_request_with_pixels_as_pretrained_networks_expect(folders):
+    data = load_dataset("cifar10", folders["cifar10"], resize=64)
+    samples, _ = next(evaluation_batches(data, data.test, batch_size=4))
+    assert data.sample_shape == tuple(samples.shape[1:]) == (3, 64, 64)
+    assert samples.abs().max() <= 1
+    with pytest.raises(DataError, match="digits is not enlarged to 64: leave it out, or take cifar10 or cifar100"):
+        load_dataset("digits", None, resize=64)
+
+
+def test_the_first_test_samples_alone_are_measured_on_request():
+    few, everything = load_dataset("digits", None, test_samples=7), bundled("digits")
+    assert torch.equal(few.test.labels, everything.test.labels[:7])
+    assert torch.equal(few.train.labels, everything.train.labels)
+
+
 def test_cifar100_has_the_fine_labels(folders):
     data = load_dataset("cifar100", folders["cifar100"])
     assert data.classes == 100

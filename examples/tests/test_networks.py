@@ -194,6 +194,17 @@ def test_other_names_are_those_of_timm():
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
 
 
+def test_a_pretrained_network_starts_from_its_weights_with_a_new_classifier():
+    first, second = (make_network("efficientnet_lite0_imagenet", data_of(3, 64, 64, classes=5)) for _ in range(2))
+    assert first(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    same = [name for name, value in first.state_dict().items() if torch.equal(value, second.state_dict()[name])]
+    differing = set(first.state_dict()) - set(same)
+    assert all("classifier" in name or "running" in name or "tracked" in name for name in differing)
+    assert first.bn1.running_mean.abs().max() > 0.1, "statistics are those of ImageNet, not those of a new layer"
+    with pytest.raises(NetworkError, match="images of 3 channels, not 1"):
+        make_network("efficientnet_lite0_imagenet", data_of(1, 64, 64))
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [

@@ -61,10 +61,9 @@ def _explained(error: Exception) -> int | str:
     """An error that a user can mend, in one line; what is none is raised again."""
     from concurrent.futures.process import BrokenProcessPool
 
-    from experiments.checkpoints import CheckpointError
-    from experiments.interrupts import Interrupted
-    from experiments.nonfinite import NonFiniteError
-    from experiments.runs import RunError
+    from experiments.learner import NonFiniteError
+    from experiments.machine import Interrupted
+    from experiments.runs import CheckpointError, RunError
 
     if isinstance(error, Interrupted):
         print(f"{error}; {error.advice}", file=sys.stderr)

@@ -28,28 +28,23 @@ from experiments.settings import Settings, TrainingSettings
 
 Row = dict[str, float | None]
 WRONG = 2  # the column of `Place.sums`
+TIMING_COLUMNS = ("images_per_second", "data_wait", "seconds")
+LOSSES = ("train_loss", "adversarial_loss", "train_error")
+ERRORS = ("validation_error", "test_error", "test_top5_error")
+COLUMNS = ("epoch", "step", "lr", *LOSSES, *ERRORS, *TIMING_COLUMNS)
 
 
 @dataclass
 class Place:
-    """How far runs have come, and what they have counted since the last row of their metrics.
+    """How far runs have come, and what they have counted since the last row of their metrics."""
 
-    Attributes:
-        epoch: epochs that are complete.
-        batch: steps of the epoch that comes after them.
-        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4), as
-            `Counted` has them.
-        seconds: the time they took, of all runs.
-        waiting_seconds: of it, for data.
-        rows: of the metrics, of every run.
-    """
-
-    epoch: int = 0
-    batch: int = 0
+    epoch: int = 0  # epochs that are complete
+    batch: int = 0  # steps of the epoch that comes after them
+    # Over these steps: loss, second loss, wrong labels, number; (runs, 4), as `Counted` has them.
     sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    rows: list[list[Row]] = field(default_factory=lambda: [[]])
+    seconds: float = 0.0  # that they took, of all runs
+    waiting_seconds: float = 0.0  # of it, for data
+    rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
 
     def next_epoch(self) -> Place:
         """The place before the first step of the epoch that comes after this one."""
@@ -57,23 +52,13 @@ class Place:
 
     def of_run(self, number: int) -> Place:
         """What of the counted belongs to one run; time is shared."""
-        count = len(self.sums)
-        return replace(
-            self,
-            sums=self.sums[number],
-            seconds=self.seconds / count,
-            waiting_seconds=self.waiting_seconds / count,
-            rows=self.rows[number : number + 1],
-        )
+        count, rows = len(self.sums), self.rows[number : number + 1]
+        seconds, waiting_seconds = self.seconds / count, self.waiting_seconds / count
+        return replace(self, sums=self.sums[number], seconds=seconds, waiting_seconds=waiting_seconds, rows=rows)
 
 
 def learning_rate(training: TrainingSettings, done: float) -> float:
-    """The learning rate at a point of the run.
-
-    Args:
-        training: the schedule and where it starts.
-        done: share of the run's steps that lie behind, from 0 to 1.
-    """
+    """The learning rate where a share `done` of the run's steps lies behind."""
     if training.schedule == "cosine":
         return training.lr * (1 + math.cos(math.pi * done)) / 2
     return training.lr * training.gamma ** sum(done >= milestone for milestone in training.milestones)
@@ -97,74 +82,35 @@ def epoch_row(
     settings: Settings, steps: int, place: Place, errors: Sequence[float | None], measuring_seconds: float
 ) -> Row:
     """What an epoch came to."""
-    loss, second_loss, error = means(place, settings.training)
     step = steps * (place.epoch + 1)
-    return {
-        "epoch": place.epoch + 1,
-        "step": step,
-        "lr": learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs)),
-        "train_loss": loss,
-        "adversarial_loss": second_loss,
-        "train_error": error,
-        **dict(zip(("validation_error", "test_error", "test_top5_error"), errors, strict=True)),
-        "images_per_second": steps * settings.training.batch_size / place.seconds,
-        "data_wait": place.waiting_seconds / place.seconds,
-        "seconds": place.seconds + measuring_seconds,
-    }
-
-
-COLUMNS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "adversarial_loss",
-    "train_error",
-    "validation_error",
-    "test_error",
-    "test_top5_error",
-    "images_per_second",
-    "data_wait",
-    "seconds",
-)
-TIMING_COLUMNS = COLUMNS[-3:]
+    lr = learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs))
+    speed, waiting = steps * settings.training.batch_size / place.seconds, place.waiting_seconds / place.seconds
+    times = (speed, waiting, place.seconds + measuring_seconds)
+    values = (place.epoch + 1, step, lr, *means(place, settings.training), *errors, *times)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        out: its folder.
-        epoch: epochs that are complete.
-        epochs: of the whole run.
-        step: steps that were taken.
-        steps: of the whole run.
-        loss: mean clean loss of the epoch so far.
-        train_error: of the clean outputs in the epoch so far, in percent.
-        images_per_second: in the epoch so far.
-        validation_error: the last one measured, in percent; None where there are no such samples.
-        test_error: likewise.
-    """
-
-    out: Path
-    epoch: int
+    out: Path  # its folder
+    epoch: int  # epochs that are complete
     epochs: int
-    step: int
-    steps: int
-    loss: float | None
-    train_error: float | None
-    images_per_second: float
-    validation_error: float | None
-    test_error: float | None
+    step: int  # steps that were taken
+    steps: int  # of the whole run
+    loss: float | None  # mean clean loss of the epoch so far
+    train_error: float | None  # of the clean outputs in the epoch so far, in percent
+    images_per_second: float  # in the epoch so far
+    validation_error: float | None  # the last one measured, in percent; None where there are no such samples
+    test_error: float | None  # likewise
 
     def __str__(self) -> str:
-        """All of it, for a person."""
+        """All of it, for a person; what matters most is first, since a terminal may cut the rest."""
         parts = [f"epoch {self.epoch}/{self.epochs}", *described_errors(self.test_error, self.validation_error)]
         if self.loss is not None and self.train_error is not None:
             parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
-        parts.append(f"{self.images_per_second:.0f} images/s")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"{self.images_per_second:.0f} images/s"])
 
 
 def described_errors(test: float | None, validation: float | None) -> list[str]:
@@ -226,9 +172,9 @@ class Scalars:
         self._perturbation: PerturbationTree = {}  # of the step that was written before
 
     def add_step(self, step: int, out: StepOutput, lr: float) -> None:
-        """Losses of a step, the size of every layer's statistic gradients, and how many signs of δ are new.
+        """Losses of a step, the Euclidean size of every layer's statistic gradients, and how many signs of δ are new.
 
-        The size is the Euclidean one. Signs are compared with those of the step that was written before.
+        Signs are compared with those of the step that was written before.
         """
         if self._writer is None:
             return
@@ -251,12 +197,10 @@ class Scalars:
         """What an epoch came to."""
         if self._writer is None:
             return
-        for split in ("train", "validation", "test", "test_top5"):
-            error = row[f"{split}_error"]
-            if error is not None:
-                self._writer.add_scalar(f"accuracy/{split}", 100 - error, row["step"])
-        for column in ("images_per_second", "data_wait"):
-            self._writer.add_scalar(column, row[column], row["step"])
+        errors = {f"accuracy/{split}": row[f"{split}_error"] for split in ("train", "validation", "test", "test_top5")}
+        values = {name: 100 - error for name, error in errors.items() if error is not None}
+        for name, value in values.items() | {(name, row[name]) for name in TIMING_COLUMNS[:2]}:
+            self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Write what is left."""

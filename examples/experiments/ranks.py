@@ -155,15 +155,7 @@ def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def agree(own: Mapping[str, str], advice: str) -> None:
-    """Make sure that all ranks have the same.
-
-    Args:
-        own: what is compared, by what it is of.
-        advice: what makes them the same.
-
-    Raises:
-        RanksError: on every rank, naming what differs and where.
-    """
+    """Make sure that all ranks have the same of what is named; the error of every rank says where it differs."""
     first, *others = gathered(own)
     for number, other in enumerate(others, start=1):
         for name in first:
@@ -197,16 +189,11 @@ class Share(NamedTuple):
     """Which samples of a batch are a rank's: every so-manieth block of them.
 
     With blocks of as many samples as there are ghost groups, the ranks' groups g together are group g of the batch.
-
-    Attributes:
-        rank: whose share it is.
-        ranks: how many there are.
-        block: samples in a block.
     """
 
-    rank: int = 0
-    ranks: int = 1
-    block: int = 1
+    rank: int = 0  # whose share it is
+    ranks: int = 1  # how many there are
+    block: int = 1  # samples in a block
 
     def of(self, samples: Sequence[int]) -> Sequence[int]:
         """Those of the samples that are the rank's."""
@@ -216,11 +203,7 @@ class Share(NamedTuple):
 
 
 def training_share(settings: Settings) -> Share:
-    """This rank's share of every training batch.
-
-    Raises:
-        SettingsError: the batch cannot be divided.
-    """
+    """This rank's share of every training batch, if it can be divided."""
     size, ranks = settings.training.batch_size, count()
     if size % ranks:
         raise SettingsError(f"a batch of {size} samples cannot be divided among {ranks} processes: choose a multiple.")
@@ -228,11 +211,7 @@ def training_share(settings: Settings) -> Share:
 
 
 def synchronised(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
-    """The network with batch norm over all ranks, if the settings ask for it.
-
-    Raises:
-        SettingsError: it has layers, or is to be compiled, so that it cannot be.
-    """
+    """The network with batch norm over all ranks, if the settings ask for it; some cannot be, and are refused."""
     choice = settings.training.sync_batch_norm
     if count() == 1 or choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model

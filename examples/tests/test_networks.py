@@ -136,26 +136,13 @@ def test_the_stem_for_small_images_starts_from_pytorch_s_weights(name):
     assert stem.weight.var().item() * 27 == pytest.approx(PYTORCH, rel=0.14)
 
 
-def test_signals_go_through_resnet1d():
-    model = make_network("resnet1d", data_of(1, 40))
-    assert model(torch.randn(4, 1, 40)).shape == (4, 10)
-    assert sum(isinstance(module, _BatchNorm) for module in model.modules()) == 9
-    assert parameters(model) == 28_506
-
-
-@pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("resnet18", (1, 40)), ("resnet26", (1, 40))])
-def test_a_network_for_another_kind_of_data_is_refused(name, shape):
-    with pytest.raises(NetworkError, match=rf"{name} does not fit .*resnet1d is the one for signals"):
-        make_network(name, data_of(*shape))
-
-
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("small_resnet", (3, 8, 8)), ("mnist_resnet", (1, 28, 28)), ("preact_resnet18", (3, 8, 8)), ("resnet1d", (1, 40))],
+    [("small_resnet", (3, 8, 8)), ("mnist_resnet", (1, 28, 28)), ("preact_resnet18", (3, 8, 8))],
 )
 def test_the_width_is_that_of_the_first_stage(name, shape):
     model = make_network(name, data_of(*shape), width=6)
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d))
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     assert first.out_channels == 6
     with pytest.raises(NetworkError, match="width is 0"):
         make_network(name, data_of(*shape), width=0)
@@ -163,7 +150,7 @@ def test_the_width_is_that_of_the_first_stage(name, shape):
 
 @pytest.mark.parametrize("name", ["wideresnet40_2", "resnet18", "resnet26"])
 def test_a_width_is_refused_where_the_name_settles_it(name):
-    with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, resnet1d, preact_resnet18"):
+    with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, preact_resnet18"):
         make_network(name, data_of(3, 32, 32), width=8)
 
 
@@ -176,7 +163,7 @@ def test_a_network_that_no_machine_can_hold_is_refused_before_it_is_made():
 
 @pytest.mark.parametrize("name", [*ANY_WIDTH, "wideresnet16_2", "resnet18"])
 def test_the_default_generator_decides_the_weights(name):
-    data = data_of(1, 40) if name == "resnet1d" else data_of(3, 32, 32)
+    data = data_of(3, 32, 32)
 
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -219,9 +206,7 @@ def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
 
 
 def test_a_name_like_no_other_is_refused_with_those_that_are_here():
-    with pytest.raises(
-        NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, mnist_resnet, cifar_resnet"
-    ):
+    with pytest.raises(NetworkError, match="choose one of small_resnet, preact_resnet18, mnist_resnet, cifar_resnet"):
         make_network("???", data_of(3, 32, 32))
 
 

@@ -90,11 +90,6 @@ def test_epochs_weight_decay_loaders_and_splits_are_reached_from_a_sweep():
     assert all(run.settings.machine.workers == 3 and run.settings.data.train_samples == 100 for run in runs)
 
 
-def test_every_so_manieth_second_pass_costs_its_share():
-    (run,) = plan(Grid(("apart",), seeds=1), [*DIGITS, "--epochs", "10", "--every", "5"])
-    assert run.passes == 12
-
-
 def test_a_run_that_two_ways_lead_to_is_one():
     grid = Grid(methods=("plain",), seeds=1, vary=("epochs=60,120",))
     assert names(grid) == ["plain-epochs60-seed0", "plain-epochs60-2xepochs-seed0", "plain-epochs120-2xepochs-seed0"]

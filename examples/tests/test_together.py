@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from experiments import learner, loop
-from experiments.interrupts import Interrupted
+from experiments.learner import NonFiniteError
 from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
 from experiments.loop import train
-from experiments.nonfinite import NonFiniteError
+from experiments.machine import Interrupted
 from experiments.presets import PRESETS
 from experiments.runs import TOGETHER
 from experiments.settings import DataSettings, Settings, SettingsError
@@ -23,15 +23,6 @@ from folders_on_disk import write_cifar10
 from safetensors.torch import load_file
 
 SEEDS = (0, 3, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +90,6 @@ METHODS = {
     "micro-batches": {"name": "one_pass", "microbatches": 2},
     "sam_on": {"name": "sam_on"},
     "momentum_sam": {"name": "momentum_sam"},
-    "every other": {"name": "sam", "every": 2},
-    "falling": {"name": "apart", "epsilon_schedule": "falling"},
     "label smoothing": {"name": "plain", "label_smoothing": 0.1},
     "half of the batch": {"name": "apart", "ratio": 0.5},
 }

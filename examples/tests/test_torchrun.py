@@ -20,9 +20,9 @@ import torch
 from experiments import __main__ as program
 from experiments import ranks
 from experiments.datasets import evaluation_batches, load_dataset, training_batches
-from experiments.interrupts import Interrupted
 from experiments.learner import check_fit
 from experiments.loop import train
+from experiments.machine import Interrupted
 from experiments.methods import initially_carried, make_step
 from experiments.networks import make_network
 from experiments.ranks import Share
@@ -56,7 +56,7 @@ METHODS = {
     "one_pass": MethodSettings("one_pass", groups=GROUPS),
     "apart_sam": MethodSettings("apart_sam", groups=GROUPS),
     "sam": MethodSettings("sam"),
-    "sam_on": MethodSettings("sam_on", norm="l2"),
+    "sam_on": MethodSettings("sam_on"),
     "momentum_sam": MethodSettings("momentum_sam"),
 }
 

@@ -15,15 +15,14 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments import devices, interrupts
-from experiments.checkpoints import CheckpointError, Checkpoints, write_whole
+from experiments import machine
 from experiments.datasets import NAMES
-from experiments.interrupts import noted_signals
-from experiments.learner import Learner
+from experiments.learner import Learner, NonFiniteError, Start, first_nonfinite
 from experiments.logs import learning_rate
+from experiments.machine import noted_signals
 from experiments.methods import PASSES, initially_carried, make_step, passes_of
-from experiments.nonfinite import NonFiniteError, Start, first_nonfinite
-from experiments.presets import PRESETS, command_line, preset
+from experiments.presets import PRESETS, command_line, parse, preset
+from experiments.runs import CheckpointError, load_checkpoint, save_checkpoint, write_whole
 from experiments.settings import (
     DataName,
     DataSettings,
@@ -36,7 +35,6 @@ from experiments.settings import (
     as_json,
     from_json,
 )
-from experiments.train import parse
 from torch import Tensor, nn
 
 from apart_func import (
@@ -54,15 +52,6 @@ from apart_func import (
 )
 
 METHODS = get_args(MethodName)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -359,13 +348,13 @@ def test_weights_that_an_update_made_infinite_are_named():
     model, batch = network(), batch_of()
     params, buffers = split_state(model)
     params["4.bias"][1] = math.inf
-    start = Start(3, params, buffers, batch, {}, torch.get_rng_state())
+    start = Start(params, buffers, batch, {}, torch.get_rng_state())
     assert first_nonfinite(model, MethodSettings("plain"), None, start) == "the weights it began with, in '4.bias'"
 
 
 def test_a_step_that_is_finite_the_second_time_is_said_to_be():
     model = network()
-    start = Start(3, *split_state(model), batch_of(), {}, torch.get_rng_state())
+    start = Start(*split_state(model), batch_of(), {}, torch.get_rng_state())
     assert first_nonfinite(model, MethodSettings("apart", groups=4), None, start) is None
 
 
@@ -373,12 +362,11 @@ def test_a_step_that_is_finite_the_second_time_is_said_to_be():
 
 
 def test_a_checkpoint_comes_back_and_the_newest_wins(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.load() is None
+    assert load_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
-        checkpoints.save(step, {"step": step, "tensors": {"a": torch.arange(3.0)}, "rows": [{"x": None}]})
+        save_checkpoint(tmp_path, step, {"step": step, "tensors": {"a": torch.arange(3.0)}, "rows": [{"x": None}]})
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000010.pt", "step-000000011.pt"]
-    state = checkpoints.load()
+    state = load_checkpoint(tmp_path)
     assert state["step"] == 11
     assert state["rows"] == [{"x": None}]
     assert torch.equal(state["tensors"]["a"], torch.arange(3.0))
@@ -386,16 +374,15 @@ def test_a_checkpoint_comes_back_and_the_newest_wins(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
 def test_a_damaged_checkpoint_is_set_aside_with_a_warning(damage, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})
+        save_checkpoint(tmp_path, step, {"step": step, "weights": torch.full((1000,), float(step))})
     newest = tmp_path / "step-000000002.pt"
     content = newest.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     newest.write_bytes({"flipped": flipped, "truncated": content[:middle], "empty": b""}[damage])
     with pytest.warns(UserWarning, match="is damaged and was set aside"):
-        assert checkpoints.load()["step"] == 1
+        assert load_checkpoint(tmp_path)["step"] == 1
     assert (tmp_path / "step-000000002.damaged").exists()
 
 
@@ -410,21 +397,19 @@ def test_a_checkpoint_that_cannot_be_read_for_the_moment_is_left_alone(reader, e
     def fail(*_, **__):
         raise error
 
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"step": 1})
+    save_checkpoint(tmp_path, 1, {"step": 1})
     with monkeypatch.context() as patched:
         patched.setattr(reader, fail)
         with pytest.raises(CheckpointError, match=r"cannot be read for the moment .* go on with --resume"):
-            checkpoints.load()
-    assert checkpoints.load()["step"] == 1
+            load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {})
+    save_checkpoint(tmp_path, 1, {})
     (tmp_path / "step-000000001.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="all checkpoints in"):
-        checkpoints.load()
+        load_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -432,18 +417,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(1, {"state": Malicious()})
+    save_checkpoint(tmp_path / "checkpoints", 1, {"state": Malicious()})
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
-        checkpoints.load()
+        load_checkpoint(tmp_path / "checkpoints")
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_killed_process_has_begun_to_write_is_swept_away(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"step": 1})
+    save_checkpoint(tmp_path, 1, {"step": 1})
     (tmp_path / "step-000000002.pt.tmp").write_bytes(b"half")
-    assert checkpoints.load() == {"step": 1}
+    assert load_checkpoint(tmp_path) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
 
 
@@ -475,7 +458,7 @@ def test_a_signal_is_noted_and_its_double_too():
 
 
 def test_a_signal_that_is_repeated_later_is_obeyed(monkeypatch):
-    monkeypatch.setattr(interrupts, "PATIENCE", 0.0)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0)
     with noted_signals():
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.01)
@@ -509,7 +492,7 @@ def test_presets_are_the_published_settings(name):
     assert PUBLISHED[name] == (*of_network, *of_method)
     assert (training.lr, training.momentum, training.nesterov) == (0.1, 0.9, False)
     assert (training.schedule, training.gamma) == ("steps", 0.1)
-    assert (method.ratio, method.label_smoothing, method.epsilon_schedule, method.every) == (1.0, 0.0, "constant", 1)
+    assert (method.ratio, method.label_smoothing) == (1.0, 0.0)
     assert (data.augment, data.train_samples, settings.seed) == (True, None, 42)
 
 
@@ -533,6 +516,15 @@ def test_the_cosine_falls_to_zero():
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_come_back_from_json(name):
     assert from_json(as_json(PRESETS[name]) | {"environment": {}}) == PRESETS[name]
+
+
+def test_options_that_are_gone_are_read_where_they_changed_nothing():
+    stored = as_json(Settings())
+    stored["method"] |= {"carry": "clean", "every": 1, "epsilon_schedule": "constant"}
+    assert from_json(stored) == Settings()
+    stored["method"]["every"] = 2
+    with pytest.raises(SettingsError, match="every"):
+        from_json(stored)
 
 
 @pytest.mark.parametrize(
@@ -580,16 +572,14 @@ def test_radii_are_finite_and_not_negative(value):
 
 
 def test_a_processor_without_bfloat16_is_named_where_amp_asks_for_it(tmp_path, monkeypatch):
-    flags = tmp_path / "cpuinfo"
-    flags.write_text("flags : sse avx2 avx512f")
-    assert not devices.has_bfloat16(flags)
-    flags.write_text("flags : avx512f avx512_bf16")
-    assert devices.has_bfloat16(flags)
-    assert devices.has_bfloat16(tmp_path / "elsewhere")  # a system that does not tell
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.prepared_device(MachineSettings(device="cpu"), "bf16")  # a system that does not tell; warnings are errors
+    machine.CPUINFO.write_text("flags : avx512f avx512_bf16")
+    machine.prepared_device(MachineSettings(device="cpu"), "bf16")
+    machine.CPUINFO.write_text("flags : sse avx2 avx512f")
+    machine.prepared_device(MachineSettings(device="cpu"))
     with pytest.warns(UserWarning, match="emulates it at a tenth of the speed: leave --amp out"):
-        devices.prepared_device(MachineSettings(device="cpu"), "bf16")
-    devices.prepared_device(MachineSettings(device="cpu"))  # warnings are errors
+        machine.prepared_device(MachineSettings(device="cpu"), "bf16")
 
 
 # commands

@@ -222,7 +222,19 @@ def pretrained_efficientnet(in_channels: int, classes: int) -> nn.Module:
     # the same tensors in the same order, under other names
     model.load_state_dict(dict(zip(model.state_dict().keys(), stored.values(), strict=True)))
     model.reset_classifier(classes)
+    _separate_activations(model)
     return model  # type: ignore[no-any-return]  # timm's networks are any
+
+
+def _separate_activations(module: nn.Module) -> None:
+    """Make of timm's batch norm with an activation two layers, so that every method knows them."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d) and isinstance(activation := getattr(child, "act", None), nn.Module):
+            norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+            norm.load_state_dict(child.state_dict())
+            setattr(module, name, nn.Sequential(norm, activation))
+        else:
+            _separate_activations(child)
 
 
 def _from_timm(name: str, in_channels: int, classes: int) -> nn.Module:

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from apart_func import StepOutput, Tensors, load_state_, split_state
 from experiments import ranks
-from experiments.methods import Batch, Carried, initially_carried, make_step, passes_of
+from experiments.methods import PASSES, Batch, Carried, initially_carried, make_step
 from experiments.settings import MethodSettings, Settings, SettingsError
 
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
@@ -49,19 +49,6 @@ def check_fit(runs: Sequence[Settings]) -> None:
         )
 
 
-class Counted(NamedTuple):
-    """What a step tells.
-
-    Attributes:
-        sums: loss, second loss, wrong labels, and one, of every run, (runs, 4). Of several ranks, each takes its own
-            wrong labels for those of all: their mean over ranks is the number.
-        out: of the step; of several runs in stacked tensors.
-    """
-
-    sums: Tensor
-    out: StepOutput
-
-
 class Learner:
     """Networks of one architecture, their optimizer, and what else a training step moves.
 
@@ -83,7 +70,7 @@ class Learner:
             params, buffers, carried = tree_map(lambda *tensors: torch.stack(tensors).detach(), *states)
         momenta = {name: torch.zeros_like(param) for name, param in params.items()}
         self.state: dict[str, Any] = {"params": params, "buffers": buffers, "carried": carried, "momenta": momenta}
-        self._step = make_step(self.model, self.method, self._dtype, self.training.momentum)
+        self._step = make_step(self.model, self.method, self._dtype)
         self._steps: Callable[..., Any] = self._step
         if len(runs) > 1:
             self._steps = torch.func.vmap(self._step, randomness="different")
@@ -110,8 +97,13 @@ class Learner:
         samples = samples.to(self.device, non_blocking=True, memory_format=order)
         return samples, labels.to(self.device, non_blocking=True)
 
-    def train(self, batches: Sequence[Batch], lr: float, number: int) -> Counted:
+    def train(self, batches: Sequence[Batch], lr: float, number: int) -> tuple[Tensor, StepOutput]:
         """Train every network on its batch, in the step of this number, counted from 1.
+
+        Returns:
+            Loss, second loss, wrong labels, and one, of every run, (runs, 4), float64; of several ranks, each takes
+            its own wrong labels for those of all: their mean over ranks is the number. And the output of the step, of
+            several runs in stacked tensors.
 
         Raises:
             NonFiniteError: a value of this step is infinite or not a number.
@@ -126,7 +118,7 @@ class Learner:
         self._descend([out.grads[name] for name in params], list(params.values()), list(momenta.values()), lr)
         wrong = (out.output.argmax(dim=-1) != batch[1]).sum(dim=-1) * ranks.count()
         counted = [out.loss, out.adversarial_loss, wrong, torch.ones_like(out.loss)]
-        return Counted(torch.stack([value.double() for value in counted], dim=-1).view(len(self.runs), 4), out)
+        return torch.stack([value.double() for value in counted], dim=-1).view(len(self.runs), 4), out
 
     @torch.no_grad()
     def _descend(self, grads: list[Tensor], params: list[Tensor], momenta: list[Tensor], lr: float) -> None:
@@ -183,8 +175,8 @@ class Learner:
         params, buffers, carried, _ = self._of_run(run)
         alone = len(self.runs) == 1
         samples, labels = batch if alone else (part[run] for part in batch)
-        start = Start(params, buffers, (samples, labels), carried, random_state)
-        where = first_nonfinite(self.model, self.method, self._dtype, start)
+        arguments = params, buffers, (samples, labels), carried
+        where = first_nonfinite(self.model, self.method, self._dtype, arguments, random_state)
         return NonFiniteError(
             ("" if alone else f"of the runs that are trained together, that of seed {self.runs[run].seed}: ")
             + f"step {number} is not finite. The first infinity or NaN: "
@@ -192,25 +184,19 @@ class Learner:
         )
 
 
-class Start(NamedTuple):
-    """What a step began with: all its arguments, and the state of torch's default generator."""
-
-    params: Tensors
-    buffers: Tensors
-    batch: Batch
-    carried: Carried
-    random_state: Tensor
-
-
 def first_nonfinite(
-    model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None, start: Start
+    model: nn.Module,
+    settings: MethodSettings,
+    dtype: torch.dtype | None,
+    arguments: tuple[Tensors, Tensors, Batch, Carried],
+    random_state: Tensor,
 ) -> str | None:
-    """Run a step again, on all ranks, on a copy of the network whose every layer is looked at, forwards and backwards.
+    """Run a step again, on a copy of the network whose every layer is looked at, forwards and backwards.
 
     Returns:
         The first thing in it that is not finite on this rank, if there is one.
     """
-    passes, begun, found = passes_of(settings), 0, [""]
+    passes, begun, found = PASSES[settings.name], 0, [""]
 
     def look(what: str, tensor: Tensor, pass_name: str | None = None) -> None:
         if not found[0] and not tensor.isfinite().all():
@@ -231,17 +217,18 @@ def first_nonfinite(
             if tensor.requires_grad:
                 tensor.register_hook(partial(look, what, pass_name=in_pass))
 
-    look("the samples it began with", start.batch[0])
-    for name, tensor in start.params.items():
+    params, _, (samples, _), _ = arguments
+    look("the samples it began with", samples)
+    for name, tensor in params.items():
         look(f"the weights it began with, in {name!r}", tensor)
     model = copy.deepcopy(model)
     model.register_forward_pre_hook(begin_pass)
     for name, module in model.named_modules():
         module.register_forward_hook(partial(look_at_layer, name))
-    step = make_step(model, settings, autocast_dtype)
+    step = make_step(model, settings, dtype)
     with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(start.random_state)
-        out, _ = step(start.params, start.buffers, start.batch, start.carried)
+        torch.set_rng_state(random_state)
+        out, _ = step(*arguments)
     look("the loss", out.loss, passes[0])
     if len(passes) > 1:
         look("the loss", out.adversarial_loss, passes[-1])

@@ -40,7 +40,7 @@ class Place:
 
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # steps of the epoch that comes after them
-    # Over these steps: loss, second loss, wrong labels, number; (runs, 4), as `Counted` has them.
+    # Over these steps: loss, second loss, wrong labels, number; (runs, 4), as `Learner.train` has them.
     sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
     seconds: float = 0.0  # that they took, of all runs
     waiting_seconds: float = 0.0  # of it, for data

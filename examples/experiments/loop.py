@@ -184,11 +184,11 @@ class _Running:
     def _take_step(self, batches: Sequence[Batch]) -> None:
         """Train every network on its batch, and count what came of it."""
         lr = learning_rate(self.training, self.step / self.total)
-        counted = self.learner.train(batches, lr, self.step + 1)
+        sums, out = self.learner.train(batches, lr, self.step + 1)
         self.place.batch += 1
-        self.place.sums += counted.sums
+        self.place.sums += sums
         if self.is_single and self.step % self.machine.log_steps == 0:
-            self.scalars.add_step(self.step, counted.out, lr)
+            self.scalars.add_step(self.step, out, lr)
 
     def _add_rows(self) -> None:
         """Write down what the epoch came to. Errors are measured now, if it is their turn."""

@@ -5,14 +5,12 @@
     one_pass       the same, where some groups of the batch are perturbed              one
     apart_sam      apart, with the second gradient at θ + ρ ∇L/‖∇L‖                    two
     sam            ∇L at θ + ρ ∇L/‖∇L‖                                                 two (arXiv 2010.01412)
-    sam_on         ∇L at θ + ρ sign(∇L) in γ and β of normalisation layers alone       two (arXiv 2306.04226)
-    momentum_sam   ∇L at θ − ρ v/‖v‖, with v ← μ v + ∇L                                one (arXiv 2401.12033)
     ghost_noise    ∇L with every sample of a layer normalised by the statistics of a   one (arXiv 2305.17205)
                    random ghost group, without a gradient through the group
 
 `step(params, buffers, batch, carried)` is pure whatever the method is: it returns an output as `apart_func` has it, and
-what the next step gets as `carried`. Packages have the rivals as optimizers that move weights in place between two
-backward calls of the user's: that form can be neither mapped over networks nor compiled into one graph.
+what the next step gets as `carried`: the perturbation, where one pass uses a gradient. Packages have SAM as an
+optimizer that moves weights in place between two backward calls of the user's: that can be neither mapped nor compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from apart_func import (
     Precision,
@@ -41,7 +39,6 @@ from apart_func import (
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
-    multi_step,
     proxy_pass,
     random_sign_perturbation,
     sam_ascent,
@@ -64,8 +61,6 @@ PASSES: dict[MethodName, tuple[str, ...]] = {
     "one_pass": ("training",),
     "apart_sam": ("proxy", "adversarial"),
     "sam": ("first", "second"),
-    "sam_on": ("first", "second"),
-    "momentum_sam": ("training",),
     "ghost_noise": ("training",),
 }
 
@@ -75,11 +70,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "method.epsilon": _APART,
     "method.rule": _APART,
     "method.groups": _APART,
-    "method.microbatches": _APART,
-    "method.ascent_steps": ("apart", "apart_sam"),
     "method.ratio": ("apart", "apart_sam"),
     "method.clean_fraction": ("one_pass",),
-    "method.rho": ("apart_sam", "sam", "sam_on", "momentum_sam"),
+    "method.rho": ("apart_sam", "sam"),
     "method.ghost_size": ("ghost_noise",),
 }
 OWN_RULES: dict[str, RuleName] = {"one_pass": "random_sign"}  # where none is said, if it is not that of the settings
@@ -90,26 +83,13 @@ ONE_GRADIENT_RULES: dict[str, Rule] = {
 }
 
 
-def passes_of(settings: MethodSettings) -> tuple[str, ...]:
-    """What the passes of a step are called, with those that a rule of several steps adds."""
-    passes = PASSES[settings.name]
-    if settings.rule != "multi_step" or "adversarial" not in passes:
-        return passes
-    return (passes[0], *["ascent"] * (settings.ascent_steps - 1), passes[-1])
-
-
 def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:
-    """What the first step carries: zeros for a perturbation or a momentum, and nothing for the other methods."""
-    if settings.name == "one_pass" and settings.rule != "random_sign":  # which draws in every step
-        return init_perturbation(model)
-    if settings.name == "momentum_sam":
-        return {name: torch.zeros_like(param) for name, param in model.named_parameters() if param.requires_grad}
-    return {}
+    """What the first step carries."""
+    draws = settings.rule == "random_sign"  # in every step
+    return init_perturbation(model) if settings.name == "one_pass" and not draws else {}
 
 
-def make_step(
-    model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None, momentum: float = 0.9
-) -> Step:
+def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None) -> Step:
     """Make the training step of a method, with cross-entropy as the loss.
 
     Raises:
@@ -119,33 +99,32 @@ def make_step(
     smoothing = settings.label_smoothing
     loss_fn: LossFunction = partial(F.cross_entropy, label_smoothing=smoothing) if smoothing else F.cross_entropy
     if settings.name not in _APART:
-        if settings.microbatches > 1:
-            raise SettingsError(f"micro-batches are APART's: {settings.name} has none. Take a smaller batch.")
         if settings.name == "ghost_noise":
             model = with_ghost_noise(model, settings.ghost_size)
-        return _rival_step(model, make_gradient(model, loss_fn, autocast_dtype), settings, momentum)
+        gradient = make_gradient(model, loss_fn, autocast_dtype)
+        return _sam_step(gradient, settings.rho) if settings.name == "sam" else _carrying(gradient)
     shared: dict[str, Any] = {
         "epsilon": settings.epsilon,
         "groups": settings.groups,
-        "microbatches": settings.microbatches,
-        "rule": ONE_GRADIENT_RULES.get(settings.rule) or multi_step(settings.ascent_steps),
+        "rule": ONE_GRADIENT_RULES[settings.rule],
         "autocast_dtype": autocast_dtype,
         "process_group": ranks.group(),
     }
     if settings.name == "one_pass":
         one_pass = make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared)
 
-        def carrying(params: Tensors, buffers: Tensors, batch: Batch, carried: Carried) -> tuple[StepOutput, Carried]:
+        def step(params: Tensors, buffers: Tensors, batch: Batch, carried: Carried) -> tuple[StepOutput, Carried]:
             out = one_pass(params, buffers, batch, *([carried] if carried else []))
             return out, out.perturbation if carried else carried
 
-        return carrying
-    two_passes: Callable[..., StepOutput]
+        return step
     if settings.name == "apart_sam":
-        two_passes = make_apart_sam_step(model, loss_fn, rho=settings.rho, ratio=settings.ratio, **shared)
-    else:
-        two_passes = make_apart_step(model, loss_fn, ratio=settings.ratio, **shared)
-    return lambda params, buffers, batch, carried: (two_passes(params, buffers, batch), carried)
+        return _carrying(make_apart_sam_step(model, loss_fn, rho=settings.rho, ratio=settings.ratio, **shared))
+    return _carrying(make_apart_step(model, loss_fn, ratio=settings.ratio, **shared))
+
+
+def _carrying(stateless: Callable[[Tensors, Tensors, Batch], StepOutput]) -> Step:
+    return lambda params, buffers, batch, carried: (stateless(params, buffers, batch), carried)
 
 
 # plain training and rivals
@@ -205,36 +184,15 @@ def _over_ranks(out: StepOutput) -> StepOutput:
     )
 
 
-def _rival_step(model: nn.Module, gradient: Gradient, settings: MethodSettings, momentum: float) -> Step:
-    moved = {"sam": sam_ascent, "sam_on": _normalisation_moved(model)}.get(settings.name)
-
+def _sam_step(gradient: Gradient, rho: float) -> Step:
     def step(params: Tensors, buffers: Tensors, batch: Batch, carried: Carried) -> tuple[StepOutput, Carried]:
-        if settings.name == "momentum_sam":
-            at = sam_ascent(params, {name: -velocity for name, velocity in carried.items()}, settings.rho)
-            first = gradient(at, buffers, batch)
-            return first, {name: momentum * velocity + first.grads[name] for name, velocity in carried.items()}
         first = gradient(params, buffers, batch)
-        if moved is None:
-            return first, carried
-        second = gradient(moved(params, first.grads, settings.rho), buffers, batch)
+        second = gradient(sam_ascent(params, first.grads, rho), buffers, batch)
         # A second loss that is not finite leaves its mark on the gradients.
         finite = first.all_finite & second.all_finite
         return first._replace(grads=second.grads, adversarial_loss=second.loss, all_finite=finite), carried
 
     return step
-
-
-def _normalisation_moved(model: nn.Module) -> Callable[[Tensors, Tensors, float], Tensors]:
-    """SAM-ON's move: that of the scales and biases of normalisation layers alone."""
-    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    chosen = {f"{name}.{key}".lstrip(".") for name, layer in layers for key, _ in layer.named_parameters()}
-
-    def moved(params: Tensors, grads: Tensors, rho: float) -> Tensors:
-        at = {name: param + rho * grads[name].sign() for name, param in params.items() if name in chosen}
-        return params | at
-
-    return moved
 
 
 def with_ghost_noise(model: nn.Module, size: int) -> nn.Module:

@@ -186,7 +186,7 @@ def _explained() -> Iterator[None]:
 
 
 class Share(NamedTuple):
-    """Which samples of a batch are a rank's: every so-manieth block of them.
+    """Which samples of a batch are a rank's: of n ranks, every nth block of them.
 
     With blocks of as many samples as there are ghost groups, the ranks' groups g together are group g of the batch.
     """
@@ -217,9 +217,8 @@ def synchronised(model: nn.Module, settings: Settings, device: torch.device) -> 
         return model
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            raise SettingsError(
-                f"layer {name!r}, {type(layer).__name__}, cannot be synchronised: --sync-batch-norm off."
-            )
+            kind = type(layer).__name__
+            raise SettingsError(f"layer {name!r}, {kind}, cannot be synchronised: --sync-batch-norm off.")
     if settings.training.compile:
         raise SettingsError("a step with synchronised batch norm cannot be compiled: --sync-batch-norm off.")
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)

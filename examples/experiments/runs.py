@@ -36,7 +36,7 @@ from torch import Tensor
 from experiments.datasets import walk
 from experiments.logs import described_errors
 from experiments.machine import environment
-from experiments.methods import READ_BY, passes_of
+from experiments.methods import PASSES, READ_BY
 from experiments.presets import command_line, preset
 from experiments.ranks import count, is_restarted
 from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
@@ -319,15 +319,13 @@ def decisive_settings(settings: Settings) -> dict[str, Any]:
     del flat["data.split_seed"]
     if settings.data.name != "folder":  # elsewhere the name says what lies there
         del flat["data.folder"]
-    if settings.method.rule != "multi_step":
-        del flat["method.ascent_steps"]
     return {name: value for name, value in flat.items() if settings.method.name in READ_BY.get(name, METHODS)}
 
 
 def passes_per_epoch(settings: Settings) -> float:
     """Forward-backward passes over the training data in an epoch: what a method costs."""
-    passes = len(passes_of(settings.method))
-    return passes - 1 + (settings.method.ratio if settings.method.name in ("apart", "apart_sam") else 1)
+    method = settings.method
+    return len(PASSES[method.name]) - 1 + (method.ratio if method.name in READ_BY["method.ratio"] else 1)
 
 
 def is_fitted(loss: float, smoothing: float, classes: int) -> bool:

@@ -20,14 +20,15 @@ import dacite
 from tyro.conf import arg
 
 DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k"]
-MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
-RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
+MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "ghost_noise"]
+RuleName = Literal["sign", "random_sign", "l2"]
 Number = Annotated[int | None, arg(metavar="N")]
 Pixels = Annotated[int | None, arg(metavar="PIXELS")]
 
 # Options that are no more, with the value at which they changed nothing: runs that have it can still be read.
 GONE: dict[str, dict[str, Any]] = {
     "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
+    | {"ascent_steps": 3, "microbatches": 1}
 }
 
 
@@ -76,7 +77,6 @@ class DataSettings:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers of samples that are none."""
         _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
         _at_least(1, train_samples=self.train_samples, test_samples=self.test_samples, resize=self.resize)
 
@@ -98,7 +98,6 @@ class ModelSettings:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a share that leaves no features."""
         _share_below_one(dropout=self.dropout)
 
 
@@ -107,37 +106,30 @@ class MethodSettings:
     """What a training step computes.
 
     Attributes:
-        name: one forward and backward (plain, one_pass, momentum_sam, ghost_noise), or two (apart, apart_sam, sam,
-            sam_on).
+        name: one forward and backward (plain, one_pass, ghost_noise), or two (apart, apart_sam, sam).
         epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
-        rule: which way APART moves the statistics: by the sign of their gradient, at random, along the gradient, to
-            where several steps lead. Where none is said, one pass takes random signs.
-        ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
+        rule: which way APART moves the statistics: by the sign of their gradient, at random, or along the gradient.
+            Where none is said, one pass takes random signs.
         groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
         clean_fraction: share of the groups that are clean in one pass.
         ratio: share of the batch that goes through APART's adversarial pass.
-        rho: radius of the weight perturbation of APART-SAM, SAM, SAM-ON and Momentum-SAM.
+        rho: radius of the weight perturbation of APART-SAM and SAM.
         ghost_size: samples in a random ghost group of ghost noise.
         label_smoothing: share of a label that is spread over all classes.
-        microbatches: parts of the batch, one after another, to save memory. Each has its own statistics.
     """
 
     name: Annotated[MethodName, arg(name="method")] = "apart"
     epsilon: float = 0.1
     rule: RuleName = "sign"
-    ascent_steps: int = 3
     groups: int = 16
     clean_fraction: float = 0.5
     ratio: float = 1.0
     rho: float = 0.1
     ghost_size: int = 8
     label_smoothing: float = 0.0
-    microbatches: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse radii and counts below their range; the step checks the rest."""
         _at_least(0, epsilon=self.epsilon, rho=self.rho)
-        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches)
         _at_least(2, ghost_size=self.ghost_size)
         _share_below_one(label_smoothing=self.label_smoothing)
 
@@ -181,7 +173,6 @@ class TrainingSettings:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained with."""
         _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
         _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, gamma=self.gamma)
         if self.nesterov and not self.momentum:
@@ -215,7 +206,6 @@ class MachineSettings:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of something."""
         _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
         _at_least(0, checkpoint_seconds=self.checkpoint_seconds)
         _at_least(1, log_steps=self.log_steps)
@@ -244,7 +234,6 @@ class Settings:
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
 
     def __post_init__(self) -> None:
-        """Refuse a seed that no generator takes, and folders that no text can name."""
         _at_least(0, seed=self.seed)
         for name, folder in {"--out": self.out, "--data-dir": self.data.folder}.items():
             try:

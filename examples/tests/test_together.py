@@ -85,11 +85,7 @@ METHODS = {
     "apart_sam": {"name": "apart_sam"},
     "one_pass": {"name": "one_pass"},
     "l2": {"name": "apart", "rule": "l2"},
-    "multi_step": {"name": "apart", "rule": "multi_step"},
     "one_pass, l2": {"name": "one_pass", "rule": "l2", "clean_fraction": 0.25},
-    "micro-batches": {"name": "one_pass", "microbatches": 2},
-    "sam_on": {"name": "sam_on"},
-    "momentum_sam": {"name": "momentum_sam"},
     "label smoothing": {"name": "plain", "label_smoothing": 0.1},
     "half of the batch": {"name": "apart", "ratio": 0.5},
 }

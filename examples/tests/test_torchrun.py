@@ -56,14 +56,12 @@ METHODS = {
     "one_pass": MethodSettings("one_pass", groups=GROUPS),
     "apart_sam": MethodSettings("apart_sam", groups=GROUPS),
     "sam": MethodSettings("sam"),
-    "sam_on": MethodSettings("sam_on"),
-    "momentum_sam": MethodSettings("momentum_sam"),
 }
 
 
 def three_steps(model: nn.Module, method: MethodSettings, share: Share) -> dict[str, Any]:
     """Losses, parameters and buffers after three steps of a rank, each on its share of 16 samples."""
-    step, carried = make_step(model, method, momentum=0.8), initially_carried(model, method)
+    step, carried = make_step(model, method), initially_carried(model, method)
     params, buffers = split_state(model)
     losses = []
     for number in range(3):

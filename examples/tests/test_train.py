@@ -236,12 +236,9 @@ EXACT = {
     "apart_sam": {"name": "apart_sam"},
     "one_pass": {"name": "one_pass"},
     "random signs": {"rule": "random_sign"},
-    "several steps": {"rule": "multi_step", "ascent_steps": 2},
-    "momentum": {"name": "momentum_sam"},
     "ghost noise": {"name": "ghost_noise"},
     "bfloat16": {"amp": "bf16", "channels_last": True},
     "clipped": {"clip": 0.5},
-    "micro-batches": {"microbatches": 2},
     "steps": {"schedule": "steps", "milestones": (0.3, 0.8)},
 }
 
@@ -364,7 +361,6 @@ def test_other_settings_than_the_stored_ones_are_refused_by_name(tmp_path):
     ("changes", "message"),
     [
         ({"groups": 5}, "groups=5 does not divide"),
-        ({"microbatches": 3}, "microbatches=3 does not divide"),
         ({"batch_size": 300}, "no batch of 300"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"folder": Path("nowhere")}, "nowhere|folder"),
@@ -501,7 +497,7 @@ def test_one_pass_starts_from_random_signs_and_a_radius_that_suits_them(data: st
 def test_flags_are_flat():
     line = """
         --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
-        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
+        --rho 0.05 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
         --seed 3 --out runs/x --resume
     """
     command = command_line.parse(line.split())
@@ -509,7 +505,7 @@ def test_flags_are_flat():
     stored = as_json(command.settings)
     assert stored["data"]["folder"] == "PATH"
     assert stored["model"]["name"] == "preact_resnet18"
-    expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "microbatches": 2, "rho": 0.05}
+    expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "rho": 0.05}
     assert expected.items() <= stored["method"].items()
     expected = {"epochs": 20, "batch_size": 64, "amp": "bf16", "compile": True, "clip": 1.0}
     assert expected.items() <= stored["training"].items()

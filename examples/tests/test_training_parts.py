@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from experiments import machine
 from experiments.datasets import NAMES
-from experiments.learner import Learner, NonFiniteError, Start, first_nonfinite
+from experiments.learner import Learner, NonFiniteError, first_nonfinite
 from experiments.logs import learning_rate
 from experiments.machine import noted_signals
-from experiments.methods import PASSES, initially_carried, make_step, passes_of
+from experiments.methods import PASSES, initially_carried, make_step, with_ghost_noise
 from experiments.presets import PRESETS, command_line, parse, preset
 from experiments.runs import CheckpointError, load_checkpoint, save_checkpoint, write_whole
 from experiments.settings import (
@@ -38,14 +38,15 @@ from experiments.settings import (
 from torch import Tensor, nn
 
 from apart_func import (
-    ApartError,
+    Perturbation,
     StepOutput,
+    adversarial_pass,
     assign_grads_,
+    functionalize,
     init_perturbation,
     l2_perturbation,
     make_apart_step,
     make_one_pass_step,
-    multi_step,
     random_sign_perturbation,
     sign_perturbation,
     split_state,
@@ -140,20 +141,6 @@ def test_a_step_changes_nothing(method):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["apart", "apart_sam", "one_pass"])
-def test_micro_batches_are_averaged_and_move_the_running_statistics_in_turn(method):
-    model, (images, labels) = network(), batch_of()
-    params, buffers = split_state(model)
-    step = first_step(model, MethodSettings(method, groups=4))
-    first = step(params, buffers, (images[:8], labels[:8]))
-    second = step(params, first.buffers, (images[8:], labels[8:]))
-    out = first_step(model, MethodSettings(method, groups=4, microbatches=2))(params, buffers, (images, labels))
-    for name, grad in out.grads.items():
-        torch.testing.assert_close(grad, (first.grads[name] + second.grads[name]) / 2)
-    for name, buffer in out.buffers.items():
-        assert torch.equal(buffer, second.buffers[name])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_reaches_the_activations_and_not_the_gradients(method):
     model, batch = network(), batch_of()
@@ -179,24 +166,17 @@ def test_every_method_has_names_for_its_passes():
     assert set(PASSES) == set(METHODS)
 
 
-def test_a_rule_of_several_steps_adds_passes_where_there_is_an_adversarial_one():
-    apart, plain = (MethodSettings(name, rule="multi_step", ascent_steps=3) for name in ("apart", "plain"))
-    assert passes_of(apart) == ("proxy", "ascent", "ascent", "adversarial")
-    assert passes_of(plain) == PASSES["plain"]
-
-
 @pytest.mark.parametrize(
     ("rule", "function"),
     [
         ("sign", sign_perturbation),
         ("random_sign", random_sign_perturbation),
         ("l2", l2_perturbation),
-        ("multi_step", multi_step(2)),
     ],
 )
 def test_a_rule_is_the_library_s(rule, function):
     model, batch = network(), batch_of()
-    settings = MethodSettings("apart", rule=rule, ascent_steps=2, groups=4)
+    settings = MethodSettings("apart", rule=rule, groups=4)
     outs = []
     for step in (first_step(model, settings), make_apart_step(model, F.cross_entropy, groups=4, rule=function)):
         torch.manual_seed(0)
@@ -205,10 +185,72 @@ def test_a_rule_is_the_library_s(rule, function):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs[0].perturbation[layer], shift, strict=True))
 
 
-def test_one_pass_refuses_a_rule_of_several_steps():
-    model = network()
-    with pytest.raises(ApartError, match=r"multi_step\(3\) needs further passes"):
-        first_step(model, MethodSettings("one_pass", rule="multi_step", groups=4))(*split_state(model), batch_of())
+# ghost noise, and what perturbed statistics are in one group
+
+
+def test_ghost_noise_normalises_every_sample_by_a_random_group_that_no_gradient_goes_through():
+    layer = nn.BatchNorm2d(3).double()
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+    gamma, beta = layer.weight.detach()[:, None, None], layer.bias.detach()[:, None, None]
+    x, weights = torch.randn(2, 8, 3, 5, 5, dtype=torch.float64)
+    x.requires_grad_()
+    torch.manual_seed(0)
+    output = with_ghost_noise(nn.Sequential(layer), size=4)(x)
+    (output * weights).sum().backward()
+
+    torch.manual_seed(0)
+    groups = torch.randint(8, (8, 4))
+    other = x.detach().clone().requires_grad_()
+    mean = other.mean((0, 2, 3))[:, None, None]
+    s = (other.var((0, 2, 3), correction=0) + layer.eps).sqrt()[:, None, None]
+    expected = []
+    for sample, group in zip(other, groups, strict=True):
+        ghosts = other.detach()[group]
+        ghost_mean = ghosts.mean((0, 2, 3))[:, None, None]
+        ghost_s = (ghosts.var((0, 2, 3), correction=0) + layer.eps).sqrt()[:, None, None]
+        shift = (ghost_mean - mean.detach()) / s.detach()
+        expected.append(gamma * ((sample - mean) / s - shift) * (s.detach() / ghost_s) + beta)
+    (torch.stack(expected) * weights).sum().backward()
+    torch.testing.assert_close(output, torch.stack(expected))
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_ghost_noise_is_off_in_evaluation_and_knows_no_other_batch_norm():
+    from timm.layers import BatchNormAct2d
+
+    model, x = nn.Sequential(nn.BatchNorm1d(3)).eval(), torch.randn(4, 3)
+    assert torch.equal(with_ghost_noise(model, 2)(x), model(x))
+    with pytest.raises(SettingsError, match="ghost noise does not know BatchNormAct2d, layer '0'"):
+        with_ghost_noise(nn.Sequential(BatchNormAct2d(3)), 2)
+
+
+def test_at_one_group_the_adversarial_pass_is_a_move_of_scale_and_bias():
+    torch.manual_seed(0)
+    layer, x = nn.BatchNorm1d(5).double(), 2 + torch.randn(16, 5, dtype=torch.float64)
+    shift = Perturbation(*torch.tensor([[0.1], [-0.2]], dtype=torch.float64).expand(2, 5))
+    model, seen = nn.Sequential(layer), []
+
+    def loss(y: Tensor, _: Tensor) -> Tensor:
+        seen.append(y.detach())
+        return y.sum()
+
+    adversarial_pass(functionalize(model), loss, *split_state(model), (x, x), {"0": shift})
+    mean, s = x.mean(0), (x.var(0, correction=0) + layer.eps).sqrt()
+    scale = layer.weight * (1 - 0.2)
+    moved = F.batch_norm(x, None, None, scale, layer.bias - scale * 0.1 * mean / s, training=True, eps=layer.eps)
+    torch.testing.assert_close(seen[0], moved.detach(), rtol=0, atol=2e-15)  # a few roundings of float64
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_smoothed_labels_reach_the_loss_of_every_method(method):
+    model, losses = network(), []
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(0)
+        settings = MethodSettings(method, groups=4, label_smoothing=smoothing)
+        losses.append(first_step(model, settings)(*split_state(model), batch_of()).loss)
+    assert losses[0] != losses[1]
 
 
 # the learner
@@ -348,14 +390,15 @@ def test_weights_that_an_update_made_infinite_are_named():
     model, batch = network(), batch_of()
     params, buffers = split_state(model)
     params["4.bias"][1] = math.inf
-    start = Start(params, buffers, batch, {}, torch.get_rng_state())
-    assert first_nonfinite(model, MethodSettings("plain"), None, start) == "the weights it began with, in '4.bias'"
+    arguments = params, buffers, batch, {}
+    found = first_nonfinite(model, MethodSettings("plain"), None, arguments, torch.get_rng_state())
+    assert found == "the weights it began with, in '4.bias'"
 
 
 def test_a_step_that_is_finite_the_second_time_is_said_to_be():
     model = network()
-    start = Start(*split_state(model), batch_of(), {}, torch.get_rng_state())
-    assert first_nonfinite(model, MethodSettings("apart", groups=4), None, start) is None
+    arguments = *split_state(model), batch_of(), {}
+    assert first_nonfinite(model, MethodSettings("apart", groups=4), None, arguments, torch.get_rng_state()) is None
 
 
 # checkpoints

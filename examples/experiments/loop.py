@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -39,10 +38,13 @@ EVALUATION_FACTOR = 4  # an evaluation batch needs less memory than a training b
 TOP5_CLASSES = 50  # from so many on, the error of the five best guesses is measured too
 
 
-def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> None:
+def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> list[str]:
     """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
 
     Processes that torchrun has started take a run together. Those it starts again, after one was killed, go on with it.
+
+    Returns:
+        What there is to say of a run's end, see `harm`; of those that had come to it before, nothing.
 
     Raises:
         RunError: the folder holds another run, or another process is at this one, or the disk is full.
@@ -56,18 +58,17 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         resume = resume or ranks.is_restarted()
         # Each looks at its folder, and may refuse it.
         if all(ranks.from_first(lambda: [runs.is_complete(run, resume) for run in many])):
-            return
+            return []
         data, learner = prepared(many, device)
         with full_disk_explained(many[0].out), noted_signals() as noted, ExitStack() as stack:
             ranks.from_first(lambda: _begin(many, stack))
-            is_told = show is None and ranks.is_first()
-            show = show or (stack.enter_context(logs.progress_bar()) if is_told else lambda progress: None)
-            running = _Running(many, data, learner, show, noted, stack)
+            told = show or (stack.enter_context(logs.progress_bar()) if ranks.is_first() else lambda progress: None)
+            running = _Running(many, data, learner, told, noted, stack)
             running.to_the_end()
-            for run, rows in zip(many, running.place.rows, strict=True):
-                message = runs.harm(run, rows[-1]["train_loss"], data.classes)
-                if message and is_told:
-                    print(f"warning: {message}", file=sys.stderr)
+        ends = [rows[-1]["train_loss"] for rows in running.place.rows]
+        return [
+            message for run, loss in zip(many, ends, strict=True) if (message := runs.harm(run, loss, data.classes))
+        ]
 
 
 def _begin(many: Sequence[Settings], stack: ExitStack) -> None:
@@ -87,12 +88,13 @@ def prepared(many: Sequence[Settings], device: torch.device) -> tuple[DataSet, L
         torch.manual_seed(mix(settings.seed, ranks.rank()))  # what steps draw is each rank's own
     learner = Learner(models, many)
     if ranks.count() > 1:
-        decisive = {
-            "the settings": repr(decisive_only(settings)),
-            "the training samples": ranks.described([data.train.labels]),
-            "the values of params and buffers": ranks.described(models[0].state_dict().values()),
+        text = repr(decisive_only(settings)).encode()
+        own = {
+            "the settings": [torch.frombuffer(bytearray(text), dtype=torch.uint8)],
+            "the training samples": [data.train.labels],
+            "the values of params and buffers": models[0].state_dict().values(),
         }
-        ranks.agree(decisive, "Start all with the same command, versions and data.")
+        ranks.agree(own, "Start all with the same command, versions and data.")
     size = len(share.of(range(settings.training.batch_size)))
     blank = torch.zeros(size, *data.sample_shape), torch.zeros(size, dtype=torch.int64)
     try:

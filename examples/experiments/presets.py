@@ -1,4 +1,4 @@
-"""Where settings start, and what a command line makes of them: `parse(arguments)`, and back: `command_line(settings)`.
+"""Where settings start, `PRESETS`, and what a command line makes of them, `parse(arguments)`.
 
 `PRESETS` has the published settings for every large data set: WRN-40-2 on CIFAR, preact ResNet-18 on Tiny-ImageNet,
 ResNet-18 on ImageNet; SGD with momentum 0.9 at a learning rate of 0.1, which falls tenfold at the milestones. A last
@@ -24,7 +24,6 @@ from experiments.settings import (
     ModelSettings,
     Settings,
     TrainingSettings,
-    as_json,
 )
 
 _CIFAR = Settings(
@@ -113,23 +112,3 @@ def parse(arguments: Sequence[str], description: str = "") -> Command:
         description=description,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-
-
-NAMES = {"data.name": "data", "data.folder": "data-dir", "model.name": "model", "method.name": "method"}  # in commands
-
-
-def command_line(settings: Settings) -> list[str]:
-    """The options of train that make these settings: those that differ from where its data set and method start."""
-    options = ["--data", settings.data.name, "--method", settings.method.name]
-    start, wanted = as_json(preset(settings.data.name, settings.method.name)), as_json(settings)
-    for section, values in wanted.items():
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            path = f"{section}.{name}".rstrip(".")
-            if value == (start[section][name] if name else start[section]) or path in ("data.name", "method.name"):
-                continue
-            option = NAMES.get(path, (name or section).replace("_", "-"))
-            if isinstance(value, bool):
-                options.append(f"--{'' if value else 'no-'}{option}")
-            else:
-                options += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
-    return options

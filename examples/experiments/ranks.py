@@ -144,31 +144,23 @@ def total(numbers: Tensor) -> Tensor:
 
 
 def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of every tensor over ranks, bit-equal on all, in one call for all tensors of a dtype."""
-    found = list(tensors)
-    for dtype in {tensor.dtype: None for tensor in found}:
-        places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
-        flat = total(torch.cat([found[place].reshape(-1) for place in places]) / count())
-        for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
-            found[place] = part.view(found[place].shape)
-    return found
+    """The mean of every tensor over ranks, bit-equal on all, in one call."""
+    flat = total(torch.cat([tensor.reshape(-1) for tensor in tensors]) / count())
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def agree(own: Mapping[str, str], advice: str) -> None:
-    """Make sure that all ranks have the same of what is named; the error of every rank says where it differs."""
-    first, *others = gathered(own)
+def agree(own: Mapping[str, Iterable[Tensor]], advice: str) -> None:
+    """Make sure that all ranks have the same tensors; the error of every rank says where they differ."""
+    digests = {}
+    for name, tensors in own.items():
+        parts = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors)
+        digests[name] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    first, *others = gathered(digests)
     for number, other in enumerate(others, start=1):
         for name in first:
-            if other.get(name) != first[name]:
+            if other[name] != first[name]:
                 raise RanksError(f"{name} of rank {number} differ from those of rank 0. {advice}")
-
-
-def described(tensors: Iterable[Tensor]) -> str:
-    """A hash of the values of tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -17,14 +17,12 @@ import io
 import json
 import math
 import os
-import shlex
 import statistics
 import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -37,7 +35,6 @@ from experiments.datasets import walk
 from experiments.logs import described_errors
 from experiments.machine import environment
 from experiments.methods import PASSES, READ_BY
-from experiments.presets import command_line, preset
 from experiments.ranks import count, is_restarted
 from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
 
@@ -335,16 +332,12 @@ def is_fitted(loss: float, smoothing: float, classes: int) -> bool:
     return loss - least <= FITTED * math.log(classes)
 
 
-def harm(settings: Settings, loss: float | None, classes: int) -> str | None:
-    """What to say at the end of a run whose clean training loss is high under a perturbation; None if it is not."""
+def harm(settings: Settings, loss: float | None, classes: int) -> str:
+    """What to say at the end of a run whose clean training loss is high under a perturbation; "" if it is not."""
     method = settings.method
     if method.name == "plain" or loss is None or is_fitted(loss, method.label_smoothing, classes):
-        return None
-    start = preset(settings.data.name, "plain").method
-    named = replace(start, name="plain", label_smoothing=method.label_smoothing)
-    plain = replace(settings, method=named, out=settings.out.with_name(f"{settings.out.name}-plain"))
+        return ""
     return (
         f"the clean training loss is still {loss:.3f}: the network or the schedule does not fit its samples under "
-        f"{method.name}, and plain training may be better. Compare with plain training:\n"
-        f"  python -m experiments train {shlex.join(command_line(plain))}"
+        f"{method.name}, and plain training may be better. Compare with plain training:"
     )

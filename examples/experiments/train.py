@@ -40,11 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     arguments = [ORIGINAL.get(argument, argument) for argument in arguments]
     command = parse(arguments, __doc__ or "")
     out = command.settings.out
-    start = "python" if ranks.launched() == 1 else "torchrun ..."
-    again = shlex.join([*arguments, *([] if command.resume else ["--resume"])])
-    go_on = f"Go on with: {start} -m experiments train {again}"
+    start = f"{'python' if ranks.launched() == 1 else 'torchrun ...'} -m experiments train"
+    go_on = f"Go on with: {start} {shlex.join([*arguments, *([] if command.resume else ['--resume'])])}"
     try:
-        train([command.settings], resume=command.resume)
+        messages = train([command.settings], resume=command.resume)
     except Interrupted as stop:
         stop.advice = f"a checkpoint is written. {go_on}"
         raise
@@ -55,5 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         lost = f"what came after {newest[0].stem} is lost" if newest else "no checkpoint had been written"
         sys.exit(f"stopped; {lost}. {go_on}")
     if ranks.is_first():
+        for message in messages:
+            plain = shlex.join([*arguments, "--method", "plain", "--out", f"{out}-plain"])  # the last of each counts
+            print(f"warning: {message}\n  {start} {plain}", file=sys.stderr)
         print(last_errors(out))
         print(f"Network: {out}/{MODEL}, errors: {out}/{METRICS}, settings: {out}/{CONFIG}")

@@ -36,7 +36,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from apart_func import split_state
+from apart_func import RanksError, split_state
 
 RANKS, SAMPLES, GROUPS, EPOCHS = 2, 16, 4, 5
 
@@ -175,6 +175,12 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(two_ranks):
 def test_runs_that_are_trained_together_are_refused(two_ranks):
     with pytest.raises(SettingsError, match="leave --together to one process"):
         check_fit([Settings(seed=0), Settings(seed=1)])
+
+
+def test_ranks_at_other_runs_are_refused_by_what_differs(monkeypatch):
+    monkeypatch.setattr(ranks, "gathered", lambda own: [own, own | {"the labels": "others"}])
+    with pytest.raises(RanksError, match=r"the labels of rank 1 differ from those of rank 0\. Start"):
+        ranks.agree({"the weights": [torch.ones(2)], "the labels": [torch.tensor(3), torch.ones(1)]}, "Start again.")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -21,7 +19,7 @@ from experiments.learner import Learner, NonFiniteError, first_nonfinite
 from experiments.logs import learning_rate
 from experiments.machine import noted_signals
 from experiments.methods import PASSES, initially_carried, make_step, with_ghost_noise
-from experiments.presets import PRESETS, command_line, parse, preset
+from experiments.presets import PRESETS
 from experiments.runs import CheckpointError, load_checkpoint, save_checkpoint, write_whole
 from experiments.settings import (
     DataName,
@@ -623,24 +621,3 @@ def test_a_processor_without_bfloat16_is_named_where_amp_asks_for_it(tmp_path, m
     machine.prepared_device(MachineSettings(device="cpu"))
     with pytest.warns(UserWarning, match="emulates it at a tenth of the speed: leave --amp out"):
         machine.prepared_device(MachineSettings(device="cpu"), "bf16")
-
-
-# commands
-
-
-@pytest.mark.parametrize("data", PRESETS)
-@pytest.mark.parametrize("method", ["plain", "one_pass", "sam"])
-def test_a_command_line_makes_the_settings_that_it_was_made_of(data, method):
-    start = preset(data, method)
-    other = replace(
-        start,
-        data=replace(start.data, folder=Path("a folder/with blanks"), augment=False, train_samples=700),
-        model=replace(start.model, width=4, dropout=0.25),
-        method=replace(start.method, name=method, epsilon=0.3),
-        training=replace(start.training, lr=0.03, compile=True, amp="bf16", milestones=(0.2, 0.4), clip=None),
-        machine=replace(start.machine, tensorboard=False),
-        seed=7,
-        out=Path("runs/one"),
-    )
-    for settings in (replace(start, method=replace(start.method, name=method)), other):
-        assert parse(command_line(settings)).settings == settings

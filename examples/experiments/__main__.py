@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import sys
 import warnings
@@ -70,6 +71,8 @@ def _explained(error: Exception) -> int | str:
         return 128 + error.signal_number
     if isinstance(error, BrokenProcessPool):
         return "error: a worker was killed, by hand or for want of memory. The same command goes on."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"error: {error}. The checkpoints that are there are whole: make room, and go on with --resume."
     if isinstance(error, (ValueError, OSError, RunError, CheckpointError, NonFiniteError)):
         return f"error: {error}"
     raise error

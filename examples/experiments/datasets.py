@@ -194,14 +194,9 @@ Folders = tuple[list[str], list[Files]]
 
 
 def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
-    """List the images of a set with one sub-folder a class.
+    """List the images of a set with one sub-folder a class, in train/ and what is `measured` beside it.
 
-    Args:
-        folder: the one that train/ lies in.
-        measured: what may lie beside it. The last that is there is for testing, one before it for choosing settings.
-
-    Raises:
-        DataError: a folder is missing or empty, or the classes of two shares differ.
+    Of the latter, the last that is there is for testing, one before it for choosing settings.
     """
     there = [share for share in measured if (folder / share).is_dir()]
     if not (folder / "train").is_dir() or not there:
@@ -317,13 +312,7 @@ def training_batches(
     augment: bool = True,
     share: Share = ALL,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of training batches, all of them full, each a function of seed, epoch and its number alone.
-
-    A rank gets its share of every batch, varied by draws of its own.
-
-    Raises:
-        DataError: there are too few samples for a single batch; while iterating, that a file cannot be decoded.
-    """
+    """One epoch of training batches, all of them full; a rank gets its share of each, varied by draws of its own."""
     steps = steps_per_epoch(data, batch_size)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(mix(seed, epoch, 0)))
     chosen = [share.of(indices.tolist()) for indices in order.split(batch_size)[:steps]]

@@ -198,24 +198,23 @@ def first_nonfinite(
     """
     passes, begun, found = PASSES[settings.name], 0, [""]
 
-    def look(what: str, tensor: Tensor, pass_name: str | None = None) -> None:
+    def look(what: str, tensor: Tensor, where: str = "") -> None:
         if not found[0] and not tensor.isfinite().all():
-            found[0] = what + (f", in the {pass_name} pass" if pass_name else "")
+            found[0] = what + where
 
     def begin_pass(*_: Any) -> None:
         nonlocal begun
         begun += 1
 
-    def look_at_layer(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            return
-        layer, in_pass = f"layer {name!r}" if name else "the network", passes[(begun - 1) % len(passes)]
-        look(f"the output of {layer}", output, in_pass)
-        watched = {f"the gradient by the output of {layer}": output}
-        watched |= {f"the gradient of {key} of {layer}": p for key, p in module.named_parameters(recurse=False)}
-        for what, tensor in watched.items():
-            if tensor.requires_grad:
-                tensor.register_hook(partial(look, what, pass_name=in_pass))
+    def look_at_layer(layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        where = f", in the {passes[(begun - 1) % len(passes)]} pass"
+        if isinstance(output, Tensor):
+            look(f"the output of {layer}", output, where)
+            watched = {f"the gradient by the output of {layer}": output}
+            watched |= {f"the gradient of {key} of {layer}": p for key, p in module.named_parameters(recurse=False)}
+            for what, tensor in watched.items():
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(look, what, where=where))
 
     params, _, (samples, _), _ = arguments
     look("the samples it began with", samples)
@@ -224,12 +223,12 @@ def first_nonfinite(
     model = copy.deepcopy(model)
     model.register_forward_pre_hook(begin_pass)
     for name, module in model.named_modules():
-        module.register_forward_hook(partial(look_at_layer, name))
+        module.register_forward_hook(partial(look_at_layer, f"layer {name!r}" if name else "the network"))
     step = make_step(model, settings, dtype)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(random_state)
         out, _ = step(*arguments)
-    look("the loss", out.loss, passes[0])
+    look("the loss", out.loss, f", in the {passes[0]} pass")
     if len(passes) > 1:
-        look("the loss", out.adversarial_loss, passes[-1])
+        look("the loss", out.adversarial_loss, f", in the {passes[-1]} pass")
     return found[0] or None

@@ -1,8 +1,8 @@
 """What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
 
-`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`, which `Metrics` writes. `Scalars`
-is TensorBoard: losses, accuracies, the size of every layer's statistic gradients, and how many signs of δ change.
-`progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`. `Scalars` is TensorBoard: losses,
+accuracies, the size of every layer's statistic gradients, and how many signs of δ change. `progress_bar` yields a
+function that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import torch
 from rich.console import Console
@@ -144,24 +143,12 @@ def progress_bar() -> Iterator[Show]:
         yield show
 
 
-class Metrics:
-    """`metrics.csv`, a row an epoch."""
-
-    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
-        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
-
-    def add(self, row: Row) -> None:
-        """Append a row."""
-        self._writer.writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+    """Write `metrics.csv`, a row an epoch."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class Scalars:

@@ -7,14 +7,11 @@ on, so a resumed run is the undisturbed one, bit for bit; it holds the settings 
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +26,7 @@ from experiments.machine import Interrupted, noted_signals, prepared_device, ran
 from experiments.methods import Batch
 from experiments.networks import NetworkError, drop_features, make_network
 from experiments.ranks import Share
-from experiments.runs import CheckpointError, RunError, State
+from experiments.runs import CheckpointError, State
 from experiments.settings import Settings, SettingsError, as_json, decisive_only, differences, from_json
 from experiments.splits import Split
 
@@ -47,7 +44,8 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         What there is to say of a run's end, see `harm`; of those that had come to it before, nothing.
 
     Raises:
-        RunError: the folder holds another run, or another process is at this one, or the disk is full.
+        RunError: the folder holds another run, or another process is at this one.
+        OSError: a file could not be written. The checkpoints that are there are whole.
         CheckpointError: its checkpoints are damaged, or those of another run.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         NonFiniteError: a loss or gradient was infinite or not a number.
@@ -60,7 +58,7 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         if all(ranks.from_first(lambda: [runs.is_complete(run, resume) for run in many])):
             return []
         data, learner = prepared(many, device)
-        with full_disk_explained(many[0].out), noted_signals() as noted, ExitStack() as stack:
+        with noted_signals() as noted, ExitStack() as stack:
             ranks.from_first(lambda: _begin(many, stack))
             told = show or (stack.enter_context(logs.progress_bar()) if ranks.is_first() else lambda progress: None)
             running = _Running(many, data, learner, told, noted, stack)
@@ -141,13 +139,10 @@ class _Running:
         self._restore(ranks.from_first(lambda: runs.load_checkpoint(self.checkpoints)))
         self.share = ranks.training_share(many[0])
         self.saved_at = self.shown_at = time.monotonic()
-        writes = ranks.is_first()
-        folder = out / "tensorboard" if self.machine.tensorboard and self.is_single and writes else None
+        is_logged = self.machine.tensorboard and self.is_single and ranks.is_first()
+        folder = out / "tensorboard" if is_logged else None
         self.scalars = stack.enter_context(closing(logs.Scalars(folder, self.step + 1)))
-        self.metrics = [
-            stack.enter_context(closing(logs.Metrics(run.out / runs.METRICS if writes else Path(os.devnull), rows)))
-            for run, rows in zip(many, self.place.rows, strict=True)
-        ]
+        self._write_metrics()
 
     @property
     def step(self) -> int:
@@ -206,10 +201,14 @@ class _Running:
             new.append(logs.epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
             self._stop_or_save(is_measuring=True)
         self.place = self.place.next_epoch()
-        for metrics, rows, row in zip(self.metrics, self.place.rows, new, strict=True):
+        for rows, row in zip(self.place.rows, new, strict=True):
             rows.append(row)
-            metrics.add(row)
+        self._write_metrics()
         self.scalars.add_row(new[0])
+
+    def _write_metrics(self) -> None:
+        for run, rows in zip(self.runs, self.place.rows if ranks.is_first() else (), strict=False):
+            logs.write_metrics(run.out / runs.METRICS, rows)
 
     def _errors(self, number: int) -> list[float | None]:
         """Errors on validation samples, where there are some, and on test samples, in percent; see `epoch_row`."""
@@ -314,17 +313,3 @@ class _Running:
         if changed:
             listed = "".join(f"\n  {line}" for line in changed)
             raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
-
-
-@contextmanager
-def full_disk_explained(out: os.PathLike[str]) -> Iterator[None]:
-    """Say of a full disk what it means for the run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise RunError(
-            f"{error.strerror or error}, while writing to {out}. The checkpoints that are there are whole: make room, "
-            "and go on with --resume."
-        ) from error

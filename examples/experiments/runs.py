@@ -83,8 +83,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk does not say where
         raise
     if os.name != "nt":  # the folder's list of names, too; Windows cannot, and does not need it
         descriptor = os.open(path.parent, os.O_RDONLY)

@@ -450,10 +450,16 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_as_it_was(tmp_path)
     settings = tiny(tmp_path / "stopped", checkpoint_seconds=0.0)
     interrupted(settings, step=2)
     before = {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()}
-    with files_limited_to(8000), pytest.raises(RunError, match=r"File too large.*make room, and go on with --resume"):
+    with files_limited_to(8000), pytest.raises(OSError, match=r"File too large: '.*step-000000003\.pt'"):
         quietly(settings)
     assert {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()} == before
     assert outcome(quietly(settings)) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_a_full_disk_is_said_with_how_to_go_on(tmp_path):
+    with files_limited_to(8000):
+        said = program.main(["train", "--out", str(tmp_path), "--checkpoint-seconds", "0", "--no-tensorboard"])
+    assert re.match(r"error: .*too large: '.*\.pt'\. The checkpoints .* make room, and go on with --resume", said)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from apart_func import StepOutput, Tensors, load_state_, split_state
 from experiments import ranks
@@ -78,11 +78,7 @@ class Learner:
             self._steps = torch.compile(self._steps, fullgraph=True, dynamic=False)
 
     def rehearse(self, batch: Batch) -> None:
-        """Compute one step and forget it, so that settings that do not fit are refused before a run begins.
-
-        Raises:
-            ApartError: they do not fit the network or the batch.
-        """
+        """Compute one step and forget it, so that settings that do not fit are refused before a run begins."""
         params, buffers, carried, _ = self._of_run(0)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self._step(params, buffers, self.placed([batch]), carried)
@@ -104,9 +100,6 @@ class Learner:
             Loss, second loss, wrong labels, and one, of every run, (runs, 4), float64; of several ranks, each takes
             its own wrong labels for those of all: their mean over ranks is the number. And the output of the step, of
             several runs in stacked tensors.
-
-        Raises:
-            NonFiniteError: a value of this step is infinite or not a number.
         """
         batch = self.placed(batches)
         random_state = torch.get_rng_state()
@@ -149,20 +142,14 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, but for the random generators."""
-        return self.state | {"carried": tree_flatten(self.state["carried"])[0]}  # plain, as checkpoints are
+        return self.state | {"carried": tree_leaves(self.state["carried"])}  # plain, as checkpoints are
 
     def load_state_dict(self, stored: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned, in place."""
-        leaves, form = tree_flatten(self.state["carried"])
-        if len(leaves) != len(stored["carried"]):
-            raise ValueError(f"{len(stored['carried'])} tensors are carried, where {len(leaves)} are expected")
-        carried = tree_unflatten([leaf.to(self.device) for leaf in stored["carried"]], form)
         with torch.no_grad():
-            for kind in ("params", "momenta"):
-                for name, tensor in self.state[kind].items():
-                    tensor.copy_(stored[kind][name].to(self.device))
-        buffers = {name: stored["buffers"][name].to(self.device) for name in self.state["buffers"]}
-        self.state |= {"buffers": buffers, "carried": carried}
+            for kind, tensors in self.state_dict().items():
+                for key in range(len(tensors)) if kind == "carried" else tensors:
+                    tensors[key].copy_(stored[kind][key])
 
     def _of_run(self, run: int) -> list[Any]:
         """The state of one network."""
@@ -191,11 +178,7 @@ def first_nonfinite(
     arguments: tuple[Tensors, Tensors, Batch, Carried],
     random_state: Tensor,
 ) -> str | None:
-    """Run a step again, on a copy of the network whose every layer is looked at, forwards and backwards.
-
-    Returns:
-        The first thing in it that is not finite on this rank, if there is one.
-    """
+    """Run a step again, and look at every layer, forwards and backwards, for the first thing that is not finite."""
     passes, begun, found = PASSES[settings.name], 0, [""]
 
     def look(what: str, tensor: Tensor, where: str = "") -> None:

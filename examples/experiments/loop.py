@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -44,12 +44,9 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         What there is to say of a run's end, see `harm`; of those that had come to it before, nothing.
 
     Raises:
-        RunError: the folder holds another run, or another process is at this one.
-        OSError: a file could not be written. The checkpoints that are there are whole.
-        CheckpointError: its checkpoints are damaged, or those of another run.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
-        NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        RunError, CheckpointError, NonFiniteError, OSError: see there. The checkpoints that are there are whole.
     """
     device = prepared_device(many[0].machine, many[0].training.amp)
     with ranks.joined(device):
@@ -166,7 +163,11 @@ class _Running:
     def _train_epoch(self) -> None:
         """Take the steps of the epoch that are left."""
         self.place.sums = self.place.sums.to(self.learner.device)
-        each = [self._training_batches(run) for run in self.runs]
+        size, augment, place = self.training.batch_size, self.runs[0].data.augment, self.place
+        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self._loading()}
+        each = [
+            training_batches(self.data, batch_size=size, seed=run.seed, augment=augment, **where) for run in self.runs
+        ]
         clock = time.perf_counter()
         while self.place.batch < self.steps:
             batches = [next(batches) for batches in each]
@@ -232,19 +233,6 @@ class _Running:
                 self._stop_or_save(is_measuring=True)
         one, all_five = (100 * ranks.total(wrong).double() / len(split)).tolist()
         return one, all_five if five else None
-
-    def _training_batches(self, run: Settings) -> Iterator[Batch]:
-        """Those of the epoch that are left."""
-        return training_batches(
-            self.data,
-            batch_size=self.training.batch_size,
-            seed=run.seed,
-            epoch=self.place.epoch,
-            first=self.place.batch,
-            augment=run.data.augment,
-            share=self.share,
-            **self._loading(),
-        )
 
     def _loading(self) -> dict[str, Any]:
         workers = -(-self.machine.workers // ranks.on_this_machine())

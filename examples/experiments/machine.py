@@ -1,18 +1,21 @@
-"""The machine that a run is on: its device and random generators, its name, and the signals that ask a run to stop."""
+"""The machine that runs are on: device, random generators, name, signals that ask a run to stop, worker processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +25,11 @@ from experiments.settings import MachineSettings, SettingsError
 
 CPUINFO = Path("/proc/cpuinfo")
 PATIENCE = 3.0  # seconds
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_to_parent: Queue[Any] | None = None  # set in every worker when it starts
 
 
 def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.device:
@@ -117,3 +125,61 @@ def noted_signals() -> Iterator[Callable[[], int | None]]:
         yield lambda: noted[0][0] if noted else None
     finally:
         restore()
+
+
+def run_in_workers(
+    task: Callable[[Item], Result], items: Iterable[Item], processes: int, show: Callable[[list[Any]], None]
+) -> list[Result]:
+    """Call a function of a module on every item, so many at a time, in worker processes of one thread each.
+
+    What the first task that failed raised is raised here, and tasks that have not started are dropped. Ctrl-C stops the
+    workers.
+    """
+    for setting in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # glibc would give memory back in every step
+        os.environ.setdefault(setting, str(2**32))
+    context = multiprocessing.get_context("spawn")  # forking a process in which torch has started threads may hang
+    news: Queue[Any] = context.Queue()
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(news,))
+    try:
+        tasks = [pool.submit(task, item) for item in items]
+        running = set(tasks)
+        while running:
+            done, running = wait(running, timeout=0.2)
+            for finished in done:
+                finished.result()
+            told = []
+            while not news.empty():
+                told.append(news.get())
+            show(told)
+        return [finished.result() for finished in tasks]
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        news.close()
+
+
+def tell(news: Any) -> None:
+    """Send something to the parent; outside a worker there is none, and nothing happens."""
+    if _to_parent is not None:
+        _to_parent.put(news)
+
+
+def _start_worker(news: Queue[Any]) -> None:
+    """Prepare a worker: one thread, so that workers do not fight over the cores."""
+    global _to_parent
+    _to_parent = news
+    news.cancel_join_thread()  # unread news must not keep a worker alive
+    os.setsid()  # Ctrl-C reaches the parent alone, which decides
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _leave_with_the_parent() -> None:
+    """End with a parent that was killed: the worker would otherwise work on, beside those of the next attempt."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers are started here"
+    parent.join()
+    os._exit(1)

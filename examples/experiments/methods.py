@@ -90,12 +90,7 @@ def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:
 
 
 def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None) -> Step:
-    """Make the training step of a method, with cross-entropy as the loss.
-
-    Raises:
-        ApartError: a setting is out of range, or the network has no batch norm to perturb.
-        SettingsError: likewise, of what is written here.
-    """
+    """Make the training step of a method, with cross-entropy as the loss."""
     smoothing = settings.label_smoothing
     loss_fn: LossFunction = partial(F.cross_entropy, label_smoothing=smoothing) if smoothing else F.cross_entropy
     if settings.name not in _APART:
@@ -200,9 +195,7 @@ def with_ghost_noise(model: nn.Module, size: int) -> nn.Module:
 
     With the batch's μ, s and those of `size` samples that are drawn with replacement, μ_g and s_g, the layer returns
     y = γ (x̂ − (μ_g − μ)/s) · s/s_g + β. What depends on the group is a constant for differentiation.
-
-    Raises:
-        SettingsError: a layer is another kind of batch norm, in which the affine map is not the last thing.
+    In another kind of batch norm the affine map may not be the last thing.
     """
     model = copy.deepcopy(model)
 

@@ -24,11 +24,7 @@ class NetworkError(ValueError):
 
 
 def make_network(name: str, data: DataSet, width: int | None = None) -> nn.Module:
-    """Make a network for a data set.
-
-    Raises:
-        NetworkError: there is no such network, or it does not fit the data.
-    """
+    """Make a network for a data set."""
     channels, *size = data.sample_shape
     if name in ANY_WIDTH:
         make, usual = ANY_WIDTH[name]

@@ -70,11 +70,7 @@ class FolderError(ValueError):
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that under its name is the old content or all of the new one, even if the machine stops.
-
-    Raises:
-        OSError: the content could not be written; the old one is as before.
-    """
+    """Write a file so that under its name is the old content or all of the new one, even if the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -123,11 +119,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path) -> State | None:
-    """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so.
-
-    Raises:
-        CheckpointError: all are damaged, or one cannot be read for the moment; nothing is renamed then.
-    """
+    """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so."""
     for interrupted in folder.glob("*.tmp"):
         interrupted.unlink()
     found = checkpoints(folder)
@@ -166,11 +158,7 @@ def _read_checkpoint(path: Path) -> State:
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Keep a run's folder from other processes while open; the system lets go of it when this process ends, however.
-
-    Raises:
-        RunError: another process is at it.
-    """
+    """Keep a run's folder from other processes while open; the system lets go of it when this process ends, however."""
     if fcntl is None:
         yield
         return
@@ -209,12 +197,7 @@ def read_config(path: Path) -> Settings:
 
 
 def is_complete(settings: Settings, resume: bool) -> bool:
-    """Whether a run's folder holds it, finished.
-
-    Raises:
-        RunError: there is one and it must not be, or it is another one.
-        SettingsError: the settings it has stored cannot be read.
-    """
+    """Whether a run's folder holds it, finished; it may be that of another run."""
     config = settings.out / CONFIG
     if not config.exists():
         return False
@@ -282,11 +265,7 @@ class FinishedRun(NamedTuple):
 
 
 def read_run(folder: Path, split: str) -> FinishedRun:
-    """Read a finished run.
-
-    Raises:
-        FolderError: a file is not as the runner writes it, or that error was not measured.
-    """
+    """Read a finished run, with its errors on the test or validation samples."""
     name = CONFIG
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))

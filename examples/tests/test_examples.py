@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from experiments.datasets import load_dataset, training_batches
+from experiments.machine import run_in_workers
 from experiments.paired import PairedDifference, estimate, paired_difference
 from experiments.settings import DataSettings
 from experiments.splits import InMemory, divided
-from experiments.workers import run_in_workers
 from scipy import stats
 from torch import Tensor
 

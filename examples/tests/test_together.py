@@ -16,9 +16,9 @@ from experiments.learner import NonFiniteError
 from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
 from experiments.loop import train
 from experiments.machine import Interrupted
-from experiments.presets import PRESETS
 from experiments.runs import TOGETHER
 from experiments.settings import DataSettings, Settings, SettingsError
+from experiments.train import PRESETS
 from folders_on_disk import write_cifar10
 from safetensors.torch import load_file
 

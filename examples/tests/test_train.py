@@ -28,9 +28,9 @@ from experiments.learner import NonFiniteError
 from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress, progress_bar
 from experiments.machine import Interrupted
 from experiments.networks import make_network
-from experiments.presets import PRESETS
 from experiments.runs import CheckpointError, RunError, harm, read_config
 from experiments.settings import DataSettings, MethodSettings, Settings, SettingsError, as_json, from_json
+from experiments.train import PRESETS
 from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

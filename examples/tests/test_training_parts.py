@@ -19,7 +19,6 @@ from experiments.learner import Learner, NonFiniteError, first_nonfinite
 from experiments.logs import learning_rate
 from experiments.machine import noted_signals
 from experiments.methods import PASSES, initially_carried, make_step, with_ghost_noise
-from experiments.presets import PRESETS
 from experiments.runs import CheckpointError, load_checkpoint, save_checkpoint, write_whole
 from experiments.settings import (
     DataName,
@@ -33,6 +32,7 @@ from experiments.settings import (
     as_json,
     from_json,
 )
+from experiments.train import PRESETS
 from torch import Tensor, nn
 
 from apart_func import (

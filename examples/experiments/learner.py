@@ -149,7 +149,7 @@ class Learner:
         with torch.no_grad():
             for kind, tensors in self.state_dict().items():
                 for key in range(len(tensors)) if kind == "carried" else tensors:
-                    tensors[key].copy_(stored[kind][key])
+                    tensors[key].copy_(stored[kind][key].to(self.device))
 
     def _of_run(self, run: int) -> list[Any]:
         """The state of one network."""

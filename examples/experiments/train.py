@@ -102,17 +102,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line.
-
-    Attributes:
-        settings: of the run.
-        preset: data set whose settings to start from; by default that of --data.
-        resume: go on with the run that is in OUT, if there is one.
-    """
+    """A command line."""
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
+    # data set whose settings to start from; by default that of --data.
     preset: Annotated[DataName | None, tyro.conf.arg(metavar="DATA")] = None
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False  # go on with the run that is in OUT, if there is one.
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -572,9 +572,8 @@ def test_an_error_is_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "advice"), [("trian", "did you mean train?"), ("x", "choose one of train, sweep")])
-def test_an_unknown_command_is_named(given, advice, capsys):
-    assert program.main([given]) == 2
-    assert f"error: there is no command '{given}': {advice}" in capsys.readouterr().err
+def test_an_unknown_command_is_named(given, advice):
+    assert str(program.main([given])).startswith(f"error: there is no command '{given}': {advice}")
 
 
 def interrupt(*_: Any, **__: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,30 +18,8 @@ from experiments.paired import PairedDifference, estimate, paired_difference
 from experiments.settings import DataSettings
 from experiments.splits import InMemory, divided
 from scipy import stats
-from torch import Tensor
 
 # bundled data
-
-
-def class_counts(labels: Tensor) -> list[int]:
-    return torch.bincount(labels, minlength=10).tolist()
-
-
-def test_digits_are_stratified():
-    data = load_dataset(DataSettings("digits"))
-    for split in (data.train, data.validation, data.test):
-        counts = class_counts(split.labels)
-        assert max(counts) - min(counts) <= 0.1 * len(split) / 10 + 2
-
-
-@pytest.mark.parametrize("name", ["digits", "mnist5k"])
-def test_loading_is_deterministic_and_leaves_the_global_generators_alone(name):
-    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    one, other = (load_dataset(DataSettings(name)) for _ in range(2))
-    assert torch.equal(one.train.samples, other.train.samples)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])
-    assert random.getstate() == states[2]
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])

@@ -584,29 +584,25 @@ def test_stored_settings_that_make_no_sense_are_refused(part, changes, message):
         from_json(stored)
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "evaluate_every"])
-def test_counts_start_at_one(name):
-    with pytest.raises(SettingsError, match=f"{name} is 0"):
-        TrainingSettings(**{name: 0})
-
-
-def test_a_seed_and_a_number_of_samples_are_not_negative():
-    with pytest.raises(SettingsError, match="seed is -1"):
-        Settings(seed=-1)
-    with pytest.raises(SettingsError, match="train_samples is 0"):
-        DataSettings(train_samples=0)
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        *((TrainingSettings, {name: 0}, f"{name} is 0") for name in ("epochs", "batch_size", "evaluate_every")),
+        *((MethodSettings, {"rho": value}, "rho is") for value in (-0.1, math.nan, math.inf)),
+        (MethodSettings, {"name": "sam_on"}, "there is no method 'sam_on'"),
+        (DataSettings, {"train_samples": 0}, "train_samples is 0"),
+        (Settings, {"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(part, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        part(**changes)
 
 
 @pytest.mark.parametrize("stored", [[], 3, None, "text"])
 def test_stored_settings_that_are_no_object_are_refused(stored):
     with pytest.raises(SettingsError, match="expected an object of sections"):
         from_json(stored)
-
-
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-def test_radii_are_finite_and_not_negative(value):
-    with pytest.raises(SettingsError, match="rho is"):
-        MethodSettings(rho=value)
 
 
 # the processor

@@ -138,7 +138,8 @@ ORIGINAL = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command."""
-    arguments = [ORIGINAL.get(argument, argument) for argument in arguments]
+    parts = [argument.partition("=") for argument in arguments]
+    arguments = [ORIGINAL.get(name, name) + equals + value for name, equals, value in parts]
     command = parse(arguments)
     out = command.settings.out
     start = f"{'python' if ranks.launched() == 1 else 'torchrun ...'} -m experiments train"

@@ -525,7 +525,7 @@ def test_the_original_s_names_of_options_are_understood(tmp_path, monkeypatch):
     monkeypatch.setattr(command_line, "train", lambda runs, resume: trained.extend(runs) or [])
     monkeypatch.setattr(command_line, "last_errors", lambda out: "")
     line = f"""
-        --dataset cifar10 --data_dir PATH --model wideresnet40_2 -b 64 --epochs 100 --num_workers 4 --lr 0.2
+        --dataset=cifar10 --data_dir PATH --model wideresnet40_2 -b 64 --epochs 100 --num_workers 4 --lr 0.2
         --momentum 0.8 --nesterov --weight_decay 1e-4 --gamma 0.2 -r 0.5 -eps 0.05 -g 8 --rho 0.1 --out {tmp_path}
     """
     command_line.main(line.split())

@@ -319,16 +319,16 @@ class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
         return len(self.chosen)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | DataError:
-        """A batch, or what is wrong with it: an error raised in a worker would come wrapped in its traceback."""
+        """A batch, normalised by channel, or its error: one raised in a worker would come wrapped in a traceback."""
         try:
-            if self.seeds is None:
-                samples, labels = self.split.batch(self.chosen[number])
-            else:
-                with _default_generator_at(self.seeds[number]):
-                    samples, labels = self.split.batch(self.chosen[number], augment=True)
+            with torch.random.fork_rng(devices=[]):  # puts the generator back where it was
+                if self.seeds:
+                    torch.default_generator.manual_seed(self.seeds[number])  # `torch.manual_seed` seeds devices, too
+                samples, labels = self.split.batch(self.chosen[number], augment=self.seeds is not None)
         except DataError as error:
             return error
-        return _normalise(samples, self.mean, self.std), labels
+        scale, shape = 255 if samples.dtype == torch.uint8 else 1, (-1, *[1] * (samples.dim() - 2))
+        return samples.to(torch.float32).sub(scale * self.mean.view(shape)).div_(scale * self.std.view(shape)), labels
 
 
 def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -348,24 +348,9 @@ def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> I
         yield batch
 
 
-def _normalise(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bring samples to mean 0 and deviation 1 in every channel, by the statistics of the data set."""
-    scale = 255 if samples.dtype == torch.uint8 else 1
-    shape = (-1, *[1] * (samples.dim() - 2))
-    return samples.to(torch.float32).sub(scale * mean.view(shape)).div_(scale * std.view(shape))
-
-
 def mix(*parts: int) -> int:
     """A seed that depends on all parts."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def _default_generator_at(seed: int) -> Iterator[None]:
-    """Seed torch's default CPU generator, and put it back where it was; `torch.manual_seed` would seed devices too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _obey_the_parent_alone(worker: int) -> None:

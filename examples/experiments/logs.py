@@ -63,11 +63,6 @@ def learning_rate(training: TrainingSettings, done: float) -> float:
     return training.lr * training.gamma ** sum(done >= milestone for milestone in training.milestones)
 
 
-def is_measured(training: TrainingSettings, epoch: int) -> bool:
-    """Whether errors are measured after the epoch that comes after so many."""
-    return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
-
-
 def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
     """Loss, second loss where the method has one, and error in percent, over the steps of this epoch of one run."""
     loss, second_loss, wrong, counted = place.sums.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,7 @@ from experiments import logs, ranks, runs
 from experiments.datasets import DataSet, evaluation_batches, load_dataset, mix, steps_per_epoch, training_batches
 from experiments.learner import Learner
 from experiments.logs import Place, Progress, Show, learning_rate
-from experiments.machine import Interrupted, noted_signals, prepared_device, random_state, set_random_state
-from experiments.methods import Batch
+from experiments.machine import Interrupted, Noted, noted_signals, prepared_device, random_state, set_random_state
 from experiments.networks import NetworkError, drop_features, make_network
 from experiments.ranks import Share
 from experiments.runs import CheckpointError, State
@@ -118,13 +117,7 @@ class _Running:
     """Runs under way."""
 
     def __init__(
-        self,
-        many: Sequence[Settings],
-        data: DataSet,
-        learner: Learner,
-        show: Show,
-        noted: Callable[[], int | None],
-        stack: ExitStack,
+        self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted, stack: ExitStack
     ) -> None:
         self.runs, self.data, self.learner, self.show, self.noted = many, data, learner, show, noted
         self.training, self.machine, out = many[0].training, many[0].machine, many[0].out
@@ -172,21 +165,17 @@ class _Running:
         while self.place.batch < self.steps:
             batches = [next(batches) for batches in each]
             self.place.waiting_seconds += time.perf_counter() - clock
-            self._take_step(batches)
+            lr = learning_rate(self.training, self.step / self.total)
+            sums, out = self.learner.train(batches, lr, self.step + 1)
+            self.place.batch += 1
+            self.place.sums += sums
+            if self.is_single and self.step % self.machine.log_steps == 0:
+                self.scalars.add_step(self.step, out, lr)
             if time.monotonic() - self.shown_at > SHOW_SECONDS:
                 self._tell()
             self._stop_or_save()
             before, clock = clock, time.perf_counter()
             self.place.seconds += clock - before
-
-    def _take_step(self, batches: Sequence[Batch]) -> None:
-        """Train every network on its batch, and count what came of it."""
-        lr = learning_rate(self.training, self.step / self.total)
-        sums, out = self.learner.train(batches, lr, self.step + 1)
-        self.place.batch += 1
-        self.place.sums += sums
-        if self.is_single and self.step % self.machine.log_steps == 0:
-            self.scalars.add_step(self.step, out, lr)
 
     def _add_rows(self) -> None:
         """Write down what the epoch came to. Errors are measured now, if it is their turn."""
@@ -196,8 +185,8 @@ class _Running:
         new = []
         for number, run in enumerate(self.runs):
             start = time.perf_counter()
-            due = logs.is_measured(self.training, self.place.epoch)
-            errors = self._errors(number) if due else [None, None, None]
+            due = (self.place.epoch + 1) % self.training.evaluate_every == 0
+            errors = self._errors(number) if due or self.step == self.total else [None, None, None]
             measuring = time.perf_counter() - start
             new.append(logs.epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
             self._stop_or_save(is_measuring=True)

@@ -26,6 +26,7 @@ from experiments.settings import MachineSettings, SettingsError
 CPUINFO = Path("/proc/cpuinfo")
 PATIENCE = 3.0  # seconds
 
+Noted = Callable[[], int | None]  # the number of the signal that has come, if one has
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -43,7 +44,8 @@ def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.d
         torch.zeros(1, device=name).item()  # refused by a device that holds no data
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if amp and device.type == "cpu" and not has_bfloat16():
+    flags = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else "bf16"  # if it does not tell
+    if amp and device.type == "cpu" and "bf16" not in flags:
         warnings.warn(
             "this processor has no arithmetic in bfloat16, and emulates it at a tenth of the speed: leave --amp out",
             stacklevel=2,
@@ -53,11 +55,6 @@ def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.d
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
         torch.use_deterministic_algorithms(True)
     return device
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor computes in bfloat16, as far as it tells."""
-    return not CPUINFO.exists() or "bf16" in CPUINFO.read_text(encoding="utf-8", errors="replace")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -99,7 +96,7 @@ class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no erro
 
 
 @contextmanager
-def noted_signals() -> Iterator[Callable[[], int | None]]:
+def noted_signals() -> Iterator[Noted]:
     """Note a SIGINT or SIGTERM instead of obeying it, until there is a good moment to stop.
 
     One that comes again within `PATIENCE` is the same request, which terminals and batch systems send to a process and

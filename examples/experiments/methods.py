@@ -132,17 +132,10 @@ def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | 
         else:
             passed = apart.proxy_pass(fmodel, loss_fn, params, buffers, batch, precision=apart.Precision(dtype))
             grads, loss, output, moved = passed.grads, passed.loss, passed.output.detach(), passed.buffers
+        finite, nan = apart.all_finite([loss, *grads.values()]), torch.full_like(loss, torch.nan)
+        none: dict[str, Any] = {"stats": {}, "adversarial_stats": {}, "stat_grads": {}, "perturbation": {}}
         out = StepOutput(
-            grads=grads,
-            buffers=moved,
-            loss=loss,
-            adversarial_loss=torch.full_like(loss, torch.nan),
-            output=output,
-            stats={},
-            adversarial_stats={},
-            stat_grads={},
-            perturbation={},
-            all_finite=apart.all_finite([loss, *grads.values()]),
+            grads=grads, buffers=moved, loss=loss, adversarial_loss=nan, output=output, all_finite=finite, **none
         )
         return out if ranks.count() == 1 else _over_ranks(out)
 

@@ -13,61 +13,53 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "budget", "appendix")
 
 
 def main(arguments: Sequence[str]) -> int | str | None:
-    """Run a command."""
-    if not arguments or arguments[0] not in COMMANDS:
+    """Run a command. An error that a user can mend is one line; what is none is raised."""
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    try:
-        check_alone(arguments[0])
+        return 0 if arguments else 2
+    command, *options = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        return f"error: there is no command {command!r}: {advice}"
+    try:  # imports take seconds, in which Ctrl-C may come
+        from concurrent.futures.process import BrokenProcessPool
+
+        from experiments.learner import NonFiniteError
+        from experiments.machine import Interrupted
+        from experiments.ranks import launched
+        from experiments.runs import CheckpointError, RunError
+
+        if command != "train" and launched() > 1:
+            return f"error: {command} is a program of one process: start it without torchrun."
         with warnings.catch_warnings():
-            warnings.showwarning = _one_line  # type: ignore[assignment]  # whose own arguments have names
-            importlib.import_module(f"experiments.{arguments[0]}").main(arguments[1:])
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            importlib.import_module(f"experiments.{command}").main(options)
     except KeyboardInterrupt:
         return "stopped: the same command goes on."
-    except Exception as error:
-        return _explained(error)
-    return None
-
-
-def check_alone(command: str) -> None:
-    """Make sure that torchrun has not started several processes of a command that is one."""
-    from experiments.ranks import launched
-
-    if command != "train" and launched() > 1:
-        raise ValueError(f"{command} is a program of one process: start it without torchrun.")
-
-
-def _one_line(message: Warning | str, *_: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def _explained(error: Exception) -> int | str:
-    """An error that a user can mend, in one line; what is none is raised again."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    from experiments.checkpoints import CheckpointError
-    from experiments.interrupts import Interrupted
-    from experiments.nonfinite import NonFiniteError
-    from experiments.runs import RunError
-
-    if isinstance(error, Interrupted):
-        print(f"{error}; {error.advice}", file=sys.stderr)
-        return 128 + error.signal_number
-    if isinstance(error, BrokenProcessPool):
+    except Interrupted as stop:
+        print(f"{stop}; {stop.advice}", file=sys.stderr)
+        return 128 + stop.signal_number
+    except BrokenProcessPool:
         return "error: a worker was killed, by hand or for want of memory. The same command goes on."
-    if isinstance(error, (ValueError, OSError, RunError, CheckpointError, NonFiniteError)):
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = ". The checkpoints that are there are whole: make room, and go on with --resume."
+        return f"error: {error}{advice if is_full else ''}"
+    except (ValueError, RunError, CheckpointError, NonFiniteError) as error:
         return f"error: {error}"
-    raise error
+    return None
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
-from experiments.environment import environment
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
+from experiments.learner import NonFiniteError
 from experiments.loop import train
-from experiments.nonfinite import NonFiniteError
+from experiments.machine import environment
 from experiments.paired import Key, PairedDifference, difference_by_key, estimate, holm, over_images, welch_by_key
 from experiments.runs import FolderError, RunError, is_finished, read_run
 from experiments.tables import ResultTable, bold, format_error, format_gain, markdown

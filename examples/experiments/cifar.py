@@ -17,6 +17,8 @@ from torch import Tensor
 
 from experiments.splits import DataError, locate
 
+Share = tuple[Tensor, Tensor]  # images (N, 3, 32, 32), uint8, and labels (N,), int64
+
 
 class Form(NamedTuple):
     """What the files of a data set are called."""
@@ -29,25 +31,13 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "cifar10": Form(
-        folder="cifar-10-batches-py",
-        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
-        test="test_batch",
-        labels="labels",
-        classes=10,
-    ),
-    "cifar100": Form(folder="cifar-100-python", train=("train",), test="test", labels="fine_labels", classes=100),
+    "cifar10": Form("cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "labels", 10),
+    "cifar100": Form("cifar-100-python", ("train",), "test", "fine_labels", 100),
 }
-
-Share = tuple[Tensor, Tensor]
 
 
 def read_cifar(name: str, folder: Path) -> tuple[Share, Share]:
-    """Read the training and the test images.
-
-    Returns:
-        Images (N, 3, 32, 32), uint8, and labels (N,), int64; of training and of testing.
-    """
+    """Read the training and the test images."""
     form = FORMS[name]
     root = locate(folder, form.folder, (*form.train, form.test))
     images, labels = zip(*(read_file(root / file, form) for file in form.train), strict=True)
@@ -65,16 +55,25 @@ def read_file(path: Path, form: Form) -> Share:
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise DataError(f"{path} cannot be read as a file of {form.folder}: {error}") from error
 
-    images, labels = _entry(content, "data"), _entry(content, form.labels)
+    entries = content if isinstance(content, dict) else {}
+    images, labels = (entries.get(key.encode(), entries.get(key)) for key in ("data", form.labels))  # bytes: Python 2
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (3 * 32 * 32,)):
-        raise DataError(f"{path}: 'data' is {_describe(images)}, not a uint8 array (N, 3072)")
+        raise DataError(f"{path}: 'data' is {_described(images)}, not a uint8 array (N, 3072)")
     count = len(images)
     if not (isinstance(labels, list) and len(labels) == count and all(isinstance(n, int | np.integer) for n in labels)):
-        raise DataError(f"{path}: '{form.labels}' is {_describe(labels)}, not a list of {count} integers")
+        raise DataError(f"{path}: '{form.labels}' is {_described(labels)}, not a list of {count} integers")
     outside = sorted({int(label) for label in labels if not 0 <= label < form.classes})
     if outside:
         raise DataError(f"{path}: labels {outside[:5]} are not among the {form.classes} classes")
     return torch.tensor(images).view(count, 3, 32, 32), torch.tensor(labels, dtype=torch.int64)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"a {value.dtype} array {value.shape}"
+    if isinstance(value, list):
+        return f"a list of {len(value)} values"
+    return "missing" if value is None else f"a {type(value).__name__}"
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -99,32 +98,12 @@ def _encode(text: str, encoding: str | bytes) -> bytes:
     return text.encode("latin1")
 
 
-def _rebuilder(value: Any, protocol: int) -> Callable[..., Any]:
-    """The private function of numpy that rebuilds a value from a pickle; its module has changed its name."""
-    function: Callable[..., Any] = value.__reduce_ex__(protocol)[0]
-    return function
-
-
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
 }
-for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = _rebuilder(np.empty(1), protocol=2)
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = _rebuilder(np.int64(0), protocol=2)
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _rebuilder(np.empty(1), protocol=5)
-
-
-def _entry(content: Any, key: str) -> Any:
-    """What a file holds under a key, which Python 2 has written as bytes; None if there is nothing."""
-    return content.get(key.encode(), content.get(key)) if isinstance(content, dict) else None
-
-
-def _describe(value: Any) -> str:
-    """A value, in few words."""
-    if isinstance(value, np.ndarray):
-        return f"a {value.dtype} array {value.shape}"
-    if isinstance(value, list):
-        return f"a list of {len(value)} values"
-    return "missing" if value is None else f"a {type(value).__name__}"
+for _core in ("numpy.core", "numpy._core"):  # private functions of numpy, whose module has changed its name
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(1).__reduce_ex__(2)[0]  # type: ignore[assignment]
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = np.int64(0).__reduce_ex__(2)[0]  # type: ignore[assignment]
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(1).__reduce_ex__(5)[0]  # type: ignore[assignment]

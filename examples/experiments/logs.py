@@ -1,8 +1,8 @@
 """What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
 
-`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`, which `Metrics` writes. `Scalars`
-is TensorBoard: losses, accuracies, the size of every layer's statistic gradients, and how many signs of δ change.
-`progress_bar` yields a function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`. `Scalars` is TensorBoard: losses,
+accuracies, the size of every layer's statistic gradients, and how many signs of δ change. `progress_bar` yields a
+function that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import torch
 from rich.console import Console
@@ -28,28 +27,23 @@ from experiments.settings import Settings, TrainingSettings
 
 Row = dict[str, float | None]
 WRONG = 2  # the column of `Place.sums`
+TIMING_COLUMNS = ("images_per_second", "data_wait", "seconds")
+LOSSES = ("train_loss", "adversarial_loss", "train_error")
+ERRORS = ("validation_error", "test_error", "test_top5_error")
+COLUMNS = ("epoch", "step", "lr", *LOSSES, *ERRORS, *TIMING_COLUMNS)
 
 
 @dataclass
 class Place:
-    """How far runs have come, and what they have counted since the last row of their metrics.
+    """How far runs have come, and what they have counted since the last row of their metrics."""
 
-    Attributes:
-        epoch: epochs that are complete.
-        batch: steps of the epoch that comes after them.
-        sums: over these steps, of those that were no overflow: loss, second loss, wrong labels, number; (runs, 4), as
-            `Counted` has them.
-        seconds: the time they took, of all runs.
-        waiting_seconds: of it, for data.
-        rows: of the metrics, of every run.
-    """
-
-    epoch: int = 0
-    batch: int = 0
+    epoch: int = 0  # epochs that are complete
+    batch: int = 0  # steps of the epoch that comes after them
+    # Over these steps: loss, second loss, wrong labels, number; (runs, 4), as `Learner.train` has them.
     sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    rows: list[list[Row]] = field(default_factory=lambda: [[]])
+    seconds: float = 0.0  # that they took, of all runs
+    waiting_seconds: float = 0.0  # of it, for data
+    rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
 
     def next_epoch(self) -> Place:
         """The place before the first step of the epoch that comes after this one."""
@@ -57,31 +51,16 @@ class Place:
 
     def of_run(self, number: int) -> Place:
         """What of the counted belongs to one run; time is shared."""
-        count = len(self.sums)
-        return replace(
-            self,
-            sums=self.sums[number],
-            seconds=self.seconds / count,
-            waiting_seconds=self.waiting_seconds / count,
-            rows=self.rows[number : number + 1],
-        )
+        count, rows = len(self.sums), self.rows[number : number + 1]
+        seconds, waiting_seconds = self.seconds / count, self.waiting_seconds / count
+        return replace(self, sums=self.sums[number], seconds=seconds, waiting_seconds=waiting_seconds, rows=rows)
 
 
 def learning_rate(training: TrainingSettings, done: float) -> float:
-    """The learning rate at a point of the run.
-
-    Args:
-        training: the schedule and where it starts.
-        done: share of the run's steps that lie behind, from 0 to 1.
-    """
+    """The learning rate where a share `done` of the run's steps lies behind."""
     if training.schedule == "cosine":
         return training.lr * (1 + math.cos(math.pi * done)) / 2
-    return training.lr * 0.1 ** sum(done >= milestone for milestone in training.milestones)
-
-
-def is_measured(training: TrainingSettings, epoch: int) -> bool:
-    """Whether errors are measured after the epoch that comes after so many."""
-    return (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+    return training.lr * training.gamma ** sum(done >= milestone for milestone in training.milestones)
 
 
 def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
@@ -97,76 +76,41 @@ def epoch_row(
     settings: Settings, steps: int, place: Place, errors: Sequence[float | None], measuring_seconds: float
 ) -> Row:
     """What an epoch came to."""
-    loss, second_loss, error = means(place, settings.training)
     step = steps * (place.epoch + 1)
-    return {
-        "epoch": place.epoch + 1,
-        "step": step,
-        "lr": learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs)),
-        "train_loss": loss,
-        "adversarial_loss": second_loss,
-        "train_error": error,
-        **dict(zip(("validation_error", "test_error", "test_top5_error"), errors, strict=True)),
-        "images_per_second": steps * settings.training.batch_size / place.seconds,
-        "data_wait": place.waiting_seconds / place.seconds,
-        "seconds": place.seconds + measuring_seconds,
-    }
-
-
-COLUMNS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "adversarial_loss",
-    "train_error",
-    "validation_error",
-    "test_error",
-    "test_top5_error",
-    "images_per_second",
-    "data_wait",
-    "seconds",
-)
-TIMING_COLUMNS = COLUMNS[-3:]
+    lr = learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs))
+    speed, waiting = steps * settings.training.batch_size / place.seconds, place.waiting_seconds / place.seconds
+    times = (speed, waiting, place.seconds + measuring_seconds)
+    values = (place.epoch + 1, step, lr, *means(place, settings.training), *errors, *times)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        out: its folder.
-        epoch: epochs that are complete.
-        epochs: of the whole run.
-        step: steps that were taken.
-        steps: of the whole run.
-        loss: mean clean loss of the epoch so far.
-        train_error: of the clean outputs in the epoch so far, in percent.
-        images_per_second: in the epoch so far.
-        validation_error: the last one measured, in percent; None where there are no such samples.
-        test_error: likewise.
-    """
-
-    out: Path
-    epoch: int
+    out: Path  # its folder
+    epoch: int  # epochs that are complete
     epochs: int
-    step: int
-    steps: int
-    loss: float | None
-    train_error: float | None
-    images_per_second: float
-    validation_error: float | None
-    test_error: float | None
+    step: int  # steps that were taken
+    steps: int  # of the whole run
+    loss: float | None  # mean clean loss of the epoch so far
+    train_error: float | None  # of the clean outputs in the epoch so far, in percent
+    images_per_second: float  # in the epoch so far
+    validation_error: float | None  # the last one measured, in percent; None where there are no such samples
+    test_error: float | None  # likewise
 
     def __str__(self) -> str:
-        """All of it, for a person."""
-        parts = [f"epoch {self.epoch}/{self.epochs}", f"{self.images_per_second:.0f} images/s"]
+        """All of it, for a person; what matters most is first, since a terminal may cut the rest."""
+        parts = [f"epoch {self.epoch}/{self.epochs}", *described_errors(self.test_error, self.validation_error)]
         if self.loss is not None and self.train_error is not None:
             parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
-        for name, error in (("validation", self.validation_error), ("test", self.test_error)):
-            if error is not None:
-                parts.append(f"{name} error {error:.2f} %")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"{self.images_per_second:.0f} images/s"])
+
+
+def described_errors(test: float | None, validation: float | None) -> list[str]:
+    """Errors in percent, for a person; those that were not measured are left out."""
+    errors = {"test": test, "validation": validation}
+    return [f"{name} error {error:.2f} %" for name, error in errors.items() if error is not None]
 
 
 Show = Callable[[Progress], None]
@@ -194,24 +138,12 @@ def progress_bar() -> Iterator[Show]:
         yield show
 
 
-class Metrics:
-    """`metrics.csv`, a row an epoch."""
-
-    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
-        self._file: IO[str] = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
-
-    def add(self, row: Row) -> None:
-        """Append a row."""
-        self._writer.writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+    """Write `metrics.csv`, a row an epoch."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class Scalars:
@@ -222,9 +154,9 @@ class Scalars:
         self._perturbation: PerturbationTree = {}  # of the step that was written before
 
     def add_step(self, step: int, out: StepOutput, lr: float) -> None:
-        """Losses of a step, the size of every layer's statistic gradients, and how many signs of δ are new.
+        """Losses of a step, the Euclidean size of every layer's statistic gradients, and how many signs of δ are new.
 
-        The size is the Euclidean one. Signs are compared with those of the step that was written before.
+        Signs are compared with those of the step that was written before.
         """
         if self._writer is None:
             return
@@ -247,12 +179,10 @@ class Scalars:
         """What an epoch came to."""
         if self._writer is None:
             return
-        for split in ("train", "validation", "test", "test_top5"):
-            error = row[f"{split}_error"]
-            if error is not None:
-                self._writer.add_scalar(f"accuracy/{split}", 100 - error, row["step"])
-        for column in ("images_per_second", "data_wait"):
-            self._writer.add_scalar(column, row[column], row["step"])
+        errors = {f"accuracy/{split}": row[f"{split}_error"] for split in ("train", "validation", "test", "test_top5")}
+        values = {name: 100 - error for name, error in errors.items() if error is not None}
+        for name, value in values.items() | {(name, row[name]) for name in TIMING_COLUMNS[:2]}:
+            self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Write what is left."""

@@ -7,62 +7,26 @@ on, so a resumed run is the undisturbed one, bit for bit; it holds the settings 
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from apart_func import ApartError, split_state
-from experiments import ranks
-from experiments.checkpoints import CheckpointError, Checkpoints, State
+from experiments import logs, ranks, runs
 from experiments.datasets import DataSet, evaluation_batches, load_dataset, mix, steps_per_epoch, training_batches
-from experiments.devices import prepared_device, random_state, set_random_state
-from experiments.interrupts import Interrupted, noted_signals
 from experiments.learner import Learner
-from experiments.logs import (
-    WRONG,
-    Metrics,
-    Place,
-    Progress,
-    Scalars,
-    Show,
-    epoch_row,
-    is_measured,
-    learning_rate,
-    means,
-    progress_bar,
-)
-from experiments.methods import Batch
+from experiments.logs import Place, Progress, Show, learning_rate
+from experiments.machine import Interrupted, Noted, noted_signals, prepared_device, random_state, set_random_state
 from experiments.networks import NetworkError, drop_features, make_network
 from experiments.ranks import Share
-from experiments.runs import (
-    CHECKPOINTS,
-    METRICS,
-    TOGETHER,
-    RunError,
-    harm,
-    held,
-    is_complete,
-    write_config,
-    write_network,
-)
-from experiments.settings import (
-    Settings,
-    SettingsError,
-    as_json,
-    decisive_only,
-    differences,
-    from_json,
-)
+from experiments.runs import CheckpointError, State
+from experiments.settings import Settings, SettingsError, as_json, decisive_only, differences, from_json
 from experiments.splits import Split
 
 SHOW_SECONDS = 0.2
@@ -70,60 +34,61 @@ EVALUATION_FACTOR = 4  # an evaluation batch needs less memory than a training b
 TOP5_CLASSES = 50  # from so many on, the error of the five best guesses is measured too
 
 
-def train(runs: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> None:
+def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = True) -> list[str]:
     """Run a run to its end, or several that differ in their seed alone; those that were interrupted go on.
 
     Processes that torchrun has started take a run together. Those it starts again, after one was killed, go on with it.
 
+    Returns:
+        What there is to say of a run's end, see `harm`; of those that had come to it before, nothing.
+
     Raises:
-        RunError: the folder holds another run, or another process is at this one, or the disk is full.
-        CheckpointError: its checkpoints are damaged, or those of another run.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
-        NonFiniteError: a loss or gradient was infinite or not a number.
         ValueError: the settings do not fit together; nothing has been written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        RunError, CheckpointError, NonFiniteError, OSError: see there. The checkpoints that are there are whole.
     """
-    device = prepared_device(runs[0].machine, runs[0].training.amp)
+    device = prepared_device(many[0].machine, many[0].training.amp)
     with ranks.joined(device):
         resume = resume or ranks.is_restarted()
         # Each looks at its folder, and may refuse it.
-        if all(ranks.from_first(lambda: [is_complete(run, resume) for run in runs])):
-            return
-        data, learner = prepared(runs, device)
-        with full_disk_explained(runs[0].out), noted_signals() as noted, ExitStack() as stack:
-            ranks.from_first(lambda: _begin(runs, stack))
-            is_told = show is None and ranks.is_first()
-            show = show or (stack.enter_context(progress_bar()) if is_told else _show_nothing)
-            running = _Running(runs, data, learner, show, noted, stack)
+        if all(ranks.from_first(lambda: [runs.is_complete(run, resume) for run in many])):
+            return []
+        data, learner = prepared(many, device)
+        with noted_signals() as noted, ExitStack() as stack:
+            ranks.from_first(lambda: _begin(many, stack))
+            told = show or (stack.enter_context(logs.progress_bar()) if ranks.is_first() else lambda progress: None)
+            running = _Running(many, data, learner, told, noted, stack)
             running.to_the_end()
-            for run, rows in zip(runs, running.place.rows, strict=True):
-                message = harm(run, rows[-1]["train_loss"], data.classes)
-                if message and is_told:
-                    print(f"warning: {message}", file=sys.stderr)
+        ends = [rows[-1]["train_loss"] for rows in running.place.rows]
+        return [
+            message for run, loss in zip(many, ends, strict=True) if (message := runs.harm(run, loss, data.classes))
+        ]
 
 
-def _begin(runs: Sequence[Settings], stack: ExitStack) -> None:
-    for run in runs:
-        stack.enter_context(held(run.out))
-        write_config(run)
+def _begin(many: Sequence[Settings], stack: ExitStack) -> None:
+    for run in many:
+        stack.enter_context(runs.held(run.out))
+        runs.write_config(run)
 
 
-def _show_nothing(progress: Progress) -> None:
-    """Leave it to the first rank."""
-
-
-def prepared(runs: Sequence[Settings], device: torch.device) -> tuple[DataSet, Learner]:
+def prepared(many: Sequence[Settings], device: torch.device) -> tuple[DataSet, Learner]:
     """Find the data and make the networks. Whatever does not fit is refused here, before there is a run."""
-    settings = runs[0]
+    settings = many[0]
     share = ranks.training_share(settings)
     data = load_dataset(settings.data)
     steps_per_epoch(data, settings.training.batch_size)  # refuses a batch that cannot be filled
-    if settings.training.channels_last and len(data.sample_shape) != 3:
-        raise SettingsError(f"channels_last is an order of images, and {data.name} has samples {data.sample_shape}.")
-    models = [ranks.synchronised(initial_network(run, data), settings, device).to(device) for run in runs]
+    models = [ranks.synchronised(initial_network(run, data), settings, device).to(device) for run in many]
     if ranks.rank():
         torch.manual_seed(mix(settings.seed, ranks.rank()))  # what steps draw is each rank's own
-    learner = Learner(models, runs)
-    _agree(settings, data, models[0])
+    learner = Learner(models, many)
+    if ranks.count() > 1:
+        text = repr(decisive_only(settings)).encode()
+        own = {
+            "the settings": [torch.frombuffer(bytearray(text), dtype=torch.uint8)],
+            "the training samples": [data.train.labels],
+            "the values of params and buffers": models[0].state_dict().values(),
+        }
+        ranks.agree(own, "Start all with the same command, versions and data.")
     size = len(share.of(range(settings.training.batch_size)))
     blank = torch.zeros(size, *data.sample_shape), torch.zeros(size, dtype=torch.int64)
     try:
@@ -148,56 +113,31 @@ def initial_network(settings: Settings, data: DataSet) -> nn.Module:
     return drop_features(model, settings.model.dropout) if settings.model.dropout else model
 
 
-def _agree(settings: Settings, data: DataSet, model: nn.Module) -> None:
-    """Make sure that all ranks are at the same run."""
-    if ranks.count() > 1:
-        decisive = {
-            "the settings": repr(decisive_only(settings)),
-            "the training samples": ranks.described([data.train.labels]),
-            "the values of params and buffers": ranks.described(model.state_dict().values()),
-        }
-        ranks.agree(decisive, "Start all with the same command, versions and data.")
-
-
 class _Running:
     """Runs under way."""
 
     def __init__(
-        self,
-        runs: Sequence[Settings],
-        data: DataSet,
-        learner: Learner,
-        show: Show,
-        noted: Callable[[], int | None],
-        stack: ExitStack,
+        self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted, stack: ExitStack
     ) -> None:
-        self.runs, self.data, self.learner, self.show, self.noted = runs, data, learner, show, noted
-        self.training, self.machine, out = runs[0].training, runs[0].machine, runs[0].out
+        self.runs, self.data, self.learner, self.show, self.noted = many, data, learner, show, noted
+        self.training, self.machine, out = many[0].training, many[0].machine, many[0].out
         self.steps = steps_per_epoch(data, self.training.batch_size)
-        is_single = len(runs) == 1
-        self.checkpoints = Checkpoints(out / (CHECKPOINTS if is_single else TOGETHER))
-        count = len(runs)
-        self.place = Place(sums=torch.zeros(count, 4, dtype=torch.float64), rows=[[] for _ in runs])
-        self._restore(ranks.from_first(self.checkpoints.load))
-        self.share = ranks.training_share(runs[0])
-        writes = ranks.is_first()
+        self.total = self.steps * self.training.epochs
+        self.is_single = len(many) == 1
+        self.checkpoints = out / (runs.CHECKPOINTS if self.is_single else runs.TOGETHER)
+        self.place = Place(sums=torch.zeros(len(many), 4, dtype=torch.float64), rows=[[] for _ in many])
+        self._restore(ranks.from_first(lambda: runs.load_checkpoint(self.checkpoints)))
+        self.share = ranks.training_share(many[0])
         self.saved_at = self.shown_at = time.monotonic()
-        folder = out / "tensorboard" if self.machine.tensorboard and is_single and writes else None
-        self.scalars = stack.enter_context(closing(Scalars(folder, self.step + 1)))
-        self.metrics = [
-            stack.enter_context(closing(Metrics(run.out / METRICS if writes else Path(os.devnull), rows)))
-            for run, rows in zip(runs, self.place.rows, strict=True)
-        ]
+        is_logged = self.machine.tensorboard and self.is_single and ranks.is_first()
+        folder = out / "tensorboard" if is_logged else None
+        self.scalars = stack.enter_context(closing(logs.Scalars(folder, self.step + 1)))
+        self._write_metrics()
 
     @property
     def step(self) -> int:
         """Steps that every run has taken."""
         return self.place.epoch * self.steps + self.place.batch
-
-    @property
-    def done(self) -> float:
-        """Share of the steps that lie behind."""
-        return self.step / (self.steps * self.training.epochs)
 
     def to_the_end(self) -> None:
         """Train the epochs that are left, and write the networks."""
@@ -209,33 +149,33 @@ class _Running:
             if every and self.place.epoch % every == 0:
                 self._save()
         for number, run in enumerate(self.runs if ranks.is_first() else ()):
-            write_network(run.out, *split_state(self.learner.evaluated(number)))
-        if len(self.runs) > 1:
-            shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+            runs.write_network(run.out, *split_state(self.learner.evaluated(number)))
+        if not self.is_single:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _train_epoch(self) -> None:
         """Take the steps of the epoch that are left."""
         self.place.sums = self.place.sums.to(self.learner.device)
-        each = [self._training_batches(run) for run in self.runs]
+        size, augment, place = self.training.batch_size, self.runs[0].data.augment, self.place
+        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self._loading()}
+        each = [
+            training_batches(self.data, batch_size=size, seed=run.seed, augment=augment, **where) for run in self.runs
+        ]
         clock = time.perf_counter()
         while self.place.batch < self.steps:
             batches = [next(batches) for batches in each]
             self.place.waiting_seconds += time.perf_counter() - clock
-            self._take_step(batches)
+            lr = learning_rate(self.training, self.step / self.total)
+            sums, out = self.learner.train(batches, lr, self.step + 1)
+            self.place.batch += 1
+            self.place.sums += sums
+            if self.is_single and self.step % self.machine.log_steps == 0:
+                self.scalars.add_step(self.step, out, lr)
             if time.monotonic() - self.shown_at > SHOW_SECONDS:
                 self._tell()
             self._stop_or_save()
             before, clock = clock, time.perf_counter()
             self.place.seconds += clock - before
-
-    def _take_step(self, batches: Sequence[Batch]) -> None:
-        """Train every network on its batch, and count what came of it."""
-        lr = learning_rate(self.training, self.done)
-        counted = self.learner.train(batches, lr, self.step + 1, self.done)
-        self.place.batch += 1
-        self.place.sums += counted.sums
-        if len(self.runs) == 1 and self.step % self.machine.log_steps == 0:
-            self.scalars.add_step(self.step, counted.out, lr)
 
     def _add_rows(self) -> None:
         """Write down what the epoch came to. Errors are measured now, if it is their turn."""
@@ -245,15 +185,20 @@ class _Running:
         new = []
         for number, run in enumerate(self.runs):
             start = time.perf_counter()
-            errors = self._errors(number) if is_measured(self.training, self.place.epoch) else [None, None, None]
+            due = (self.place.epoch + 1) % self.training.evaluate_every == 0
+            errors = self._errors(number) if due or self.step == self.total else [None, None, None]
             measuring = time.perf_counter() - start
-            new.append(epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
+            new.append(logs.epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
             self._stop_or_save(is_measuring=True)
         self.place = self.place.next_epoch()
-        for metrics, rows, row in zip(self.metrics, self.place.rows, new, strict=True):
+        for rows, row in zip(self.place.rows, new, strict=True):
             rows.append(row)
-            metrics.add(row)
+        self._write_metrics()
         self.scalars.add_row(new[0])
+
+    def _write_metrics(self) -> None:
+        for run, rows in zip(self.runs, self.place.rows if ranks.is_first() else (), strict=False):
+            logs.write_metrics(run.out / runs.METRICS, rows)
 
     def _errors(self, number: int) -> list[float | None]:
         """Errors on validation samples, where there are some, and on test samples, in percent; see `epoch_row`."""
@@ -278,19 +223,6 @@ class _Running:
         one, all_five = (100 * ranks.total(wrong).double() / len(split)).tolist()
         return one, all_five if five else None
 
-    def _training_batches(self, run: Settings) -> Iterator[Batch]:
-        """Those of the epoch that are left."""
-        return training_batches(
-            self.data,
-            batch_size=self.training.batch_size,
-            seed=run.seed,
-            epoch=self.place.epoch,
-            first=self.place.batch,
-            augment=run.data.augment,
-            share=self.share,
-            **self._loading(),
-        )
-
     def _loading(self) -> dict[str, Any]:
         workers = -(-self.machine.workers // ranks.on_this_machine())
         return {"workers": workers, "pin_memory": self.learner.device.type == "cuda"}
@@ -299,17 +231,16 @@ class _Running:
         """Show how the runs get on: in this epoch, or in the last one where this one has not begun."""
         place = self.place.of_run(0)
         if place.batch:
-            loss, _, error = means(place, self.training)
+            loss, _, error = logs.means(place, self.training)
             speed: float | None = place.batch * self.training.batch_size / max(place.seconds, 1e-9)
         else:
             row = place.rows[0][-1]
             loss, error, speed = row["train_loss"], row["train_error"], row["images_per_second"]
-        total = self.steps * self.training.epochs
         measured = [row for row in place.rows[0] if row["test_error"] is not None]
         last = measured[-1] if measured else {}
         errors = last.get("validation_error"), last.get("test_error")
-        progress = (place.epoch, self.training.epochs, self.step, total, loss, error, speed or 0.0, *errors)
-        self.show(Progress(self.runs[0].out, *progress))
+        where = place.epoch, self.training.epochs, self.step, self.total
+        self.show(Progress(self.runs[0].out, *where, loss, error, speed or 0.0, *errors))
         self.shown_at = time.monotonic()
 
     def _stop_or_save(self, is_measuring: bool = False) -> None:
@@ -324,30 +255,26 @@ class _Running:
     def _of_all_ranks(self) -> Place:
         """The place, with what all ranks have counted together."""
         sums = self.place.sums.clone()
-        sums[:, WRONG] = ranks.total(sums[:, WRONG].contiguous()) / ranks.count()
+        sums[:, logs.WRONG] = ranks.total(sums[:, logs.WRONG].contiguous()) / ranks.count()
         return replace(self.place, sums=sums.cpu())
 
     def _save(self) -> None:
         """Write a checkpoint of this moment, between two steps."""
         place, random = self._of_all_ranks(), ranks.gathered(random_state(self.learner.device))
         if ranks.is_first():
-            state = {
-                "settings": [as_json(run) for run in self.runs],
-                "place": vars(place),
-                "learner": self.learner.state_dict(),
-                "random": random,
-            }
-            self.checkpoints.save(self.step, state)
+            settings, learner = [as_json(run) for run in self.runs], self.learner.state_dict()
+            state = {"settings": settings, "place": vars(place), "learner": learner, "random": random}
+            runs.save_checkpoint(self.checkpoints, self.step, state)
         self.saved_at = time.monotonic()
 
     def _restore(self, state: State | None) -> None:
         """Go on from a checkpoint, if there is one."""
         if state is None:
             return
-        where = self.checkpoints.folder
+        where = self.checkpoints
         try:
             stored = [from_json(each) for each in state["settings"]]
-            if [run.seed for run in stored] != [run.seed for run in self.runs] and len(self.runs) > 1:
+            if [run.seed for run in stored] != [run.seed for run in self.runs] and not self.is_single:
                 return  # those that are trained together are now other ones
             changed = [line for pair in zip(self.runs, stored, strict=True) for line in differences(*pair)]
             if not changed:
@@ -363,17 +290,3 @@ class _Running:
         if changed:
             listed = "".join(f"\n  {line}" for line in changed)
             raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
-
-
-@contextmanager
-def full_disk_explained(out: os.PathLike[str]) -> Iterator[None]:
-    """Say of a full disk what it means for the run."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise RunError(
-            f"{error.strerror or error}, while writing to {out}. The checkpoints that are there are whole: make room, "
-            "and go on with --resume."
-        ) from error

@@ -144,39 +144,23 @@ def total(numbers: Tensor) -> Tensor:
 
 
 def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of every tensor over ranks, bit-equal on all, in one call for all tensors of a dtype."""
-    found = list(tensors)
-    for dtype in {tensor.dtype: None for tensor in found}:
-        places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
-        flat = total(torch.cat([found[place].reshape(-1) for place in places]) / count())
-        for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
-            found[place] = part.view(found[place].shape)
-    return found
+    """The mean of every tensor over ranks, bit-equal on all, in one call."""
+    flat = total(torch.cat([tensor.reshape(-1) for tensor in tensors]) / count())
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def agree(own: Mapping[str, str], advice: str) -> None:
-    """Make sure that all ranks have the same.
-
-    Args:
-        own: what is compared, by what it is of.
-        advice: what makes them the same.
-
-    Raises:
-        RanksError: on every rank, naming what differs and where.
-    """
-    first, *others = gathered(own)
+def agree(own: Mapping[str, Iterable[Tensor]], advice: str) -> None:
+    """Make sure that all ranks have the same tensors; the error of every rank says where they differ."""
+    digests = {}
+    for name, tensors in own.items():
+        parts = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors)
+        digests[name] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    first, *others = gathered(digests)
     for number, other in enumerate(others, start=1):
         for name in first:
-            if other.get(name) != first[name]:
+            if other[name] != first[name]:
                 raise RanksError(f"{name} of rank {number} differ from those of rank 0. {advice}")
-
-
-def described(tensors: Iterable[Tensor]) -> str:
-    """A hash of the values of tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -194,19 +178,14 @@ def _explained() -> Iterator[None]:
 
 
 class Share(NamedTuple):
-    """Which samples of a batch are a rank's: every so-manieth block of them.
+    """Which samples of a batch are a rank's: of n ranks, every nth block of them.
 
     With blocks of as many samples as there are ghost groups, the ranks' groups g together are group g of the batch.
-
-    Attributes:
-        rank: whose share it is.
-        ranks: how many there are.
-        block: samples in a block.
     """
 
-    rank: int = 0
-    ranks: int = 1
-    block: int = 1
+    rank: int = 0  # whose share it is
+    ranks: int = 1  # how many there are
+    block: int = 1  # samples in a block
 
     def of(self, samples: Sequence[int]) -> Sequence[int]:
         """Those of the samples that are the rank's."""
@@ -216,11 +195,7 @@ class Share(NamedTuple):
 
 
 def training_share(settings: Settings) -> Share:
-    """This rank's share of every training batch.
-
-    Raises:
-        SettingsError: the batch cannot be divided.
-    """
+    """This rank's share of every training batch, if it can be divided."""
     size, ranks = settings.training.batch_size, count()
     if size % ranks:
         raise SettingsError(f"a batch of {size} samples cannot be divided among {ranks} processes: choose a multiple.")
@@ -228,19 +203,14 @@ def training_share(settings: Settings) -> Share:
 
 
 def synchronised(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
-    """The network with batch norm over all ranks, if the settings ask for it.
-
-    Raises:
-        SettingsError: it has layers, or is to be compiled, so that it cannot be.
-    """
+    """The network with batch norm over all ranks, if the settings ask for it; some cannot be, and are refused."""
     choice = settings.training.sync_batch_norm
     if count() == 1 or choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            raise SettingsError(
-                f"layer {name!r}, {type(layer).__name__}, cannot be synchronised: --sync-batch-norm off."
-            )
+            kind = type(layer).__name__
+            raise SettingsError(f"layer {name!r}, {kind}, cannot be synchronised: --sync-batch-norm off.")
     if settings.training.compile:
         raise SettingsError("a step with synchronised batch norm cannot be compiled: --sync-batch-norm off.")
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -4,45 +4,39 @@
     metrics.csv          a row an epoch
     checkpoints/         the last two
     tensorboard/
-    model.safetensors    parameters and buffers
+    model.safetensors    parameters and buffers; written last, so a run has finished where it lies, whole
 
-The network is written last, so a run has finished where it lies, whole.
+A file is written beside its place, flushed to the disk, and moved there at once: whatever happens, what stands under
+its name is whole. If the newest checkpoint is damaged all the same, the one before it is loaded.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
-import shlex
 import statistics
 import time
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from experiments.checkpoints import write_whole
-from experiments.environment import environment
-from experiments.folders import walk
-from experiments.methods import READ_BY, passes_of
-from experiments.paired import Key
-from experiments.presets import command_line, preset
+from experiments.datasets import walk
+from experiments.logs import described_errors
+from experiments.machine import environment
+from experiments.methods import PASSES, READ_BY
 from experiments.ranks import count, is_restarted
-from experiments.settings import (
-    MethodName,
-    Settings,
-    SettingsError,
-    as_json,
-    differences,
-    from_json,
-)
+from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
 
 try:
     import fcntl
@@ -51,97 +45,51 @@ except ModuleNotFoundError:  # Windows has no such locks
 
 CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
 CHECKPOINTS, TOGETHER = "checkpoints", "checkpoints-together"
+KEPT = 2  # checkpoints
 SECTIONS = ("data", "model", "method", "training")
 METHODS: tuple[str, ...] = get_args(MethodName)
 RELEASED_SECONDS = 30.0
 FITTED = 0.05  # of the loss of guessing: above it, a network has not fitted its training samples
+
+State = dict[str, Any]
 
 
 class RunError(RuntimeError):
     """A run cannot begin, or cannot go on."""
 
 
+class CheckpointError(RuntimeError):
+    """No checkpoint can be read, though there are some."""
+
+
 class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
 
 
-class FinishedRun(NamedTuple):
-    """What a finished run has left.
-
-    Attributes:
-        folder: where it lies.
-        settings: what decides its result, except split and seed, as `section.name`.
-        key: split of the data, and seed.
-        machine: torch and hardware.
-        losses: mean training loss of every epoch, without perturbation.
-        errors: error in percent after each epoch that measured it; the last epoch is among them.
-        passes_per_epoch: forward-backward passes over the training data.
-        step_seconds: time of a step without waiting for data, the median over epochs.
-    """
-
-    folder: Path
-    settings: Mapping[str, Any]
-    key: Key
-    machine: str
-    losses: list[float]
-    errors: Mapping[int, float]
-    passes_per_epoch: float
-    step_seconds: float
+# Writing.
 
 
-def is_complete(settings: Settings, resume: bool) -> bool:
-    """Look at what is in a run's folder.
-
-    Raises:
-        RunError: there is one and it must not be, or it is another one.
-        SettingsError: the settings it has stored cannot be read.
-    """
-    config = settings.out / CONFIG
-    if not config.exists():
-        return False
-    if not resume:
-        raise RunError(f"{settings.out} already holds a run. Add --resume to go on with it, or choose another --out.")
-    changed = differences(settings, read_config(config))
-    if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
-        raise RunError(
-            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
-        )
-    return is_finished(settings.out)
-
-
-@contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Keep a run's folder from other processes while open; the system lets go of it when this process ends, however.
-
-    Raises:
-        RunError: another process is at it.
-    """
-    if fcntl is None:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that under its name is the old content or all of the new one, even if the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
     try:
-        with suppress(OSError):  # a file system without locks
-            if not _is_locked(folder):
-                raise RunError(f"another process is training in {out}. Wait for it, or choose another --out.")
-        yield
-    finally:
-        os.close(folder)
-
-
-def _is_locked(folder: int) -> bool:
-    """Lock a folder, if it is free; processes that load for one that was killed hold it for some seconds more."""
-    deadline = time.monotonic() + (RELEASED_SECONDS if is_restarted() else 0)
-    while True:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
+    if os.name != "nt":  # the folder's list of names, too; Windows cannot, and does not need it
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_config(settings: Settings) -> None:
@@ -156,12 +104,110 @@ def write_network(out: Path, params: Mapping[str, Tensor], buffers: Mapping[str,
     write_whole(out / MODEL, safetensors.torch.save(tensors))
 
 
+def save_checkpoint(folder: Path, step: int, state: State) -> None:
+    """Write a checkpoint, then delete those that are too many. Where it cannot be written, all are as before."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(folder / f"step-{step:09d}.pt", content.getbuffer())
+    for old in checkpoints(folder)[KEPT:]:
+        old.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def load_checkpoint(folder: Path) -> State | None:
+    """Read the newest checkpoint that is whole; a damaged one is renamed, and a warning says so."""
+    for interrupted in folder.glob("*.tmp"):
+        interrupted.unlink()
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            return _read_checkpoint(path)
+        except (OSError, MemoryError) as error:  # of the machine, and says nothing of the file
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be read for the moment ({type(error).__name__}: {error}). It may be "
+                "whole: mend what is wrong with the machine, and go on with --resume."
+            ) from error
+        except Exception as error:  # whatever a damaged file makes of its reader
+            warnings.warn(f"the checkpoint {path} is damaged and was set aside: {error}", stacklevel=2)
+            path.rename(path.with_suffix(".damaged"))
+    if found:
+        raise CheckpointError(f"all checkpoints in {folder} are damaged. Delete the run's folder to start it anew.")
+    return None
+
+
+def _read_checkpoint(path: Path) -> State:
+    """Load a checkpoint; all of it is read first, so that an error after that is one of its content."""
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as archive:
+        broken = archive.testzip()  # the checksums, which `torch.load` does not compare
+    if broken:
+        raise CheckpointError(f"the checksum of {broken} is wrong")
+    content.seek(0)
+    try:
+        state: State = torch.load(content, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # PyTorch's allocator has an error of its own
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
+    return state
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keep a run's folder from other processes while open; the system lets go of it when this process ends, however."""
+    if fcntl is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    # Processes that load for one that was killed hold it for some seconds more.
+    deadline = time.monotonic() + (RELEASED_SECONDS if is_restarted() else 0)
+    try:
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    message = f"another process is training in {out}. Wait for it, or choose another --out."
+                    raise RunError(message) from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(folder)
+
+
+# Reading.
+
+
 def read_config(path: Path) -> Settings:
     """The settings of a run, from its `config.json`."""
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be used: {error}") from error
+
+
+def is_complete(settings: Settings, resume: bool) -> bool:
+    """Whether a run's folder holds it, finished; it may be that of another run."""
+    config = settings.out / CONFIG
+    if not config.exists():
+        return False
+    if not resume:
+        raise RunError(f"{settings.out} already holds a run. Add --resume to go on with it, or choose another --out.")
+    changed = differences(settings, read_config(config))
+    if changed:
+        listed = "".join(f"\n  {line}" for line in changed)
+        raise RunError(
+            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
+        )
+    return is_finished(settings.out)
 
 
 def is_finished(folder: Path) -> bool:
@@ -173,29 +219,28 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Look for run folders."""
-    found: dict[str, Path] = {}
-    without = []
-    for path in paths:
-        if not path.exists():
-            raise FolderError(f"{path} does not exist: expected what was given to train or sweep as --out")
-        folders = [folder for folder, files in walk(path) if CONFIG in files]
-        for folder in folders:
-            found.setdefault(os.path.realpath(folder), folder)
-        if not folders:
-            without.append(path)
-    return list(found.values()), without
+def last_errors(out: Path) -> str:
+    """What a run has come to, for a person."""
+    with (out / METRICS).open(encoding="utf-8", newline="") as file:
+        *_, row = csv.DictReader(file)
+    test, validation = (float(row[name]) if row[name] else None for name in ("test_error", "validation_error"))
+    return f"after {row['epoch']} epochs: {', '.join(described_errors(test, validation))}"
 
 
 def find_finished(paths: Iterable[Path]) -> list[Path]:
     """Look for run folders of finished runs, and say which others are left out."""
     paths = list(paths)
-    folders, without = find_runs(paths)
-    finished = [folder for folder in folders if is_finished(folder)]
-    for path in without:
-        print(f"left out: {path} is no run folder and holds none (no {CONFIG})")
-    for folder in folders:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise FolderError(f"{path} does not exist: expected what was given to train or sweep as --out")
+        folders = [folder for folder, files in walk(path) if CONFIG in files]
+        if not folders:
+            print(f"left out: {path} is no run folder and holds none (no {CONFIG})")
+        for folder in folders:
+            found.setdefault(os.path.realpath(folder), folder)
+    finished = [folder for folder in found.values() if is_finished(folder)]
+    for folder in found.values():
         if folder not in finished:
             print(f"left out: {folder} has not finished (no whole {MODEL}); train --resume goes on")
     if not finished:
@@ -204,24 +249,21 @@ def find_finished(paths: Iterable[Path]) -> list[Path]:
     return finished
 
 
-def decisive_settings(settings: Settings) -> dict[str, Any]:
-    """What decides a run's result, except split and seed: without what its method does not read, machine and places."""
-    nested = as_json(settings)
-    flat = {f"{part}.{name}": value for part in SECTIONS for name, value in nested[part].items()}
-    del flat["data.split_seed"]
-    if settings.data.name != "folder":  # elsewhere the name says what lies there
-        del flat["data.folder"]
-    if settings.method.rule != "multi_step":
-        del flat["method.ascent_steps"]
-    return {name: value for name, value in flat.items() if settings.method.name in READ_BY.get(name, METHODS)}
+class FinishedRun(NamedTuple):
+    """What a finished run has left."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # what decides its result, except split and seed, as `section.name`
+    key: tuple[int, int]  # split of the data, and seed
+    machine: str  # torch and hardware
+    losses: list[float]  # mean training loss of every epoch, without perturbation
+    errors: Mapping[int, float]  # in percent after each epoch that measured it; the last epoch is among them
+    passes_per_epoch: float  # forward-backward passes over the training data
+    step_seconds: float  # without waiting for data, the median over epochs
 
 
 def read_run(folder: Path, split: str) -> FinishedRun:
-    """Read a finished run.
-
-    Raises:
-        FolderError: a file is not as the runner writes it, or that error was not measured.
-    """
+    """Read a finished run, with its errors on the test or validation samples."""
     name = CONFIG
     try:
         config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -246,16 +288,20 @@ def read_run(folder: Path, split: str) -> FinishedRun:
     return FinishedRun(folder, decisive, key, machine, losses, errors, passes, step_seconds)
 
 
+def decisive_settings(settings: Settings) -> dict[str, Any]:
+    """What decides a run's result, except split and seed: without what its method does not read, machine and places."""
+    nested = as_json(settings)
+    flat = {f"{part}.{name}": value for part in SECTIONS for name, value in nested[part].items()}
+    del flat["data.split_seed"]
+    if settings.data.name != "folder":  # elsewhere the name says what lies there
+        del flat["data.folder"]
+    return {name: value for name, value in flat.items() if settings.method.name in READ_BY.get(name, METHODS)}
+
+
 def passes_per_epoch(settings: Settings) -> float:
-    """Forward-backward passes over the training data in an epoch, on average over the run: what a method costs."""
+    """Forward-backward passes over the training data in an epoch: what a method costs."""
     method = settings.method
-    passes = len(passes_of(method))
-    further = method.ratio + passes - 2 if method.name in ("apart", "apart_sam") else passes - 1
-    if method.name in READ_BY["method.every"]:
-        further /= method.every
-    if method.epsilon_schedule == "late" and method.name in READ_BY["method.epsilon_schedule"]:
-        further /= 3
-    return 1 + further
+    return len(PASSES[method.name]) - 1 + (method.ratio if method.name in READ_BY["method.ratio"] else 1)
 
 
 def is_fitted(loss: float, smoothing: float, classes: int) -> bool:
@@ -265,16 +311,12 @@ def is_fitted(loss: float, smoothing: float, classes: int) -> bool:
     return loss - least <= FITTED * math.log(classes)
 
 
-def harm(settings: Settings, loss: float | None, classes: int) -> str | None:
-    """What to say at the end of a run whose clean training loss is high under a perturbation; None if it is not."""
+def harm(settings: Settings, loss: float | None, classes: int) -> str:
+    """What to say at the end of a run whose clean training loss is high under a perturbation; "" if it is not."""
     method = settings.method
     if method.name == "plain" or loss is None or is_fitted(loss, method.label_smoothing, classes):
-        return None
-    start = preset(settings.data.name, "plain").method
-    named = replace(start, name="plain", label_smoothing=method.label_smoothing)
-    plain = replace(settings, method=named, out=settings.out.with_name(f"{settings.out.name}-plain"))
+        return ""
     return (
         f"the clean training loss is still {loss:.3f}: the network or the schedule does not fit its samples under "
-        f"{method.name}, and plain training may be better. Compare with plain training:\n"
-        f"  python -m experiments train {shlex.join(command_line(plain))}"
+        f"{method.name}, and plain training may be better. Compare with plain training:"
     )

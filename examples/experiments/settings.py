@@ -1,9 +1,10 @@
 """Everything that decides a training run, as frozen dataclasses: what the command line sets and `config.json` keeps.
 
-Settings
 data      which samples          training   optimizer, schedule, precision
 model     which network          machine    what a run may change when it is resumed: it decides no result
 method    plain, apart, ...      seed, out
+
+`--help` prints the comment of every option. Whoever asks for something out of range gets a `SettingsError`.
 """
 
 from __future__ import annotations
@@ -13,174 +14,137 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import dacite
 from tyro.conf import arg
 
-DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k", "mnist1d"]
-MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "sam_on", "momentum_sam", "ghost_noise"]
-RuleName = Literal["sign", "random_sign", "l2", "multi_step"]
-RadiusSchedule = Literal["constant", "rising", "falling", "late"]
+DataName = Literal["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "digits", "mnist5k"]
+MethodName = Literal["plain", "apart", "one_pass", "apart_sam", "sam", "ghost_noise"]
+RuleName = Literal["sign", "random_sign", "l2"]
+Number = Annotated[int | None, arg(metavar="N")]
+Pixels = Annotated[int | None, arg(metavar="PIXELS")]
+
+# Options that are no more, with the value at which they changed nothing: runs that have it can still be read.
+GONE: dict[str, dict[str, Any]] = {
+    "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
+    | {"ascent_steps": 3, "microbatches": 1}
+}
 
 
 class SettingsError(ValueError):
     """A setting is out of range, or stored settings cannot be used."""
 
 
-def _at_least(low: int, **values: float) -> None:
+def _at_least(low: int, **values: float | None) -> None:
     for name, value in values.items():
-        if not low <= value < math.inf:
+        if value is not None and not low <= value < math.inf:
             raise SettingsError(f"{name} is {value}; expected a finite number ≥ {low}.")
+
+
+def _share_below_one(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise SettingsError(f"{name} is {value}; expected a share from 0 to below 1.")
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on.
+    """What is trained on."""
 
-    Attributes:
-        name: the data set. digits, mnist5k and mnist1d (synthetic) come with Python packages.
-        folder: where it lies on disk; the bundled sets need none.
-        crop: side of the images that the network sees; by default that of the data set.
-        resize: side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; pixels then
-            lie in [−1, 1], as such networks expect.
-        augment: crop and flip the training images at random, where the data set has it.
-        train_samples: how many to train on, with the same share of every class; by default all that are left.
-        validation_samples: how many to set aside from the training samples for choosing settings, likewise; by default
-            the number of the bundled sets, and none of the others.
-        test_samples: how many of the test samples to measure on, the first; by default all.
-        split_seed: decides which samples are trained on and set aside.
-    """
-
+    # the data set. digits and mnist5k come with Python packages.
     name: Annotated[DataName, arg(name="data")] = "digits"
+    # where it lies on disk; the bundled sets need none.
     folder: Annotated[Path | None, arg(name="data-dir", metavar="PATH")] = None
-    crop: Annotated[int | None, arg(metavar="PIXELS")] = None
-    resize: Annotated[int | None, arg(metavar="PIXELS")] = None
-    augment: bool = True
-    train_samples: Annotated[int | None, arg(metavar="N")] = None
-    validation_samples: Annotated[int | None, arg(metavar="N")] = None
-    test_samples: Annotated[int | None, arg(metavar="N")] = None
-    split_seed: int = 0
+    crop: Pixels = None  # side of the images that the network sees; by default that of the data set.
+    # side to which CIFAR's images are enlarged for a network that was pretrained on larger ones; then
+    # pixels lie in [−1, 1], as such networks expect.
+    resize: Pixels = None
+    augment: bool = True  # crop and flip the training images at random, where the data set has it.
+    # how many to train on, with the same share of every class; by default all that are left.
+    train_samples: Number = None
+    # how many to set aside from the training samples for choosing settings, likewise; by default the number of the
+    # bundled sets, and none of the others.
+    validation_samples: Number = None
+    test_samples: Number = None  # how many of the test samples to measure on, the first; by default all.
+    split_seed: int = 0  # decides which samples are trained on and set aside.
 
     def __post_init__(self) -> None:
-        """Refuse numbers of samples that are none."""
-        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples or 0)
-        for name in ("train_samples", "test_samples", "resize"):
-            value = getattr(self, name)
-            _at_least(1, **{name: 1 if value is None else value})
+        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
+        _at_least(1, train_samples=self.train_samples, test_samples=self.test_samples, resize=self.resize)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The network.
+    """The network."""
 
-    Attributes:
-        name: small_resnet, mnist_resnet, cifar_resnet, resnet1d (signals), wideresnet16_2, wideresnet40_1,
-            wideresnet40_2, wideresnet28_10, preact_resnet18, any ResNet of torchvision, or any network of timm;
-            efficientnet_lite0_imagenet is pretrained.
-        width: channels of its first stage, where it has a choice.
-        dropout: share of the features that training drops before the classifier.
-    """
-
+    # small_resnet, mnist_resnet, cifar_resnet, wideresnet16_2, wideresnet40_1, wideresnet40_2, wideresnet28_10,
+    # preact_resnet18, any ResNet of torchvision, or any network of timm; efficientnet_lite0_imagenet is pretrained.
     name: Annotated[str, arg(name="model")] = "small_resnet"
-    width: Annotated[int | None, arg(metavar="CHANNELS")] = None
-    dropout: float = 0.0
+    width: Annotated[int | None, arg(metavar="CHANNELS")] = None  # channels of its first stage, where it has a choice.
+    dropout: float = 0.0  # share of the features that training drops before the classifier.
 
     def __post_init__(self) -> None:
-        """Refuse a share that leaves no features."""
-        _at_least(0, dropout=self.dropout)
-        if self.dropout >= 1:
-            raise SettingsError(f"dropout is {self.dropout}; expected a share below 1.")
+        _share_below_one(dropout=self.dropout)
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What a training step computes.
+    """What a training step computes."""
 
-    Attributes:
-        name: one forward and backward (plain, one_pass, momentum_sam, ghost_noise), or two (apart, apart_sam, sam,
-            sam_on).
-        epsilon: APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
-        epsilon_schedule: the radius over the run: constant, rising to it or falling from it in a straight line, or
-            late: plain steps for two thirds of the run, then the method's.
-        rule: which way APART moves the statistics: by the sign of their gradient, at random, along the gradient, to
-            where several steps lead. Where none is said, one pass takes random signs.
-        ascent_steps: gradients that the rule of several steps takes; all but the first cost a pass more.
-        groups: APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
-        clean_fraction: share of the groups that are clean in one pass.
-        ratio: share of the batch that goes through APART's adversarial pass.
-        remainder: where the groups do not divide that share: an error, or drop a few samples.
-        rho: radius of the weight perturbation of APART-SAM, SAM, SAM-ON and Momentum-SAM.
-        norm: in which rho is measured for SAM-ON, over the scales and biases of normalisation layers.
-        ghost_size: samples in a random ghost group of ghost noise.
-        every: a second pass on each so-manieth step alone; the others are plain.
-        label_smoothing: share of a label that is spread over all classes.
-        microbatches: parts of the batch, one after another, to save memory. Each has its own statistics.
-    """
-
+    # one forward and backward (plain, one_pass, ghost_noise), or two (apart, apart_sam, sam).
     name: Annotated[MethodName, arg(name="method")] = "apart"
+    # APART's perturbation radius, as a fraction of the statistic. At 0 the second pass is a control.
     epsilon: float = 0.1
-    epsilon_schedule: RadiusSchedule = "constant"
+    # which way APART moves the statistics: by the sign of their gradient, at random, or along the gradient. Where none
+    # is said, one pass takes random signs.
     rule: RuleName = "sign"
-    ascent_steps: int = 3
+    # APART's ghost groups in the adversarial pass, or of the whole batch in one pass. 0 makes one group.
     groups: int = 16
-    clean_fraction: float = 0.5
-    ratio: float = 1.0
-    remainder: Literal["error", "drop"] = "error"
-    rho: float = 0.1
-    norm: Literal["linf", "l2"] = "linf"
-    ghost_size: int = 8
-    every: int = 1
-    label_smoothing: float = 0.0
-    microbatches: int = 1
+    clean_fraction: float = 0.5  # share of the groups that are clean in one pass.
+    ratio: float = 1.0  # share of the batch that goes through APART's adversarial pass.
+    rho: float = 0.1  # radius of the weight perturbation of APART-SAM and SAM.
+    ghost_size: int = 8  # samples in a random ghost group of ghost noise.
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes.
 
     def __post_init__(self) -> None:
-        """Refuse radii and counts below their range; the step checks the rest."""
-        _at_least(0, epsilon=self.epsilon, rho=self.rho, label_smoothing=self.label_smoothing)
-        _at_least(1, ascent_steps=self.ascent_steps, microbatches=self.microbatches, every=self.every)
+        if self.name not in get_args(MethodName):
+            raise SettingsError(f"there is no method {self.name!r}: choose one of {', '.join(get_args(MethodName))}.")
+        _at_least(0, epsilon=self.epsilon, rho=self.rho)
         _at_least(2, ghost_size=self.ghost_size)
-        if self.label_smoothing >= 1:
-            raise SettingsError(f"label_smoothing is {self.label_smoothing}; expected a share below 1.")
+        _share_below_one(label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How the network is trained: SGD with momentum.
+    """How the network is trained: SGD with momentum."""
 
-    Attributes:
-        epochs: passes over the training samples.
-        batch_size: samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
-        lr: learning rate at the start.
-        momentum: of SGD.
-        weight_decay: of SGD, on all parameters.
-        schedule: the learning rate falls in steps, or to zero along a cosine.
-        milestones: where it is multiplied by 0.1 under the schedule of steps, as fractions of the run.
-        sync_batch_norm: under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
-        amp: lower precision of activations. Weights stay float32.
-        compile: make one graph of the whole step with torch.compile.
-        clip: largest norm of the gradient; a longer one is shortened to it.
-        channels_last: memory order of images that tensor cores prefer.
-        evaluate_every: epochs from one evaluation to the next; the last epoch is always evaluated.
-    """
-
-    epochs: int = 200
+    epochs: int = 200  # passes over the training samples.
+    # samples in a batch, of all processes together; an incomplete last batch of an epoch is dropped.
     batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["steps", "cosine"] = "steps"
+    lr: float = 0.1  # learning rate at the start.
+    momentum: float = 0.9  # of SGD.
+    nesterov: bool = False  # look ahead along the momentum, as SGD of torch does.
+    weight_decay: float = 5e-4  # of SGD, on all parameters.
+    schedule: Literal["steps", "cosine"] = "steps"  # the learning rate falls in steps, or to zero along a cosine.
+    # where the schedule of steps multiplies it by gamma, as fractions of the run.
     milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1  # that factor.
+    # under torchrun, statistics of batch norm over all processes; auto does so on GPUs.
     sync_batch_norm: Literal["auto", "on", "off"] = "auto"
+    # lower precision of activations. Weights stay float32.
     amp: Annotated[Literal["bf16"] | None, arg(metavar="{bf16}")] = None
-    compile: bool = False
+    compile: bool = False  # make one graph of the whole step with torch.compile.
+    # largest norm of the gradient; a longer one is shortened to it.
     clip: Annotated[float | None, arg(metavar="NORM")] = None
-    channels_last: bool = False
-    evaluate_every: int = 1
+    channels_last: bool = False  # memory order of images that tensor cores prefer.
+    evaluate_every: int = 1  # epochs from one evaluation to the next; the last epoch is always evaluated.
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained with."""
         _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
-        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, gamma=self.gamma)
+        if self.nesterov and not self.momentum:
+            raise SettingsError("nesterov looks ahead along a momentum, which is 0: leave it out, or raise --momentum.")
         if sorted(self.milestones) != list(self.milestones) or not all(0 < share < 1 for share in self.milestones):
             raise SettingsError(f"milestones are {self.milestones}; expected rising fractions of the run, in (0, 1).")
         if self.clip is not None and not self.clip > 0:
@@ -189,28 +153,18 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """What a run may change when it is resumed.
+    """What a run may change when it is resumed."""
 
-    Attributes:
-        device: cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
-        deterministic: refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
-        workers: processes that load and augment, on each machine.
-        checkpoint_epochs: epochs from one checkpoint to the next; 0 leaves it to the time.
-        checkpoint_seconds: longest time without a checkpoint, also within an epoch.
-        log_steps: steps from one TensorBoard entry to the next.
-        tensorboard: write OUT/tensorboard.
-    """
-
-    device: str = "auto"
+    device: str = "auto"  # cpu, cuda, cuda:1 and so on; auto takes a GPU if there is one.
+    # refuse operations that differ from call to call on a GPU, so that a resumed run is exact there.
     deterministic: bool = False
-    workers: int = 0
-    checkpoint_epochs: int = 1
-    checkpoint_seconds: float = 600.0
-    log_steps: int = 100
-    tensorboard: bool = True
+    workers: int = 0  # processes that load and augment, on each machine.
+    checkpoint_epochs: int = 1  # epochs from one checkpoint to the next; 0 leaves it to the time.
+    checkpoint_seconds: float = 600.0  # longest time without a checkpoint, also within an epoch.
+    log_steps: int = 100  # steps from one TensorBoard entry to the next.
+    tensorboard: bool = True  # write OUT/tensorboard.
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of something."""
         _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
         _at_least(0, checkpoint_seconds=self.checkpoint_seconds)
         _at_least(1, log_steps=self.log_steps)
@@ -218,28 +172,17 @@ class MachineSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        data: what is trained on.
-        model: the network.
-        method: what a step computes.
-        training: how the network is trained.
-        machine: what a run may change when it is resumed.
-        seed: of the initial weights, the batches and their augmentation.
-        out: folder of the run.
-    """
-
-    data: DataSettings = field(default_factory=DataSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    method: MethodSettings = field(default_factory=MethodSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    machine: MachineSettings = field(default_factory=MachineSettings)
-    seed: int = 0
-    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")
+    data: DataSettings = field(default_factory=DataSettings)  # what is trained on.
+    model: ModelSettings = field(default_factory=ModelSettings)  # the network.
+    method: MethodSettings = field(default_factory=MethodSettings)  # what a step computes.
+    training: TrainingSettings = field(default_factory=TrainingSettings)  # how the network is trained.
+    machine: MachineSettings = field(default_factory=MachineSettings)  # what a run may change when it is resumed.
+    seed: int = 0  # of the initial weights, the batches and their augmentation.
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")  # folder of the run.
 
     def __post_init__(self) -> None:
-        """Refuse a seed that no generator takes, and folders that no text can name."""
         _at_least(0, seed=self.seed)
         for name, folder in {"--out": self.out, "--data-dir": self.data.folder}.items():
             try:
@@ -258,8 +201,10 @@ def from_json(stored: Any) -> Settings:
     """Settings from what `as_json` made of them."""
     if not isinstance(stored, Mapping):
         raise SettingsError(f"the stored settings are a {type(stored).__name__}; expected an object of sections.")
-    names = {part.name for part in fields(Settings)}
-    given = {name: value for name, value in stored.items() if name in names}
+    given = {name: value for name, value in stored.items() if name in {part.name for part in fields(Settings)}}
+    for name, gone in GONE.items():
+        if isinstance(given.get(name), Mapping):
+            given[name] = {key: value for key, value in given[name].items() if gone.get(key, ...) != value}
     try:
         return dacite.from_dict(Settings, given, dacite.Config(cast=[Path, tuple, float], strict=True))
     except dacite.DaciteError as error:
@@ -279,8 +224,5 @@ def decisive_only(settings: Settings) -> Settings:
 
 
 def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = {f"{name}.{key}": leaf for key, leaf in _flat(value).items()} if isinstance(value, dict) else {}
-        flat |= inner or {name: value}
-    return flat
+    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in nested.items()}
+    return {f"{part}.{name}".rstrip("."): value for part, values in parts.items() for name, value in values.items()}

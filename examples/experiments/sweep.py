@@ -21,13 +21,12 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from experiments.interrupts import Interrupted
 from experiments.loop import train
+from experiments.machine import Interrupted, run_in_workers, tell
 from experiments.methods import PASSES, READ_BY
 from experiments.runs import CHECKPOINTS, METHODS, is_complete, passes_per_epoch
 from experiments.settings import MethodName, Settings
 from experiments.train import parse
-from experiments.workers import run_in_workers, tell
 
 SHORT = {"epsilon": "eps"}  # in the names of folders
 # For as many passes as other methods take, these can run twice as long.

@@ -123,11 +123,13 @@ def coloured(wnid: str, height: int = 64, width: int = 64) -> torch.Tensor:
     return image
 
 
-def write_class_folders(folder: Path, shares: Sequence[str] = ("train", "val"), per_class: int = 4) -> Path:
-    """JPEG files of different sizes, one sub-folder a class."""
+def write_class_folders(
+    folder: Path, shares: Sequence[str] = ("train", "val"), per_class: int = 4, side: int | None = None
+) -> Path:
+    """JPEG files of different sizes, or of one, in one sub-folder a class."""
     for share in shares:
         for wnid in WNIDS:
             for i in range(per_class):
-                size = (70 + 10 * i, 90)
+                size = (side, side) if side else (70 + 10 * i, 90)
                 write_image(folder / share / wnid / f"{wnid}_{i}.JPEG", coloured(wnid, *size))
     return folder

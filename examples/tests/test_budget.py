@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from experiments import budget
 from experiments.budget import Arm, Options, Range, Study, Trial, choice, drawn, edges, read_results
-from experiments.nonfinite import NonFiniteError
+from experiments.learner import NonFiniteError
 from experiments.paired import PairedDifference, paired_difference
 
 PLAN = Path(budget.__file__).parents[1] / "results/PLAN.md"

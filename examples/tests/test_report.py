@@ -349,9 +349,9 @@ def test_validation_errors_are_read_where_asked_for(runs, tmp_path):
 
 def test_every_data_set_has_its_own_table_figure_and_errors(runs, tmp_path):
     write_run(runs / "a", seed=3, error=5)
-    write_run(runs / "b", seed=3, error=6, data={"name": "mnist1d"}, **epochs(7))
+    write_run(runs / "b", seed=3, error=6, data={"name": "mnist5k"}, **epochs(7))
     make(runs)
-    for data, error in (("digits", 5), ("mnist1d", 6)):
+    for data, error in (("digits", 5), ("mnist5k", 6)):
         stem = tmp_path / "report" / f"{data}-test"
         assert list(read_table(stem.with_suffix(".md").read_text(encoding="utf-8"))) == ["plain"]
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

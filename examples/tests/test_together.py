@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +10,18 @@ from typing import Any
 import pytest
 import torch
 from experiments import learner, loop
-from experiments.interrupts import Interrupted
-from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.learner import NonFiniteError
+from experiments.logs import COLUMNS, TIMING_COLUMNS
 from experiments.loop import train
-from experiments.nonfinite import NonFiniteError
-from experiments.presets import PRESETS
+from experiments.machine import Interrupted
 from experiments.runs import TOGETHER
 from experiments.settings import DataSettings, Settings, SettingsError
+from experiments.train import PRESETS
 from folders_on_disk import write_cifar10
 from safetensors.torch import load_file
+from test_train import outcome, rows, stop_at
 
 SEEDS = (0, 3, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -58,27 +48,6 @@ def quietly(runs: list[Settings]) -> None:
     train(runs, show=lambda progress: None)
 
 
-def rows(out: Path) -> list[dict[str, str]]:
-    with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def outcome(run: Settings) -> tuple[bytes, list[list[str]]]:
-    """Everything about a finished run that is no time."""
-    lines = [[value for name, value in row.items() if name not in TIMING_COLUMNS] for row in rows(run.out)]
-    return (run.out / "model.safetensors").read_bytes(), lines
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    """Ask runs to stop once they have taken so many steps."""
-
-    def show(progress: Progress) -> None:
-        if progress.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    return show
-
-
 def interrupted(runs: list[Settings], step: int) -> None:
     with pytest.raises(Interrupted, match="SIGTERM"):
         train(runs, stop_at(step))
@@ -94,13 +63,7 @@ METHODS = {
     "apart_sam": {"name": "apart_sam"},
     "one_pass": {"name": "one_pass"},
     "l2": {"name": "apart", "rule": "l2"},
-    "multi_step": {"name": "apart", "rule": "multi_step"},
     "one_pass, l2": {"name": "one_pass", "rule": "l2", "clean_fraction": 0.25},
-    "micro-batches": {"name": "one_pass", "microbatches": 2},
-    "sam_on": {"name": "sam_on"},
-    "momentum_sam": {"name": "momentum_sam"},
-    "every other": {"name": "sam", "every": 2},
-    "falling": {"name": "apart", "epsilon_schedule": "falling"},
     "label smoothing": {"name": "plain", "label_smoothing": 0.1},
     "half of the batch": {"name": "apart", "ratio": 0.5},
 }
@@ -200,7 +163,7 @@ def test_runs_that_were_stopped_end_as_the_undisturbed_ones(changes, tmp_path):
     assert not any((run.out / "model.safetensors").exists() for run in stopped)
     for runs in (stopped, undisturbed):
         quietly(runs)
-    assert [outcome(run) for run in stopped] == [outcome(run) for run in undisturbed]
+    assert [outcome(run.out) for run in stopped] == [outcome(run.out) for run in undisturbed]
     assert not (stopped[0].out / TOGETHER).exists()
 
 
@@ -219,7 +182,7 @@ def test_runs_that_were_stopped_while_they_were_measured_go_on(tmp_path, monkeyp
     assert [rows(run.out) for run in stopped] == [[]] * len(SEEDS)
     for runs in (stopped, undisturbed):
         quietly(runs)
-    assert [outcome(run) for run in stopped] == [outcome(run) for run in undisturbed]
+    assert [outcome(run.out) for run in stopped] == [outcome(run.out) for run in undisturbed]
 
 
 def test_the_checkpoint_of_other_seeds_is_none(tmp_path):
@@ -227,7 +190,7 @@ def test_the_checkpoint_of_other_seeds_is_none(tmp_path):
     runs, undisturbed = (tiny(tmp_path / name, seeds=SEEDS[:2]) for name in ("stopped", "undisturbed"))
     for each in (runs, undisturbed):
         quietly(each)
-    assert [outcome(run) for run in runs] == [outcome(run) for run in undisturbed]
+    assert [outcome(run.out) for run in runs] == [outcome(run.out) for run in undisturbed]
 
 
 # what is refused

@@ -20,9 +20,9 @@ import torch
 from experiments import __main__ as program
 from experiments import ranks
 from experiments.datasets import evaluation_batches, load_dataset, training_batches
-from experiments.interrupts import Interrupted
 from experiments.learner import check_fit
 from experiments.loop import train
+from experiments.machine import Interrupted
 from experiments.methods import initially_carried, make_step
 from experiments.networks import make_network
 from experiments.ranks import Share
@@ -36,7 +36,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from apart_func import split_state
+from apart_func import RanksError, split_state
 
 RANKS, SAMPLES, GROUPS, EPOCHS = 2, 16, 4, 5
 
@@ -56,14 +56,12 @@ METHODS = {
     "one_pass": MethodSettings("one_pass", groups=GROUPS),
     "apart_sam": MethodSettings("apart_sam", groups=GROUPS),
     "sam": MethodSettings("sam"),
-    "sam_on": MethodSettings("sam_on", norm="l2"),
-    "momentum_sam": MethodSettings("momentum_sam"),
 }
 
 
 def three_steps(model: nn.Module, method: MethodSettings, share: Share) -> dict[str, Any]:
     """Losses, parameters and buffers after three steps of a rank, each on its share of 16 samples."""
-    step, carried = make_step(model, method, momentum=0.8), initially_carried(model, method)
+    step, carried = make_step(model, method), initially_carried(model, method)
     params, buffers = split_state(model)
     losses = []
     for number in range(3):
@@ -177,6 +175,12 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(two_ranks):
 def test_runs_that_are_trained_together_are_refused(two_ranks):
     with pytest.raises(SettingsError, match="leave --together to one process"):
         check_fit([Settings(seed=0), Settings(seed=1)])
+
+
+def test_ranks_at_other_runs_are_refused_by_what_differs(monkeypatch):
+    monkeypatch.setattr(ranks, "gathered", lambda own: [own, own | {"the labels": "others"}])
+    with pytest.raises(RanksError, match=r"the labels of rank 1 differ from those of rank 0\. Start"):
+        ranks.agree({"the weights": [torch.ones(2)], "the labels": [torch.tensor(3), torch.ones(1)]}, "Start again.")
 
 
 @pytest.mark.parametrize(

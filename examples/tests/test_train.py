@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,15 +23,14 @@ import torch
 from experiments import __main__ as program
 from experiments import loop
 from experiments import train as command_line
-from experiments.checkpoints import CheckpointError
 from experiments.datasets import NAMES, evaluation_batches, load_dataset
-from experiments.interrupts import Interrupted
-from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress
+from experiments.learner import NonFiniteError
+from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress, progress_bar
+from experiments.machine import Interrupted
 from experiments.networks import make_network
-from experiments.nonfinite import NonFiniteError
-from experiments.presets import PRESETS
-from experiments.runs import RunError, harm, read_config
+from experiments.runs import CheckpointError, RunError, harm, read_config
 from experiments.settings import DataSettings, MethodSettings, Settings, SettingsError, as_json, from_json
+from experiments.train import PRESETS
 from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -44,15 +44,6 @@ WRITERS = {
     "imagenet": write_class_folders,
     "folder": write_class_folders,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +218,7 @@ def test_an_epoch_can_be_trained_on_every_data_set(name, tmp_path):
     settings = replace(
         settings,
         data=replace(settings.data, name=name),
-        model=replace(settings.model, name="resnet1d" if name == "mnist1d" else "small_resnet"),
+        model=replace(settings.model, name="small_resnet"),
     )
     out = quietly(settings)
     (row,) = rows(out)
@@ -245,13 +236,9 @@ EXACT = {
     "apart_sam": {"name": "apart_sam"},
     "one_pass": {"name": "one_pass"},
     "random signs": {"rule": "random_sign"},
-    "several steps": {"rule": "multi_step", "ascent_steps": 2},
-    "momentum": {"name": "momentum_sam"},
     "ghost noise": {"name": "ghost_noise"},
-    "every other": {"every": 2, "epsilon_schedule": "rising"},
     "bfloat16": {"amp": "bf16", "channels_last": True},
     "clipped": {"clip": 0.5},
-    "micro-batches": {"microbatches": 2},
     "steps": {"schedule": "steps", "milestones": (0.3, 0.8)},
 }
 
@@ -374,7 +361,6 @@ def test_other_settings_than_the_stored_ones_are_refused_by_name(tmp_path):
     ("changes", "message"),
     [
         ({"groups": 5}, "groups=5 does not divide"),
-        ({"microbatches": 3}, "microbatches=3 does not divide"),
         ({"batch_size": 300}, "no batch of 300"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"folder": Path("nowhere")}, "nowhere|folder"),
@@ -424,14 +410,15 @@ def test_a_network_that_was_cut_short_is_not_complete(tmp_path):
 
 
 def test_a_high_training_loss_under_a_perturbation_names_the_plain_run_to_compare_with(tmp_path, capsys):
-    train(tiny(tmp_path, epochs=1), None)
+    out = tmp_path / "a run"
+    program.main(["train", "--epochs", "1", "--lr", "0.05", "--no-tensorboard", "--out", str(out)])
     said = capsys.readouterr().err
     assert "warning: the clean training loss is still 2." in said
     (command,) = (line for line in said.splitlines() if line.startswith("  python -m experiments train"))
     plain = command_line.parse(shlex.split(command)[4:]).settings
-    assert (plain.method.name, plain.out) == ("plain", tmp_path.with_name(f"{tmp_path.name}-plain"))
-    alike = replace(tiny(tmp_path, epochs=1), method=plain.method, out=plain.out)
-    assert plain == alike  # all other options are those of the run
+    assert (plain.method.name, plain.out) == ("plain", tmp_path / "a run-plain")
+    settings = read_config(out / "config.json")
+    assert plain == replace(settings, method=replace(settings.method, name="plain"), out=plain.out)
 
 
 @pytest.mark.parametrize("option", ["--out", "--data-dir"])
@@ -447,15 +434,10 @@ def test_stored_settings_that_are_nested_without_end_are_named(tmp_path):
 
 
 def test_a_low_loss_and_plain_training_are_no_harm():
-    assert harm(Settings(method=MethodSettings("apart")), 0.01, classes=10) is None
-    assert harm(Settings(method=MethodSettings("plain")), 2.0, classes=10) is None
-    assert harm(Settings(method=MethodSettings("sam", label_smoothing=0.1)), 0.6, classes=10) is None
-
-
-def test_channels_last_is_refused_for_signals(tmp_path):
-    settings = replace(PRESETS["mnist1d"], out=tmp_path / "out")
-    with pytest.raises(SettingsError, match=r"channels_last .* mnist1d"):
-        quietly(replace(settings, training=replace(settings.training, channels_last=True)))
+    assert harm(Settings(method=MethodSettings("apart")), 2.0, classes=10)
+    assert not harm(Settings(method=MethodSettings("apart")), 0.01, classes=10)
+    assert not harm(Settings(method=MethodSettings("plain")), 2.0, classes=10)
+    assert not harm(Settings(method=MethodSettings("sam", label_smoothing=0.1)), 0.6, classes=10)
 
 
 def test_a_step_that_is_not_finite_stops_the_run_with_step_pass_and_layer(tmp_path):
@@ -468,10 +450,16 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_as_it_was(tmp_path)
     settings = tiny(tmp_path / "stopped", checkpoint_seconds=0.0)
     interrupted(settings, step=2)
     before = {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()}
-    with files_limited_to(8000), pytest.raises(RunError, match=r"File too large.*make room, and go on with --resume"):
+    with files_limited_to(8000), pytest.raises(OSError, match=r"File too large: '.*step-000000003\.pt'"):
         quietly(settings)
     assert {path: path.read_bytes() for path in (settings.out / "checkpoints").iterdir()} == before
     assert outcome(quietly(settings)) == outcome(quietly(tiny(tmp_path / "undisturbed")))
+
+
+def test_a_full_disk_is_said_with_how_to_go_on(tmp_path):
+    with files_limited_to(8000):
+        said = program.main(["train", "--out", str(tmp_path), "--checkpoint-seconds", "0", "--no-tensorboard"])
+    assert re.match(r"error: .*too large: '.*\.pt'\. The checkpoints .* make room, and go on with --resume", said)
 
 
 @contextmanager
@@ -517,7 +505,7 @@ def test_one_pass_starts_from_random_signs_and_a_radius_that_suits_them(data: st
 def test_flags_are_flat():
     line = """
         --data cifar100 --data-dir PATH --model preact_resnet18 --method apart_sam --epsilon 0.2 --groups 8 --ratio 0.5
-        --rho 0.05 --microbatches 2 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
+        --rho 0.05 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
         --seed 3 --out runs/x --resume
     """
     command = command_line.parse(line.split())
@@ -525,11 +513,28 @@ def test_flags_are_flat():
     stored = as_json(command.settings)
     assert stored["data"]["folder"] == "PATH"
     assert stored["model"]["name"] == "preact_resnet18"
-    expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "microbatches": 2, "rho": 0.05}
+    expected = {"name": "apart_sam", "epsilon": 0.2, "groups": 8, "ratio": 0.5, "rho": 0.05}
     assert expected.items() <= stored["method"].items()
     expected = {"epochs": 20, "batch_size": 64, "amp": "bf16", "compile": True, "clip": 1.0}
     assert expected.items() <= stored["training"].items()
     assert (stored["seed"], stored["out"]) == (3, "runs/x")
+
+
+def test_the_original_s_names_of_options_are_understood(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(command_line, "train", lambda runs, resume: trained.extend(runs) or [])
+    monkeypatch.setattr(command_line, "last_errors", lambda out: "")
+    line = f"""
+        --dataset=cifar10 --data_dir PATH --model wideresnet40_2 -b 64 --epochs 100 --num_workers 4 --lr 0.2
+        --momentum 0.8 --nesterov --weight_decay 1e-4 --gamma 0.2 -r 0.5 -eps 0.05 -g 8 --rho 0.1 --out {tmp_path}
+    """
+    command_line.main(line.split())
+    (settings,) = trained
+    method, training = settings.method, settings.training
+    assert (settings.data.name, settings.data.folder, settings.machine.workers) == ("cifar10", Path("PATH"), 4)
+    assert (training.batch_size, training.lr, training.momentum, training.nesterov) == (64, 0.2, 0.8, True)
+    assert (training.weight_decay, training.gamma) == (1e-4, 0.2)
+    assert (method.ratio, method.epsilon, method.groups, method.rho) == (0.5, 0.05, 8, 0.1)
 
 
 def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
@@ -550,6 +555,7 @@ def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
         (["--lr", "-1"], "lr is -1"),
         (["--milestones", "0.5", "0.2"], "rising fractions"),
         (["--clip", "0"], "a norm above 0"),
+        (["--nesterov", "--momentum", "0"], "raise --momentum"),
     ],
 )
 def test_a_bad_flag_is_refused_with_what_is_expected(arguments, message, capsys):
@@ -563,6 +569,55 @@ def test_an_error_is_one_line(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     message = program.main(["train", "--out", str(tmp_path), "--resume"])
     assert re.match(rf"error: {tmp_path}/config\.json cannot be used: [^\n]+$", message)
+
+
+@pytest.mark.parametrize(("given", "advice"), [("trian", "did you mean train?"), ("x", "choose one of train, sweep")])
+def test_an_unknown_command_is_named(given, advice):
+    assert str(program.main([given])).startswith(f"error: there is no command '{given}': {advice}")
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_stop_before_anything_was_written_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "train", interrupt)
+    with pytest.raises(SystemExit, match="before anything was written: the same command starts the run"):
+        command_line.main(["--out", str(tmp_path / "run")])
+
+
+def test_a_second_ctrl_c_says_from_where_the_run_goes_on(tmp_path, monkeypatch):
+    """The second one does not wait for the step, nor for a checkpoint of it."""
+    arguments = ["--out", str(tmp_path / "run with blanks"), "--epochs", "1"]
+    settings = command_line.parse(arguments).settings
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Running, "to_the_end", interrupt)
+        with pytest.raises(
+            SystemExit, match=r"stopped; no checkpoint had been written\. Go on with: python -m"
+        ) as stop:
+            command_line.main(arguments)
+    *_, command = str(stop.value).partition(" train ")
+    interrupted(settings, step=2)
+    monkeypatch.setattr(loop._Running, "to_the_end", interrupt)
+    with pytest.raises(SystemExit, match="what came after step-000000002 is lost"):
+        command_line.main(shlex.split(command))
+
+
+def test_the_bar_shows_the_test_error_at_80_columns_and_the_end_repeats_it(tmp_path, capsys, monkeypatch):
+    progress = Progress(tmp_path, 123, 200, 4567, 78200, 0.123, 1.5, 12345.6, 4.25, 5.75)
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("FORCE_COLOR", "1")
+        with progress_bar() as show:
+            show(progress)
+    assert "test error 5.75 %" in capsys.readouterr().out
+    assert program.main(["train", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]) is None
+    *_, last, folder = capsys.readouterr().out.splitlines()
+    (row,) = rows(tmp_path / "run")
+    assert last == "after 1 epochs: test error {:.2f} %, validation error {:.2f} %".format(
+        *(float(row[f"{split}_error"]) for split in ("test", "validation"))
+    )
+    assert folder.startswith(f"Network: {tmp_path}/run/model.safetensors")
 
 
 def test_without_a_command_the_program_lists_those_it_has(capsys):
@@ -602,6 +657,16 @@ def test_a_compiled_run_follows_the_eager_one(tmp_path):
     quietly(tiny(tmp_path / "compiled", epochs=1, compile=True))
     eager, compiled = (float(rows(tmp_path / name)[0]["adversarial_loss"]) for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)  # four steps amplify the rounding a little
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_train_writes_where_the_demo_does(tmp_path):
+    command = ["make", "--dry-run", "--old-file", ".venv/ready", "RUN=python", "ARGS=--out runs/x", "demo", "train"]
+    said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        "python examples/compare.py",
+        "PYTHONPATH=examples python -m experiments train --out runs/x",
+    ]
 
 
 # the program, killed

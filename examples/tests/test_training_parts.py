@@ -8,22 +8,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments import devices, interrupts
-from experiments.checkpoints import CheckpointError, Checkpoints, write_whole
+from experiments import machine
 from experiments.datasets import NAMES
-from experiments.interrupts import noted_signals
-from experiments.learner import Learner
+from experiments.learner import Learner, NonFiniteError, first_nonfinite
 from experiments.logs import learning_rate
-from experiments.methods import PASSES, initially_carried, make_step, passes_of
-from experiments.nonfinite import NonFiniteError, Start, first_nonfinite
-from experiments.presets import PRESETS, command_line, preset
+from experiments.machine import noted_signals
+from experiments.methods import PASSES, initially_carried, make_step, with_ghost_noise
+from experiments.runs import CheckpointError, load_checkpoint, save_checkpoint, write_whole
 from experiments.settings import (
     DataName,
     DataSettings,
@@ -36,33 +32,25 @@ from experiments.settings import (
     as_json,
     from_json,
 )
-from experiments.train import parse
+from experiments.train import PRESETS
 from torch import Tensor, nn
 
 from apart_func import (
-    ApartError,
+    Perturbation,
     StepOutput,
+    adversarial_pass,
     assign_grads_,
+    functionalize,
     init_perturbation,
     l2_perturbation,
     make_apart_step,
     make_one_pass_step,
-    multi_step,
     random_sign_perturbation,
     sign_perturbation,
     split_state,
 )
 
 METHODS = get_args(MethodName)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -151,20 +139,6 @@ def test_a_step_changes_nothing(method):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["apart", "apart_sam", "one_pass"])
-def test_micro_batches_are_averaged_and_move_the_running_statistics_in_turn(method):
-    model, (images, labels) = network(), batch_of()
-    params, buffers = split_state(model)
-    step = first_step(model, MethodSettings(method, groups=4))
-    first = step(params, buffers, (images[:8], labels[:8]))
-    second = step(params, first.buffers, (images[8:], labels[8:]))
-    out = first_step(model, MethodSettings(method, groups=4, microbatches=2))(params, buffers, (images, labels))
-    for name, grad in out.grads.items():
-        torch.testing.assert_close(grad, (first.grads[name] + second.grads[name]) / 2)
-    for name, buffer in out.buffers.items():
-        assert torch.equal(buffer, second.buffers[name])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_low_precision_reaches_the_activations_and_not_the_gradients(method):
     model, batch = network(), batch_of()
@@ -190,24 +164,17 @@ def test_every_method_has_names_for_its_passes():
     assert set(PASSES) == set(METHODS)
 
 
-def test_a_rule_of_several_steps_adds_passes_where_there_is_an_adversarial_one():
-    apart, plain = (MethodSettings(name, rule="multi_step", ascent_steps=3) for name in ("apart", "plain"))
-    assert passes_of(apart) == ("proxy", "ascent", "ascent", "adversarial")
-    assert passes_of(plain) == PASSES["plain"]
-
-
 @pytest.mark.parametrize(
     ("rule", "function"),
     [
         ("sign", sign_perturbation),
         ("random_sign", random_sign_perturbation),
         ("l2", l2_perturbation),
-        ("multi_step", multi_step(2)),
     ],
 )
 def test_a_rule_is_the_library_s(rule, function):
     model, batch = network(), batch_of()
-    settings = MethodSettings("apart", rule=rule, ascent_steps=2, groups=4)
+    settings = MethodSettings("apart", rule=rule, groups=4)
     outs = []
     for step in (first_step(model, settings), make_apart_step(model, F.cross_entropy, groups=4, rule=function)):
         torch.manual_seed(0)
@@ -216,20 +183,83 @@ def test_a_rule_is_the_library_s(rule, function):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(outs[0].perturbation[layer], shift, strict=True))
 
 
-def test_one_pass_refuses_a_rule_of_several_steps():
-    model = network()
-    with pytest.raises(ApartError, match=r"multi_step\(3\) needs further passes"):
-        first_step(model, MethodSettings("one_pass", rule="multi_step", groups=4))(*split_state(model), batch_of())
+# ghost noise, and what perturbed statistics are in one group
+
+
+def test_ghost_noise_normalises_every_sample_by_a_random_group_that_no_gradient_goes_through():
+    layer = nn.BatchNorm2d(3).double()
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+    gamma, beta = layer.weight.detach()[:, None, None], layer.bias.detach()[:, None, None]
+    x, weights = torch.randn(2, 8, 3, 5, 5, dtype=torch.float64)
+    x.requires_grad_()
+    torch.manual_seed(0)
+    output = with_ghost_noise(nn.Sequential(layer), size=4)(x)
+    (output * weights).sum().backward()
+
+    torch.manual_seed(0)
+    groups = torch.randint(8, (8, 4))
+    other = x.detach().clone().requires_grad_()
+    mean = other.mean((0, 2, 3))[:, None, None]
+    s = (other.var((0, 2, 3), correction=0) + layer.eps).sqrt()[:, None, None]
+    expected = []
+    for sample, group in zip(other, groups, strict=True):
+        ghosts = other.detach()[group]
+        ghost_mean = ghosts.mean((0, 2, 3))[:, None, None]
+        ghost_s = (ghosts.var((0, 2, 3), correction=0) + layer.eps).sqrt()[:, None, None]
+        shift = (ghost_mean - mean.detach()) / s.detach()
+        expected.append(gamma * ((sample - mean) / s - shift) * (s.detach() / ghost_s) + beta)
+    (torch.stack(expected) * weights).sum().backward()
+    torch.testing.assert_close(output, torch.stack(expected))
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_ghost_noise_is_off_in_evaluation_and_knows_no_other_batch_norm():
+    from timm.layers import BatchNormAct2d
+
+    model, x = nn.Sequential(nn.BatchNorm1d(3)).eval(), torch.randn(4, 3)
+    assert torch.equal(with_ghost_noise(model, 2)(x), model(x))
+    with pytest.raises(SettingsError, match="ghost noise does not know BatchNormAct2d, layer '0'"):
+        with_ghost_noise(nn.Sequential(BatchNormAct2d(3)), 2)
+
+
+def test_at_one_group_the_adversarial_pass_is_a_move_of_scale_and_bias():
+    torch.manual_seed(0)
+    layer, x = nn.BatchNorm1d(5).double(), 2 + torch.randn(16, 5, dtype=torch.float64)
+    shift = Perturbation(*torch.tensor([[0.1], [-0.2]], dtype=torch.float64).expand(2, 5))
+    model, seen = nn.Sequential(layer), []
+
+    def loss(y: Tensor, _: Tensor) -> Tensor:
+        seen.append(y.detach())
+        return y.sum()
+
+    adversarial_pass(functionalize(model), loss, *split_state(model), (x, x), {"0": shift})
+    mean, s = x.mean(0), (x.var(0, correction=0) + layer.eps).sqrt()
+    scale = layer.weight * (1 - 0.2)
+    moved = F.batch_norm(x, None, None, scale, layer.bias - scale * 0.1 * mean / s, training=True, eps=layer.eps)
+    torch.testing.assert_close(seen[0], moved.detach(), rtol=0, atol=2e-15)  # a few roundings of float64
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_smoothed_labels_reach_the_loss_of_every_method(method):
+    model, losses = network(), []
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(0)
+        settings = MethodSettings(method, groups=4, label_smoothing=smoothing)
+        losses.append(first_step(model, settings)(*split_state(model), batch_of()).loss)
+    assert losses[0] != losses[1]
 
 
 # the learner
 
 
-def test_plain_steps_are_those_of_an_ordinary_loop():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_plain_steps_are_those_of_an_ordinary_loop(nesterov):
     model = network()
     other = copy.deepcopy(model)
-    learner = learner_of(model, momentum=0.9, weight_decay=5e-4, clip=0.5)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    learner = learner_of(model, momentum=0.9, nesterov=nesterov, weight_decay=5e-4, clip=0.5)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=5e-4)
     for number in range(3):
         images, labels = batch_of(seed=number)
         learner.train([(images, labels)], 0.1, number)
@@ -358,26 +388,26 @@ def test_weights_that_an_update_made_infinite_are_named():
     model, batch = network(), batch_of()
     params, buffers = split_state(model)
     params["4.bias"][1] = math.inf
-    start = Start(3, params, buffers, batch, {}, torch.get_rng_state())
-    assert first_nonfinite(model, MethodSettings("plain"), None, start) == "the weights it began with, in '4.bias'"
+    arguments = params, buffers, batch, {}
+    found = first_nonfinite(model, MethodSettings("plain"), None, arguments, torch.get_rng_state())
+    assert found == "the weights it began with, in '4.bias'"
 
 
 def test_a_step_that_is_finite_the_second_time_is_said_to_be():
     model = network()
-    start = Start(3, *split_state(model), batch_of(), {}, torch.get_rng_state())
-    assert first_nonfinite(model, MethodSettings("apart", groups=4), None, start) is None
+    arguments = *split_state(model), batch_of(), {}
+    assert first_nonfinite(model, MethodSettings("apart", groups=4), None, arguments, torch.get_rng_state()) is None
 
 
 # checkpoints
 
 
 def test_a_checkpoint_comes_back_and_the_newest_wins(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.load() is None
+    assert load_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
-        checkpoints.save(step, {"step": step, "tensors": {"a": torch.arange(3.0)}, "rows": [{"x": None}]})
+        save_checkpoint(tmp_path, step, {"step": step, "tensors": {"a": torch.arange(3.0)}, "rows": [{"x": None}]})
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000010.pt", "step-000000011.pt"]
-    state = checkpoints.load()
+    state = load_checkpoint(tmp_path)
     assert state["step"] == 11
     assert state["rows"] == [{"x": None}]
     assert torch.equal(state["tensors"]["a"], torch.arange(3.0))
@@ -385,16 +415,15 @@ def test_a_checkpoint_comes_back_and_the_newest_wins(tmp_path):
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
 def test_a_damaged_checkpoint_is_set_aside_with_a_warning(damage, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, {"step": step, "weights": torch.full((1000,), float(step))})
+        save_checkpoint(tmp_path, step, {"step": step, "weights": torch.full((1000,), float(step))})
     newest = tmp_path / "step-000000002.pt"
     content = newest.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     newest.write_bytes({"flipped": flipped, "truncated": content[:middle], "empty": b""}[damage])
     with pytest.warns(UserWarning, match="is damaged and was set aside"):
-        assert checkpoints.load()["step"] == 1
+        assert load_checkpoint(tmp_path)["step"] == 1
     assert (tmp_path / "step-000000002.damaged").exists()
 
 
@@ -409,21 +438,19 @@ def test_a_checkpoint_that_cannot_be_read_for_the_moment_is_left_alone(reader, e
     def fail(*_, **__):
         raise error
 
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"step": 1})
+    save_checkpoint(tmp_path, 1, {"step": 1})
     with monkeypatch.context() as patched:
         patched.setattr(reader, fail)
         with pytest.raises(CheckpointError, match=r"cannot be read for the moment .* go on with --resume"):
-            checkpoints.load()
-    assert checkpoints.load()["step"] == 1
+            load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {})
+    save_checkpoint(tmp_path, 1, {})
     (tmp_path / "step-000000001.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="all checkpoints in"):
-        checkpoints.load()
+        load_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):
@@ -431,18 +458,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(1, {"state": Malicious()})
+    save_checkpoint(tmp_path / "checkpoints", 1, {"state": Malicious()})
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError):
-        checkpoints.load()
+        load_checkpoint(tmp_path / "checkpoints")
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_a_killed_process_has_begun_to_write_is_swept_away(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"step": 1})
+    save_checkpoint(tmp_path, 1, {"step": 1})
     (tmp_path / "step-000000002.pt.tmp").write_bytes(b"half")
-    assert checkpoints.load() == {"step": 1}
+    assert load_checkpoint(tmp_path) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
 
 
@@ -474,7 +499,7 @@ def test_a_signal_is_noted_and_its_double_too():
 
 
 def test_a_signal_that_is_repeated_later_is_obeyed(monkeypatch):
-    monkeypatch.setattr(interrupts, "PATIENCE", 0.0)
+    monkeypatch.setattr(machine, "PATIENCE", 0.0)
     with noted_signals():
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.01)
@@ -506,15 +531,17 @@ def test_presets_are_the_published_settings(name):
     of_network = (settings.model.name, training.batch_size, training.epochs, training.weight_decay)
     of_method = (method.epsilon, method.groups, method.rho, data.crop, training.milestones)
     assert PUBLISHED[name] == (*of_network, *of_method)
-    assert (training.lr, training.momentum, training.schedule) == (0.1, 0.9, "steps")
-    assert (method.ratio, method.label_smoothing, method.epsilon_schedule, method.every) == (1.0, 0.0, "constant", 1)
+    assert (training.lr, training.momentum, training.nesterov) == (0.1, 0.9, False)
+    assert (training.schedule, training.gamma) == ("steps", 0.1)
+    assert (method.ratio, method.label_smoothing) == (1.0, 0.0)
     assert (data.augment, data.train_samples, settings.seed) == (True, None, 42)
 
 
-def test_the_learning_rate_falls_tenfold_at_every_milestone():
-    training = TrainingSettings(lr=0.1, schedule="steps", milestones=(0.5, 0.75))
+@pytest.mark.parametrize("gamma", [0.1, 0.2])
+def test_the_learning_rate_falls_by_gamma_at_every_milestone(gamma):
+    training = TrainingSettings(lr=0.1, schedule="steps", milestones=(0.5, 0.75), gamma=gamma)
     rates = [learning_rate(training, step / 8) for step in range(8)]
-    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates == pytest.approx([0.1] * 4 + [0.1 * gamma] * 2 + [0.1 * gamma**2] * 2)
 
 
 def test_imagenet_has_the_milestones_of_105_epochs_scaled_to_its_own():
@@ -530,6 +557,15 @@ def test_the_cosine_falls_to_zero():
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_come_back_from_json(name):
     assert from_json(as_json(PRESETS[name]) | {"environment": {}}) == PRESETS[name]
+
+
+def test_options_that_are_gone_are_read_where_they_changed_nothing():
+    stored = as_json(Settings())
+    stored["method"] |= {"carry": "clean", "every": 1, "epsilon_schedule": "constant"}
+    assert from_json(stored) == Settings()
+    stored["method"]["every"] = 2
+    with pytest.raises(SettingsError, match="every"):
+        from_json(stored)
 
 
 @pytest.mark.parametrize(
@@ -548,17 +584,19 @@ def test_stored_settings_that_make_no_sense_are_refused(part, changes, message):
         from_json(stored)
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "evaluate_every"])
-def test_counts_start_at_one(name):
-    with pytest.raises(SettingsError, match=f"{name} is 0"):
-        TrainingSettings(**{name: 0})
-
-
-def test_a_seed_and_a_number_of_samples_are_not_negative():
-    with pytest.raises(SettingsError, match="seed is -1"):
-        Settings(seed=-1)
-    with pytest.raises(SettingsError, match="train_samples is 0"):
-        DataSettings(train_samples=0)
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        *((TrainingSettings, {name: 0}, f"{name} is 0") for name in ("epochs", "batch_size", "evaluate_every")),
+        *((MethodSettings, {"rho": value}, "rho is") for value in (-0.1, math.nan, math.inf)),
+        (MethodSettings, {"name": "sam_on"}, "there is no method 'sam_on'"),
+        (DataSettings, {"train_samples": 0}, "train_samples is 0"),
+        (Settings, {"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_name(part, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        part(**changes)
 
 
 @pytest.mark.parametrize("stored", [[], 3, None, "text"])
@@ -567,44 +605,15 @@ def test_stored_settings_that_are_no_object_are_refused(stored):
         from_json(stored)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
-def test_radii_are_finite_and_not_negative(value):
-    with pytest.raises(SettingsError, match="rho is"):
-        MethodSettings(rho=value)
-
-
 # the processor
 
 
 def test_a_processor_without_bfloat16_is_named_where_amp_asks_for_it(tmp_path, monkeypatch):
-    flags = tmp_path / "cpuinfo"
-    flags.write_text("flags : sse avx2 avx512f")
-    assert not devices.has_bfloat16(flags)
-    flags.write_text("flags : avx512f avx512_bf16")
-    assert devices.has_bfloat16(flags)
-    assert devices.has_bfloat16(tmp_path / "elsewhere")  # a system that does not tell
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    machine.prepared_device(MachineSettings(device="cpu"), "bf16")  # a system that does not tell; warnings are errors
+    machine.CPUINFO.write_text("flags : avx512f avx512_bf16")
+    machine.prepared_device(MachineSettings(device="cpu"), "bf16")
+    machine.CPUINFO.write_text("flags : sse avx2 avx512f")
+    machine.prepared_device(MachineSettings(device="cpu"))
     with pytest.warns(UserWarning, match="emulates it at a tenth of the speed: leave --amp out"):
-        devices.prepared_device(MachineSettings(device="cpu"), "bf16")
-    devices.prepared_device(MachineSettings(device="cpu"))  # warnings are errors
-
-
-# commands
-
-
-@pytest.mark.parametrize("data", PRESETS)
-@pytest.mark.parametrize("method", ["plain", "one_pass", "sam"])
-def test_a_command_line_makes_the_settings_that_it_was_made_of(data, method):
-    start = preset(data, method)
-    other = replace(
-        start,
-        data=replace(start.data, folder=Path("a folder/with blanks"), augment=False, train_samples=700),
-        model=replace(start.model, width=4, dropout=0.25),
-        method=replace(start.method, name=method, epsilon=0.3),
-        training=replace(start.training, lr=0.03, compile=True, amp="bf16", milestones=(0.2, 0.4), clip=None),
-        machine=replace(start.machine, tensorboard=False),
-        seed=7,
-        out=Path("runs/one"),
-    )
-    for settings in (replace(start, method=replace(start.method, name=method)), other):
-        assert parse(command_line(settings)).settings == settings
+        machine.prepared_device(MachineSettings(device="cpu"), "bf16")

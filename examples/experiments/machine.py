@@ -1,0 +1,182 @@
+"""The machine that runs are on: device, random generators, name, signals that ask a run to stop, worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from experiments.ranks import device_name
+from experiments.settings import MachineSettings, SettingsError
+
+CPUINFO = Path("/proc/cpuinfo")
+PATIENCE = 3.0  # seconds
+
+Noted = Callable[[], int | None]  # the number of the signal that has come, if one has
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_to_parent: Queue[Any] | None = None  # set in every worker when it starts
+
+
+def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.device:
+    """Find the device, and set what torch has of global switches."""
+    name = machine.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(name)
+    try:
+        device = torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()  # refused by a device that holds no data
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    flags = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else "bf16"  # if it does not tell
+    if amp and device.type == "cpu" and "bf16" not in flags:
+        warnings.warn(
+            "this processor has no arithmetic in bfloat16, and emulates it at a tenth of the speed: leave --amp out",
+            stacklevel=2,
+        )
+    torch.backends.cudnn.benchmark = not machine.deterministic
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that a step on a device draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Go on from what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of times needs to know about where they were taken."""
+    hardware = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux knows more
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        hardware = (names or [hardware])[0]
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "hardware": hardware, "cores": os.cpu_count()}
+
+
+class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no error
+    """A run was asked to stop, and did after it had written a checkpoint."""
+
+    advice = "a checkpoint is written, and --resume goes on."
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        """What stopped it, for a person."""
+        return f"stopped by {signal.Signals(self.signal_number).name}"
+
+
+@contextmanager
+def noted_signals() -> Iterator[Noted]:
+    """Note a SIGINT or SIGTERM instead of obeying it, until there is a good moment to stop.
+
+    One that comes again within `PATIENCE` is the same request, which terminals and batch systems send to a process and
+    to its group. After that it acts as it would have before. Outside the main thread, where Python has no signals,
+    nothing is noted.
+    """
+    noted: list[tuple[int, float]] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted and time.monotonic() - noted[0][1] > PATIENCE:
+            restore()
+            signal.raise_signal(number)
+        noted.append((number, time.monotonic()))
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted[0][0] if noted else None
+    finally:
+        restore()
+
+
+def run_in_workers(
+    task: Callable[[Item], Result], items: Iterable[Item], processes: int, show: Callable[[list[Any]], None]
+) -> list[Result]:
+    """Call a function of a module on every item, so many at a time, in worker processes of one thread each.
+
+    What the first task that failed raised is raised here, and tasks that have not started are dropped. Ctrl-C stops the
+    workers.
+    """
+    for setting in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # glibc would give memory back in every step
+        os.environ.setdefault(setting, str(2**32))
+    context = multiprocessing.get_context("spawn")  # forking a process in which torch has started threads may hang
+    news: Queue[Any] = context.Queue()
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(news,))
+    try:
+        tasks = [pool.submit(task, item) for item in items]
+        running = set(tasks)
+        while running:
+            done, running = wait(running, timeout=0.2)
+            for finished in done:
+                finished.result()
+            told = []
+            while not news.empty():
+                told.append(news.get())
+            show(told)
+        return [finished.result() for finished in tasks]
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        news.close()
+
+
+def tell(news: Any) -> None:
+    """Send something to the parent; outside a worker there is none, and nothing happens."""
+    if _to_parent is not None:
+        _to_parent.put(news)
+
+
+def _start_worker(news: Queue[Any]) -> None:
+    """Prepare a worker: one thread, so that workers do not fight over the cores."""
+    global _to_parent
+    _to_parent = news
+    news.cancel_join_thread()  # unread news must not keep a worker alive
+    os.setsid()  # Ctrl-C reaches the parent alone, which decides
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _leave_with_the_parent() -> None:
+    """End with a parent that was killed: the worker would otherwise work on, beside those of the next attempt."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers are started here"
+    parent.join()
+    os._exit(1)

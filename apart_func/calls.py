@@ -84,12 +84,12 @@ class Step:
         settings, fmodel, is_bounded = self.settings, self.fmodel, kind_of(self.settings.rule).is_bounded
         params = check_call(fmodel, self.loss_fn, params, buffers)
         check_groups(settings.groups, fmodel.modules())
-        epsilon = settings.epsilon if epsilon is None else epsilon
-        check_epsilon(epsilon, is_bounded)
+        if epsilon is not None:
+            check_epsilon(epsilon, is_bounded)
         if perturbation is not None:
             check_perturbation(fmodel.layers, perturbation, 1)
         dtype, device = statistics_kind(params)
-        radius = scalar(epsilon, "epsilon", dtype, device)
+        radius = scalar(settings.epsilon if epsilon is None else epsilon, "epsilon", dtype, device)
         scale = None if loss_scale is None else scalar(loss_scale, "loss_scale", torch.float32, device)
         ranks = ranks_of(group_of(settings.process_group))
         ranks.check(

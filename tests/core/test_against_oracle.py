@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import TOLERANCE, assert_agree, functional_step, relative_error, take_step
 from architectures import Architecture, Block, Norm, architectures
-from compare import TOLERANCE, assert_agree, functional_step, relative_error, take_step
 from hypothesis import given, settings
 from loops import drop_in_step
 from oracle import Adversarial, oracle_adversarial

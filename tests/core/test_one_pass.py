@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import TOLERANCE, Comparison, assert_agree, relative_error
 from architectures import architectures, group_counts
-from compare import TOLERANCE, Comparison, assert_agree, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loops import gradients

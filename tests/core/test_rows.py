@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_agree, functional_step, relative_error, take_step
+from agreement import assert_agree, functional_step, relative_error, take_step
 from loops import drop_in_step, gradients
 from oracle import oracle_one_pass_step, oracle_step
 from torch import Tensor, nn

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import functional_step, relative_error, take_step
+from agreement import functional_step, relative_error, take_step
 from loops import drop_in_step
 from oracle import Step, oracle_one_pass_step
 from small import images

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from compare import assert_agree, relative_error, take_step
+from agreement import assert_agree, relative_error, take_step
 from loops import both_passes, drop_in_step, gradients
 from small import Parts, convolutional, images
 from timm.layers import BatchNormAct2d

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import relative_error
+from agreement import relative_error
 from loops import both_passes, gradients, weights
 from oracle import Step, oracle_step
 from small import convolutional, images

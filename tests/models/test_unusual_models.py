@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_agree, relative_error, take_step
+from agreement import assert_agree, relative_error, take_step
 from forms import STEPS, more_of
 from loops import drop_in_step, gradients, weights
 from oracle import oracle_step

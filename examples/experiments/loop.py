@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         with noted_signals() as noted, ExitStack() as stack:
             ranks.from_first(lambda: _begin(many, stack))
             told = show or (stack.enter_context(logs.progress_bar()) if ranks.is_first() else lambda progress: None)
-            running = _Running(many, data, learner, told, noted, stack)
+            running = _Running(many, data, learner, told, noted)
             running.to_the_end()
         ends = [rows[-1]["train_loss"] for rows in running.place.rows]
         return [
@@ -116,9 +116,7 @@ def initial_network(settings: Settings, data: DataSet) -> nn.Module:
 class _Running:
     """Runs under way."""
 
-    def __init__(
-        self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted, stack: ExitStack
-    ) -> None:
+    def __init__(self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted) -> None:
         self.runs, self.data, self.learner, self.show, self.noted = many, data, learner, show, noted
         self.training, self.machine, out = many[0].training, many[0].machine, many[0].out
         self.steps = steps_per_epoch(data, self.training.batch_size)
@@ -129,9 +127,6 @@ class _Running:
         self._restore(ranks.from_first(lambda: runs.load_checkpoint(self.checkpoints)))
         self.share = ranks.training_share(many[0])
         self.saved_at = self.shown_at = time.monotonic()
-        is_logged = self.machine.tensorboard and self.is_single and ranks.is_first()
-        folder = out / "tensorboard" if is_logged else None
-        self.scalars = stack.enter_context(closing(logs.Scalars(folder, self.step + 1)))
         self._write_metrics()
 
     @property
@@ -166,11 +161,8 @@ class _Running:
             batches = [next(batches) for batches in each]
             self.place.waiting_seconds += time.perf_counter() - clock
             lr = learning_rate(self.training, self.step / self.total)
-            sums, out = self.learner.train(batches, lr, self.step + 1)
+            self.place.sums += self.learner.train(batches, lr, self.place.epoch + 1, self.step + 1)
             self.place.batch += 1
-            self.place.sums += sums
-            if self.is_single and self.step % self.machine.log_steps == 0:
-                self.scalars.add_step(self.step, out, lr)
             if time.monotonic() - self.shown_at > SHOW_SECONDS:
                 self._tell()
             self._stop_or_save()
@@ -194,7 +186,6 @@ class _Running:
         for rows, row in zip(self.place.rows, new, strict=True):
             rows.append(row)
         self._write_metrics()
-        self.scalars.add_row(new[0])
 
     def _write_metrics(self) -> None:
         for run, rows in zip(self.runs, self.place.rows if ranks.is_first() else (), strict=False):

@@ -3,7 +3,6 @@
     config.json          the settings, and the machine
     metrics.csv          a row an epoch
     checkpoints/         the last two
-    tensorboard/
     model.safetensors    parameters and buffers; written last, so a run has finished where it lies, whole
 
 A file is written beside its place, flushed to the disk, and moved there at once: whatever happens, what stands under

@@ -25,10 +25,11 @@ RuleName = Literal["sign", "random_sign", "l2"]
 Number = Annotated[int | None, arg(metavar="N")]
 Pixels = Annotated[int | None, arg(metavar="PIXELS")]
 
-# Options that are no more, with the value at which they changed nothing: runs that have it can still be read.
+# Options that are no more, with the value at which they changed nothing (... for any): runs that have it can be read.
 GONE: dict[str, dict[str, Any]] = {
     "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
-    | {"ascent_steps": 3, "microbatches": 1}
+    | {"ascent_steps": 3, "microbatches": 1},
+    "machine": {"log_steps": ..., "tensorboard": ...},
 }
 
 
@@ -161,13 +162,10 @@ class MachineSettings:
     workers: int = 0  # processes that load and augment, on each machine.
     checkpoint_epochs: int = 1  # epochs from one checkpoint to the next; 0 leaves it to the time.
     checkpoint_seconds: float = 600.0  # longest time without a checkpoint, also within an epoch.
-    log_steps: int = 100  # steps from one TensorBoard entry to the next.
-    tensorboard: bool = True  # write OUT/tensorboard.
 
     def __post_init__(self) -> None:
         _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
         _at_least(0, checkpoint_seconds=self.checkpoint_seconds)
-        _at_least(1, log_steps=self.log_steps)
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def from_json(stored: Any) -> Settings:
     given = {name: value for name, value in stored.items() if name in {part.name for part in fields(Settings)}}
     for name, gone in GONE.items():
         if isinstance(given.get(name), Mapping):
-            given[name] = {key: value for key, value in given[name].items() if gone.get(key, ...) != value}
+            given[name] = {key: v for key, v in given[name].items() if key not in gone or gone[key] not in (v, ...)}
     try:
         return dacite.from_dict(Settings, given, dacite.Config(cast=[Path, tuple, float], strict=True))
     except dacite.DaciteError as error:

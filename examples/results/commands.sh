@@ -1,6 +1,8 @@
 #!/bin/bash
 # What trained the networks of the appendix: run in examples/, with DATA where torchvision keeps CIFAR. A sweep that is stopped
 # goes on with the same command. The experiment with equal budgets has its own command, in PLAN.md.
+# The older ones have options that are gone. Commit 5466747 still knows sam_on, momentum_sam and --epsilon-schedule; commit
+# a272590 knows all, also the rules blended and standardised, and --carry.
 set -e
 
 # cifar10-5000-unaugmented, cifar100-5000-unaugmented, cifar10-5000, cifar10

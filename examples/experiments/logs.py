@@ -42,10 +42,6 @@ class Place:
     waiting_seconds: float = 0.0  # of it, for data
     rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
 
-    def next_epoch(self) -> Place:
-        """The place before the first step of the epoch that comes after this one."""
-        return Place(self.epoch + 1, sums=torch.zeros_like(self.sums), rows=self.rows)
-
     def of_run(self, number: int) -> Place:
         """What of the counted belongs to one run; time is shared."""
         count, rows = len(self.sums), self.rows[number : number + 1]

@@ -60,9 +60,7 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
             running = _Running(many, data, learner, told, noted)
             running.to_the_end()
         ends = [rows[-1]["train_loss"] for rows in running.place.rows]
-        return [
-            message for run, loss in zip(many, ends, strict=True) if (message := runs.harm(run, loss, data.classes))
-        ]
+        return list(filter(None, (runs.harm(run, loss, data.classes) for run, loss in zip(many, ends, strict=True))))
 
 
 def _begin(many: Sequence[Settings], stack: ExitStack) -> None:
@@ -126,6 +124,8 @@ class _Running:
         self.place = Place(sums=torch.zeros(len(many), 4, dtype=torch.float64), rows=[[] for _ in many])
         self._restore(ranks.from_first(lambda: runs.load_checkpoint(self.checkpoints)))
         self.share = ranks.training_share(many[0])
+        workers = -(-self.machine.workers // ranks.on_this_machine())
+        self.loading: dict[str, Any] = {"workers": workers, "pin_memory": learner.device.type == "cuda"}
         self.saved_at = self.shown_at = time.monotonic()
         self._write_metrics()
 
@@ -152,7 +152,7 @@ class _Running:
         """Take the steps of the epoch that are left."""
         self.place.sums = self.place.sums.to(self.learner.device)
         size, augment, place = self.training.batch_size, self.runs[0].data.augment, self.place
-        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self._loading()}
+        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self.loading}
         each = [
             training_batches(self.data, batch_size=size, seed=run.seed, augment=augment, **where) for run in self.runs
         ]
@@ -182,7 +182,7 @@ class _Running:
             measuring = time.perf_counter() - start
             new.append(logs.epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
             self._stop_or_save(is_measuring=True)
-        self.place = self.place.next_epoch()
+        self.place = Place(self.place.epoch + 1, sums=torch.zeros_like(self.place.sums), rows=self.place.rows)
         for rows, row in zip(self.place.rows, new, strict=True):
             rows.append(row)
         self._write_metrics()
@@ -205,7 +205,7 @@ class _Running:
         wrong = torch.zeros(2, dtype=torch.int64, device=self.learner.device)
         size = EVALUATION_FACTOR * self.training.batch_size
         each = Share(ranks.rank(), ranks.count())
-        for samples, labels in evaluation_batches(self.data, split, batch_size=size, share=each, **self._loading()):
+        for samples, labels in evaluation_batches(self.data, split, batch_size=size, share=each, **self.loading):
             guesses = self.learner.scores(model, samples).topk(5 if five else 1, dim=1).indices
             misses = guesses != labels.to(guesses.device)[:, None]
             wrong += torch.stack([misses[:, 0].sum(), misses.all(dim=1).sum()])
@@ -213,10 +213,6 @@ class _Running:
                 self._stop_or_save(is_measuring=True)
         one, all_five = (100 * ranks.total(wrong).double() / len(split)).tolist()
         return one, all_five if five else None
-
-    def _loading(self) -> dict[str, Any]:
-        workers = -(-self.machine.workers // ranks.on_this_machine())
-        return {"workers": workers, "pin_memory": self.learner.device.type == "cuda"}
 
     def _tell(self) -> None:
         """Show how the runs get on: in this epoch, or in the last one where this one has not begun."""

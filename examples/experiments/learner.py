@@ -48,11 +48,7 @@ def check_fit(runs: Sequence[Settings]) -> None:
 
 
 class Learner:
-    """Networks of one architecture, their optimizer, and what else a training step moves.
-
-    `state` is params, buffers, what the method carries from step to step, and momenta; of several networks in stacked
-    tensors, of which entry i belongs to run i.
-    """
+    """Networks of one architecture and all that a step moves: `state`, of several networks in stacked tensors."""
 
     def __init__(self, models: Sequence[nn.Module], runs: Sequence[Settings]) -> None:
         check_fit(runs)

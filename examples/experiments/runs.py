@@ -65,9 +65,6 @@ class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
 
 
-# Writing.
-
-
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that under its name is the old content or all of the new one, even if the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,9 +177,6 @@ def held(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-# Reading.
 
 
 def read_config(path: Path) -> Settings:

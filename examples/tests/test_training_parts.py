@@ -476,6 +476,7 @@ def test_settings_come_back_from_json(name):
 def test_options_that_are_gone_are_read_where_they_changed_nothing():
     stored = as_json(Settings())
     stored["method"] |= {"carry": "clean", "every": 1, "epsilon_schedule": "constant"}
+    stored["machine"] |= {"log_steps": 7, "tensorboard": False}
     assert from_json(stored) == Settings()
     stored["method"]["every"] = 2
     with pytest.raises(SettingsError, match="every"):

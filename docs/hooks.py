@@ -1,4 +1,4 @@
-"""What the build of the site adds: pages that live elsewhere in the repository, and formulae as MathML.
+"""What the build of the site adds: pages and files that live elsewhere in the repository, and formulae as MathML.
 
 The pages of `ELSEWHERE` exist once, where they are made; here they keep their place in the tree, so that links work.
 """
@@ -22,16 +22,16 @@ ELSEWHERE = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
 )
-FIGURES = ("examples/results/*.png", "benchmarks/results/*.png")
+FILES = ("examples/results/*.png", "examples/results/*.sh", "benchmarks/results/*.png")  # as they are
 PLOT = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')
 PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(?:&#x02032;|′)</mi></msup>")  # raised twice without a mathematics font
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages and figures that are not in this folder."""
-    figures = sorted(path for pattern in FIGURES for path in ROOT.glob(pattern))
-    for path in [*(ROOT / name for name in ELSEWHERE), *figures]:
+    """Add the pages, figures and lists of commands that are not in this folder."""
+    linked = sorted(path for pattern in FILES for path in ROOT.glob(pattern))
+    for path in [*(ROOT / name for name in ELSEWHERE), *linked]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

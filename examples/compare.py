@@ -65,7 +65,7 @@ def main(settings: Settings) -> None:
     tuned = replace(grid, factors=(1,), vary=(f"weight-decay={settings.weight_decay}",))
     options = ["--data", settings.data, "--epochs", str(settings.epochs), "--groups", str(settings.groups)]
     for part in (grid, tuned):
-        sweep.run(part, [*options, "--evaluate-every", str(every), "--no-tensorboard"])
+        sweep.run(part, [*options, "--evaluate-every", str(every)])
     found = [read_run(folder, settings.measure_on) for folder in find_finished([runs])]
     report.report(settings.data, found, settings.measure_on, settings.out / "compare")
     print(f"Took {time.perf_counter() - start:.0f} s, {settings.seeds} paired seeds.")

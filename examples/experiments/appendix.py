@@ -69,10 +69,7 @@ def validation_error(entry: Mapping[str, Any]) -> float:
 
 
 def chosen_of(entries: Sequence[Entry]) -> Entry:
-    """Of the candidates with the most runs, that of the lowest mean validation error over them; of equals the first.
-
-    Candidates with fewer were dropped in a search: a low error of a single seed is often luck.
-    """
+    """Of the candidates with the most runs (others were dropped), the first of the lowest mean validation error."""
     most = max(len(entry["validation error %"]) for entry in entries)
     return min((entry for entry in entries if len(entry["validation error %"]) == most), key=validation_error)
 

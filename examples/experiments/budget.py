@@ -186,7 +186,7 @@ def arguments(options: Options, trial: Trial) -> list[str]:
     values: dict[str, Any] = {"data-dir": options.data_dir} if options.data_dir else {}
     values |= drawn(options.plan, trial.arm, trial.draw) | {"split-seed": trial.split, "seed": trial.seed}
     values |= {"workers": 0, "evaluate-every": 10**6, "out": options.out / trial.name}
-    command = f"{options.plan.options} {options.plan.arms[trial.arm].options} --no-tensorboard".split()
+    command = f"{options.plan.options} {options.plan.arms[trial.arm].options}".split()
     return [*command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))]
 
 

@@ -164,9 +164,6 @@ def _load_folders(settings: DataSettings, folder: Path) -> DataSet:
     return DataSet(name, len(classes), (3, side, side), *shares, mean, std)
 
 
-# Folders of images.
-
-
 Files = tuple[list[str], Tensor]  # paths of the images of a share, and their labels, (N,), int64
 # The names of the classes, in the order of the labels, and what is for training, for choosing settings where there is
 # such a share, and for measuring.
@@ -174,10 +171,7 @@ Folders = tuple[list[str], list[Files]]
 
 
 def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
-    """List the images of a set with one sub-folder a class, in train/ and what is `measured` beside it.
-
-    Of the latter, the last that is there is for testing, one before it for choosing settings.
-    """
+    """List images with a sub-folder a class, in train/ and what is `measured`, of which the last is for testing."""
     there = [share for share in measured if (folder / share).is_dir()]
     if not (folder / "train").is_dir() or not there:
         raise DataError(f"no train/ with {' or '.join(f'{share}/' for share in measured)} beside it in {folder}")
@@ -188,10 +182,7 @@ def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
 
 
 def find_tiny_imagenet(folder: Path) -> Folders:
-    """List the images of Tiny-ImageNet; its validation images are for testing.
-
-    Their classes are in a file, as it is delivered, or sorted into a folder a class, as the original program has it.
-    """
+    """List the images of Tiny-ImageNet; its validation images, listed in a file or sorted by class, are for testing."""
     inner = folder / "tiny-imagenet-200"
     val = (inner if inner.is_dir() else folder) / "val"
     if val.is_dir() and not ((val / "images").exists() or (val / "val_annotations.txt").exists()):
@@ -263,9 +254,6 @@ def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
         seen.add(real)
         below.sort()
         yield Path(folder), sorted(files)
-
-
-# Batches.
 
 
 def steps_per_epoch(data: DataSet, batch_size: int) -> int:
@@ -358,11 +346,10 @@ def _obey_the_parent_alone(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_the_parents_signal, daemon=True).start()
 
+        def await_the_parent() -> None:
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+                pass
+            os._exit(0)
 
-def _await_the_parents_signal() -> None:
-    """End this process when the parent says so, as it does when it ends itself."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+        threading.Thread(target=await_the_parent, daemon=True).start()

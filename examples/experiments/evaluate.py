@@ -42,7 +42,7 @@ from experiments.datasets import DataSet, evaluation_batches, load_dataset
 from experiments.machine import run_in_workers, tell
 from experiments.networks import make_network
 from experiments.runs import CONFIG, MODEL, FolderError, find_finished, read_config, write_whole
-from experiments.settings import DataSettings, Settings
+from experiments.settings import Settings
 from experiments.splits import Split
 
 EVALUATION = "evaluation.json"
@@ -50,6 +50,7 @@ BATCH_SIZE = 256
 CALIBRATION_BINS = 15
 EXACT_BATCH_SIZE = 1000
 Corruption = Callable[[Tensor, int], Tensor]
+load_data = lru_cache(maxsize=1)(load_dataset)  # a worker goes from run to run and keeps its data
 
 SEVERITIES = (1, 2, 3, 4, 5)
 # Of grey images and signals: deviation of the Gaussian kernel as a share of the shortest side (0.3 to 0.8 pixels of a
@@ -177,12 +178,6 @@ def load_network(folder: Path, settings: Settings, data: DataSet) -> nn.Module:
     return model.to(memory_format=order).eval()
 
 
-@lru_cache(maxsize=1)
-def load_data(settings: DataSettings) -> DataSet:
-    """A data set; a worker goes from run to run and keeps it."""
-    return load_dataset(settings)
-
-
 def evaluate_run(folder: Path, options: Options) -> str | None:
     """Measure the network of a run and write its `evaluation.json`, in a worker."""
     try:
@@ -228,9 +223,6 @@ def main(arguments: Sequence[str]) -> None:
     evaluate_all(find_finished(options.folders), options)
 
 
-# corruptions
-
-
 def _generator() -> torch.Generator:
     """One that draws the same on every call."""
     return torch.Generator().manual_seed(0)
@@ -251,14 +243,6 @@ def contrast(samples: Tensor, severity: int) -> Tensor:
     """Draw every sample towards its own mean."""
     mean = samples.flatten(1).mean(dim=1).view(-1, *[1] * (samples.dim() - 1))
     return mean + CONTRAST[severity - 1] * (samples - mean)
-
-
-def _colour_noise(pixels: Tensor, severity: int) -> Tensor:
-    return pixels + COLOUR_NOISE[severity - 1] * torch.randn(pixels.shape, generator=_generator())
-
-
-def _shot(pixels: Tensor, severity: int) -> Tensor:
-    return torch.poisson(pixels * SHOTS[severity - 1], generator=_generator()) / SHOTS[severity - 1]
 
 
 def _colour_blur(pixels: Tensor, severity: int) -> Tensor:
@@ -294,8 +278,8 @@ def _pixelate(pixels: Tensor, severity: int) -> Tensor:
 
 CORRUPTIONS: dict[str, Corruption] = {"blur": blur, "noise": noise, "contrast": contrast}
 COLOUR_CORRUPTIONS: dict[str, Corruption] = {
-    "noise": _colour_noise,
-    "shot noise": _shot,
+    "noise": lambda pixels, grade: pixels + COLOUR_NOISE[grade - 1] * torch.randn(pixels.shape, generator=_generator()),
+    "shot noise": lambda pixels, grade: torch.poisson(pixels * SHOTS[grade - 1], _generator()) / SHOTS[grade - 1],
     "blur": _colour_blur,
     "contrast": _colour_contrast,
     "brightness": _brightness,

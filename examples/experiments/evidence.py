@@ -48,10 +48,7 @@ class Candidate(NamedTuple):
 
 
 def candidates_of(test: Sequence[Group], validation: Sequence[Group]) -> list[list[Candidate]]:
-    """Groups by method: those that differ in nothing but what is chosen.
-
-    Zero radius is a method of its own, and so is plain training with label smoothing.
-    """
+    """Groups by method: they differ in what is chosen alone. Zero radius and label smoothing make one of their own."""
     all_settings = [group.settings for group in test]
     varied, usual_epochs = report.varied_settings(all_settings), report.base_epochs(all_settings)
     told_apart = [name for name in varied if name not in CHOSEN]

@@ -1,4 +1,4 @@
-"""Networks in training, with all state that a step moves: `Learner`. And what becomes of a step that is not finite.
+"""Networks in training, with all state that a step moves: `Learner`.
 
     step   = the method's                                      one network, one batch
     steps  = vmap(step), where there are several networks      every network, each on the batch of its own seed
@@ -6,25 +6,23 @@
 
 Networks of runs that differ in their seed alone can be trained at the same time: each starts from the weights and gets
 the batches that it has when it is trained alone, and the numbers agree up to rounding. Where steps draw at random, the
-draws are others. When a step is not finite, training stops, and `first_nonfinite` says where it began.
+draws are others. A step that is not finite is refused, before anything has moved.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from apart_func import StepOutput, Tensors, load_state_, split_state
+from apart_func import load_state_, split_state
 from experiments import ranks
-from experiments.methods import PASSES, Batch, Carried, initially_carried, make_step
-from experiments.settings import MethodSettings, Settings, SettingsError
+from experiments.methods import Batch, initially_carried, make_step
+from experiments.settings import Settings, SettingsError
 
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
 ALONE = {"clip": None, "channels_last": False}  # what a run has beyond several, and its value where it is not used
@@ -50,11 +48,7 @@ def check_fit(runs: Sequence[Settings]) -> None:
 
 
 class Learner:
-    """Networks of one architecture, their optimizer, and what else a training step moves.
-
-    `state` is params, buffers, what the method carries from step to step, and momenta; of several networks in stacked
-    tensors, of which entry i belongs to run i.
-    """
+    """Networks of one architecture and all that a step moves: `state`, of several networks in stacked tensors."""
 
     def __init__(self, models: Sequence[nn.Module], runs: Sequence[Settings]) -> None:
         check_fit(runs)
@@ -93,25 +87,27 @@ class Learner:
         samples = samples.to(self.device, non_blocking=True, memory_format=order)
         return samples, labels.to(self.device, non_blocking=True)
 
-    def train(self, batches: Sequence[Batch], lr: float, number: int) -> tuple[Tensor, StepOutput]:
-        """Train every network on its batch, in the step of this number, counted from 1.
+    def train(self, batches: Sequence[Batch], lr: float, epoch: int, step: int) -> Tensor:
+        """Train every network on its batch; epoch and step, counted from 1, are named if the step is not finite.
 
         Returns:
             Loss, second loss, wrong labels, and one, of every run, (runs, 4), float64; of several ranks, each takes
-            its own wrong labels for those of all: their mean over ranks is the number. And the output of the step, of
-            several runs in stacked tensors.
+            its own wrong labels for those of all: their mean over ranks is the number.
         """
         batch = self.placed(batches)
-        random_state = torch.get_rng_state()
         params, buffers, carried, momenta = self.state.values()
         out, carried = self._steps(params, buffers, batch, carried)
         if not out.all_finite.all():
-            raise self._explained(int(out.all_finite.view(-1).int().argmin()), batch, number, random_state)
+            seed = self.runs[int(out.all_finite.view(-1).int().argmin())].seed
+            raise NonFiniteError(
+                f"epoch {epoch}, step {step} is not finite: with seed {seed} a loss or gradient is infinite or NaN. "
+                "Try a lower --lr, or --clip 1."
+            )
         self.state |= {"buffers": out.buffers, "carried": carried}
         self._descend([out.grads[name] for name in params], list(params.values()), list(momenta.values()), lr)
         wrong = (out.output.argmax(dim=-1) != batch[1]).sum(dim=-1) * ranks.count()
         counted = [out.loss, out.adversarial_loss, wrong, torch.ones_like(out.loss)]
-        return torch.stack([value.double() for value in counted], dim=-1).view(len(self.runs), 4), out
+        return torch.stack([value.double() for value in counted], dim=-1).view(len(self.runs), 4)
 
     @torch.no_grad()
     def _descend(self, grads: list[Tensor], params: list[Tensor], momenta: list[Tensor], lr: float) -> None:
@@ -156,62 +152,3 @@ class Learner:
         if len(self.runs) == 1:
             return list(self.state.values())
         return [tree_map(lambda tensor: tensor[run], part) for part in self.state.values()]
-
-    def _explained(self, run: int, batch: Batch, number: int, random_state: Tensor) -> NonFiniteError:
-        """The error for a step of a run that was not finite."""
-        params, buffers, carried, _ = self._of_run(run)
-        alone = len(self.runs) == 1
-        samples, labels = batch if alone else (part[run] for part in batch)
-        arguments = params, buffers, (samples, labels), carried
-        where = first_nonfinite(self.model, self.method, self._dtype, arguments, random_state)
-        return NonFiniteError(
-            ("" if alone else f"of the runs that are trained together, that of seed {self.runs[run].seed}: ")
-            + f"step {number} is not finite. The first infinity or NaN: "
-            f"{where or 'none, when the step was run a second time'}. Try a lower --lr, or --clip 1."
-        )
-
-
-def first_nonfinite(
-    model: nn.Module,
-    settings: MethodSettings,
-    dtype: torch.dtype | None,
-    arguments: tuple[Tensors, Tensors, Batch, Carried],
-    random_state: Tensor,
-) -> str | None:
-    """Run a step again, and look at every layer, forwards and backwards, for the first thing that is not finite."""
-    passes, begun, found = PASSES[settings.name], 0, [""]
-
-    def look(what: str, tensor: Tensor, where: str = "") -> None:
-        if not found[0] and not tensor.isfinite().all():
-            found[0] = what + where
-
-    def begin_pass(*_: Any) -> None:
-        nonlocal begun
-        begun += 1
-
-    def look_at_layer(layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        where = f", in the {passes[(begun - 1) % len(passes)]} pass"
-        if isinstance(output, Tensor):
-            look(f"the output of {layer}", output, where)
-            watched = {f"the gradient by the output of {layer}": output}
-            watched |= {f"the gradient of {key} of {layer}": p for key, p in module.named_parameters(recurse=False)}
-            for what, tensor in watched.items():
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(look, what, where=where))
-
-    params, _, (samples, _), _ = arguments
-    look("the samples it began with", samples)
-    for name, tensor in params.items():
-        look(f"the weights it began with, in {name!r}", tensor)
-    model = copy.deepcopy(model)
-    model.register_forward_pre_hook(begin_pass)
-    for name, module in model.named_modules():
-        module.register_forward_hook(partial(look_at_layer, f"layer {name!r}" if name else "the network"))
-    step = make_step(model, settings, dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(random_state)
-        out, _ = step(*arguments)
-    look("the loss", out.loss, f", in the {passes[0]} pass")
-    if len(passes) > 1:
-        look("the loss", out.adversarial_loss, f", in the {passes[-1]} pass")
-    return found[0] or None

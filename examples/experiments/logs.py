@@ -1,8 +1,7 @@
-"""What a run counts and tells: the row that an epoch comes to, TensorBoard, and a progress bar.
+"""What a run counts and tells: the row that an epoch comes to, and a progress bar.
 
-`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`. `Scalars` is TensorBoard: losses,
-accuracies, the size of every layer's statistic gradients, and how many signs of δ change. `progress_bar` yields a
-function that shows a `Progress`; in a file or pipe it prints a line an epoch.
+`Place` is where a run is and what it has counted, `epoch_row` a row of `metrics.csv`. `progress_bar` yields a function
+that shows a `Progress`; in a file or pipe it prints a line an epoch.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from apart_func import PerturbationTree, StepOutput, sign_flips
 from experiments.settings import Settings, TrainingSettings
 
 Row = dict[str, float | None]
@@ -44,10 +41,6 @@ class Place:
     seconds: float = 0.0  # that they took, of all runs
     waiting_seconds: float = 0.0  # of it, for data
     rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
-
-    def next_epoch(self) -> Place:
-        """The place before the first step of the epoch that comes after this one."""
-        return Place(self.epoch + 1, sums=torch.zeros_like(self.sums), rows=self.rows)
 
     def of_run(self, number: int) -> Place:
         """What of the counted belongs to one run; time is shared."""
@@ -144,47 +137,3 @@ def write_metrics(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-
-
-class Scalars:
-    """TensorBoard's view of a run."""
-
-    def __init__(self, folder: Path | None, step: int) -> None:
-        self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=step)
-        self._perturbation: PerturbationTree = {}  # of the step that was written before
-
-    def add_step(self, step: int, out: StepOutput, lr: float) -> None:
-        """Losses of a step, the Euclidean size of every layer's statistic gradients, and how many signs of δ are new.
-
-        Signs are compared with those of the step that was written before.
-        """
-        if self._writer is None:
-            return
-        sizes = {
-            f"{kind} gradient/{layer}": torch.linalg.vector_norm(part)
-            for layer, gradient in out.stat_grads.items()
-            for kind, part in zip(("mean", "scale"), gradient, strict=True)
-        }
-        named = {"loss/clean": out.loss, "loss/adversarial": out.adversarial_loss, "loss/gap": out.loss_gap, **sizes}
-        if out.perturbation and self._perturbation:
-            named["sign flips"] = sign_flips(self._perturbation, out.perturbation)
-        self._perturbation = out.perturbation
-        values = torch.stack([value.float() for value in named.values()]).tolist()
-        for name, value in zip(named, values, strict=True):
-            if value == value:  # plain training has no second loss, and at first no sign has been another
-                self._writer.add_scalar(name, value, step)
-        self._writer.add_scalar("lr", lr, step)
-
-    def add_row(self, row: Row) -> None:
-        """What an epoch came to."""
-        if self._writer is None:
-            return
-        errors = {f"accuracy/{split}": row[f"{split}_error"] for split in ("train", "validation", "test", "test_top5")}
-        values = {name: 100 - error for name, error in errors.items() if error is not None}
-        for name, value in values.items() | {(name, row[name]) for name in TIMING_COLUMNS[:2]}:
-            self._writer.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            self._writer.close()

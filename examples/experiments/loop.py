@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -57,12 +57,10 @@ def train(many: Sequence[Settings], show: Show | None = None, *, resume: bool = 
         with noted_signals() as noted, ExitStack() as stack:
             ranks.from_first(lambda: _begin(many, stack))
             told = show or (stack.enter_context(logs.progress_bar()) if ranks.is_first() else lambda progress: None)
-            running = _Running(many, data, learner, told, noted, stack)
+            running = _Running(many, data, learner, told, noted)
             running.to_the_end()
         ends = [rows[-1]["train_loss"] for rows in running.place.rows]
-        return [
-            message for run, loss in zip(many, ends, strict=True) if (message := runs.harm(run, loss, data.classes))
-        ]
+        return list(filter(None, (runs.harm(run, loss, data.classes) for run, loss in zip(many, ends, strict=True))))
 
 
 def _begin(many: Sequence[Settings], stack: ExitStack) -> None:
@@ -116,9 +114,7 @@ def initial_network(settings: Settings, data: DataSet) -> nn.Module:
 class _Running:
     """Runs under way."""
 
-    def __init__(
-        self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted, stack: ExitStack
-    ) -> None:
+    def __init__(self, many: Sequence[Settings], data: DataSet, learner: Learner, show: Show, noted: Noted) -> None:
         self.runs, self.data, self.learner, self.show, self.noted = many, data, learner, show, noted
         self.training, self.machine, out = many[0].training, many[0].machine, many[0].out
         self.steps = steps_per_epoch(data, self.training.batch_size)
@@ -128,10 +124,9 @@ class _Running:
         self.place = Place(sums=torch.zeros(len(many), 4, dtype=torch.float64), rows=[[] for _ in many])
         self._restore(ranks.from_first(lambda: runs.load_checkpoint(self.checkpoints)))
         self.share = ranks.training_share(many[0])
+        workers = -(-self.machine.workers // ranks.on_this_machine())
+        self.loading: dict[str, Any] = {"workers": workers, "pin_memory": learner.device.type == "cuda"}
         self.saved_at = self.shown_at = time.monotonic()
-        is_logged = self.machine.tensorboard and self.is_single and ranks.is_first()
-        folder = out / "tensorboard" if is_logged else None
-        self.scalars = stack.enter_context(closing(logs.Scalars(folder, self.step + 1)))
         self._write_metrics()
 
     @property
@@ -157,7 +152,7 @@ class _Running:
         """Take the steps of the epoch that are left."""
         self.place.sums = self.place.sums.to(self.learner.device)
         size, augment, place = self.training.batch_size, self.runs[0].data.augment, self.place
-        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self._loading()}
+        where = {"epoch": place.epoch, "first": place.batch, "share": self.share, **self.loading}
         each = [
             training_batches(self.data, batch_size=size, seed=run.seed, augment=augment, **where) for run in self.runs
         ]
@@ -166,11 +161,8 @@ class _Running:
             batches = [next(batches) for batches in each]
             self.place.waiting_seconds += time.perf_counter() - clock
             lr = learning_rate(self.training, self.step / self.total)
-            sums, out = self.learner.train(batches, lr, self.step + 1)
+            self.place.sums += self.learner.train(batches, lr, self.place.epoch + 1, self.step + 1)
             self.place.batch += 1
-            self.place.sums += sums
-            if self.is_single and self.step % self.machine.log_steps == 0:
-                self.scalars.add_step(self.step, out, lr)
             if time.monotonic() - self.shown_at > SHOW_SECONDS:
                 self._tell()
             self._stop_or_save()
@@ -190,11 +182,10 @@ class _Running:
             measuring = time.perf_counter() - start
             new.append(logs.epoch_row(run, self.steps, self.place.of_run(number), errors, measuring))
             self._stop_or_save(is_measuring=True)
-        self.place = self.place.next_epoch()
+        self.place = Place(self.place.epoch + 1, sums=torch.zeros_like(self.place.sums), rows=self.place.rows)
         for rows, row in zip(self.place.rows, new, strict=True):
             rows.append(row)
         self._write_metrics()
-        self.scalars.add_row(new[0])
 
     def _write_metrics(self) -> None:
         for run, rows in zip(self.runs, self.place.rows if ranks.is_first() else (), strict=False):
@@ -214,7 +205,7 @@ class _Running:
         wrong = torch.zeros(2, dtype=torch.int64, device=self.learner.device)
         size = EVALUATION_FACTOR * self.training.batch_size
         each = Share(ranks.rank(), ranks.count())
-        for samples, labels in evaluation_batches(self.data, split, batch_size=size, share=each, **self._loading()):
+        for samples, labels in evaluation_batches(self.data, split, batch_size=size, share=each, **self.loading):
             guesses = self.learner.scores(model, samples).topk(5 if five else 1, dim=1).indices
             misses = guesses != labels.to(guesses.device)[:, None]
             wrong += torch.stack([misses[:, 0].sum(), misses.all(dim=1).sum()])
@@ -222,10 +213,6 @@ class _Running:
                 self._stop_or_save(is_measuring=True)
         one, all_five = (100 * ranks.total(wrong).double() / len(split)).tolist()
         return one, all_five if five else None
-
-    def _loading(self) -> dict[str, Any]:
-        workers = -(-self.machine.workers // ranks.on_this_machine())
-        return {"workers": workers, "pin_memory": self.learner.device.type == "cuda"}
 
     def _tell(self) -> None:
         """Show how the runs get on: in this epoch, or in the last one where this one has not begun."""

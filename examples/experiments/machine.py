@@ -24,7 +24,7 @@ from experiments.ranks import device_name
 from experiments.settings import MachineSettings, SettingsError
 
 CPUINFO = Path("/proc/cpuinfo")
-PATIENCE = 3.0  # seconds
+PATIENCE = 3.0  # seconds in which a signal is the same request: it is sent to a process and to its group
 
 Noted = Callable[[], int | None]  # the number of the signal that has come, if one has
 Item = TypeVar("Item")
@@ -97,12 +97,7 @@ class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no erro
 
 @contextmanager
 def noted_signals() -> Iterator[Noted]:
-    """Note a SIGINT or SIGTERM instead of obeying it, until there is a good moment to stop.
-
-    One that comes again within `PATIENCE` is the same request, which terminals and batch systems send to a process and
-    to its group. After that it acts as it would have before. Outside the main thread, where Python has no signals,
-    nothing is noted.
-    """
+    """Note a SIGINT or SIGTERM instead of obeying it; one that comes again after `PATIENCE` acts as it would have."""
     noted: list[tuple[int, float]] = []
     before: dict[signal.Signals, Any] = {}
 
@@ -127,11 +122,7 @@ def noted_signals() -> Iterator[Noted]:
 def run_in_workers(
     task: Callable[[Item], Result], items: Iterable[Item], processes: int, show: Callable[[list[Any]], None]
 ) -> list[Result]:
-    """Call a function of a module on every item, so many at a time, in worker processes of one thread each.
-
-    What the first task that failed raised is raised here, and tasks that have not started are dropped. Ctrl-C stops the
-    workers.
-    """
+    """Call a function of a module on every item, in workers of one thread; raise the first error, end with Ctrl-C."""
     for setting in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):  # glibc would give memory back in every step
         os.environ.setdefault(setting, str(2**32))
     context = multiprocessing.get_context("spawn")  # forking a process in which torch has started threads may hang

@@ -106,9 +106,6 @@ def _carrying(stateless: Callable[[Tensors, Tensors, Batch], StepOutput]) -> Ste
     return lambda params, buffers, batch, carried: (stateless(params, buffers, batch), carried)
 
 
-# plain training and rivals
-
-
 def make_gradient(model: nn.Module, loss_fn: LossFunction, dtype: torch.dtype | None) -> Gradient:
     """An ordinary forward and backward as a function of the state; on several ranks that of all of them."""
     # The library's SyncBatchNorm is needed, which knows CPUs as well.

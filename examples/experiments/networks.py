@@ -66,20 +66,15 @@ def drop_features(model: nn.Module, share: float) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """A 3 × 3 stem, stages of a residual block each, global average pooling and a linear classifier.
-
-    Every stage after the first halves the resolution and doubles the width.
-    """
+    """A 3 × 3 stem, stages of one residual block, of which each halves the last one's resolution, and a classifier."""
 
     def __init__(self, in_channels: int, classes: int, width: int, stages: int, stem_stride: int = 1) -> None:
         super().__init__()
-        convolution = _conv3(in_channels, width, stem_stride)
-        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(_conv3(in_channels, width, stem_stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         self.stages = nn.Sequential()
         channels = width
         for stage in range(stages):
-            block = ResidualBlock(channels, width << stage, stride=2 if stage else 1)
-            self.stages.append(nn.Sequential(block))
+            self.stages.append(nn.Sequential(ResidualBlock(channels, width << stage, stride=2 if stage else 1)))
             channels = width << stage
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
         self.apply(initialise)
@@ -95,13 +90,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.residual = nn.Sequential(
-            _conv3(in_channels, channels, stride),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            _conv3(channels, channels),
-            nn.BatchNorm2d(channels),
-        )
+        first = _conv3(in_channels, channels, stride), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.residual = nn.Sequential(*first, _conv3(channels, channels), nn.BatchNorm2d(channels))
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut.append(nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False))
@@ -157,12 +147,8 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.activate = nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True))
-        self.residual = nn.Sequential(
-            _conv3(in_channels, channels, stride),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            _conv3(channels, channels),
-        )
+        first = _conv3(in_channels, channels, stride), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.residual = nn.Sequential(*first, _conv3(channels, channels))
         self.adapt: nn.Module | None = None
         if stride != 1 or in_channels != channels:
             self.adapt = nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False)
@@ -176,11 +162,8 @@ class PreActBlock(nn.Module):
 
 
 def preact_resnet18(in_channels: int = 3, classes: int = 10, width: int = 64) -> PreActResNet:
-    """ResNet-18 with pre-activation (He et al., arXiv 1603.05027) in its CIFAR form.
-
-    As in the published experiments, batch norm is after the stem and not at the end, and weights start as PyTorch draws
-    them: those of a 3 × 3 convolution 2.45 times smaller than after He, those of the stem 1.9 times larger.
-    """
+    """ResNet-18 with pre-activation (He et al., arXiv 1603.05027) in its CIFAR form, with PyTorch's initial weights."""
+    # As the published experiments have both the weights and batch norm: after the stem, and not at the end.
     return PreActResNet(in_channels, classes, width, [width << stage for stage in range(4)], 2, norm_at_end=False)
 
 
@@ -195,10 +178,7 @@ def wide_resnet(depth: int, widen: int, in_channels: int = 3, classes: int = 10)
 
 
 def torchvision_resnet(name: str, in_channels: int, classes: int, small: bool) -> nn.Module:
-    """A ResNet of torchvision; for small images with the stem for CIFAR, 3 × 3 at stride 1 and no pooling after it.
-
-    That stem starts from PyTorch's own weights, as in the published experiments.
-    """
+    """A ResNet of torchvision; for small images with the stem for CIFAR, 3 × 3 at stride 1 and no pooling after it."""
     model: Any = torchvision.models.get_model(name, weights=None, num_classes=classes)
     if small:
         model.conv1, model.maxpool = _conv3(in_channels, 64), nn.Identity()

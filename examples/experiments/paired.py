@@ -33,7 +33,6 @@ class PairedDifference(NamedTuple):
     mean: float
     low: float
     high: float
-    confidence: float
     p: float = math.nan
 
 
@@ -42,12 +41,12 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), float(stats.sem(values)) if len(values) > 1 else math.nan)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
-    """The mean of first − second over one pair or more, with Student's interval."""
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+    """The mean of first − second over one pair or more, with Student's 95 % interval."""
     mean, error = estimate(np.subtract(first, second).tolist())
-    half_width = float(stats.t.ppf((1 + confidence) / 2, df=len(first) - 1)) * error
+    half_width = float(stats.t.ppf(0.975, df=len(first) - 1)) * error
     p = float(mean == 0) if error == 0 else 2 * float(stats.t.sf(abs(mean) / error, df=len(first) - 1))
-    return PairedDifference(mean, mean - half_width, mean + half_width, confidence, p)
+    return PairedDifference(mean, mean - half_width, mean + half_width, p)
 
 
 def paired_values(first: ByKey, second: ByKey) -> tuple[list[float], list[float]]:
@@ -72,7 +71,7 @@ def welch_by_key(first: ByKey, second: ByKey) -> PairedDifference | None:
         return None
     tested = stats.ttest_ind(one, other, equal_var=False)
     low, high = tested.confidence_interval(0.95)
-    return PairedDifference(float(np.mean(one) - np.mean(other)), float(low), float(high), 0.95, float(tested.pvalue))
+    return PairedDifference(float(np.mean(one) - np.mean(other)), float(low), float(high), float(tested.pvalue))
 
 
 def holm(differences: Sequence[PairedDifference | None]) -> list[float]:
@@ -87,12 +86,7 @@ def holm(differences: Sequence[PairedDifference | None]) -> list[float]:
 
 
 def over_images(differences: Sequence[Values], resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of a mean difference in error that speaks of other splits and test images: a bootstrap of both.
-
-    Args:
-        differences: of each split, on the same test images: wrong labels of the first method − those of the second.
-        resamples: of the bootstrap.
-    """
+    """The 95 % interval of the mean of each split's differences by test image: a bootstrap of splits and images."""
     generator = np.random.default_rng(0)
     table = np.stack(differences)  # (splits, images)
     splits, images = table.shape

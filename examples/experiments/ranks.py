@@ -26,9 +26,6 @@ from experiments.settings import Settings, SettingsError
 Found = TypeVar("Found")
 
 
-# What torchrun says.
-
-
 def launched() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
@@ -56,9 +53,6 @@ def device_name(name: str) -> str:
     if name not in ("cuda", "cpu"):
         raise SettingsError(f"torchrun started {launched()} processes, each with a device of its own: not all {name}.")
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
-
-
-# The ranks, once they have met.
 
 
 @contextmanager
@@ -174,14 +168,8 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-# What each of them trains on.
-
-
 class Share(NamedTuple):
-    """Which samples of a batch are a rank's: of n ranks, every nth block of them.
-
-    With blocks of as many samples as there are ghost groups, the ranks' groups g together are group g of the batch.
-    """
+    """Every nth block of a batch. With a sample for each ghost group in it, ranks' groups g are the batch's group g."""
 
     rank: int = 0  # whose share it is
     ranks: int = 1  # how many there are

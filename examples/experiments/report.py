@@ -35,8 +35,6 @@ NAMES = {
     "one_pass": "APART in one pass",
     "apart_sam": "APART-SAM",
     "sam": "SAM",
-    "sam_on": "SAM-ON",
-    "momentum_sam": "Momentum-SAM",
     "ghost_noise": "ghost noise",
 }
 ZERO_RADIUS_NAMES = {"apart": "zero radius", "one_pass": "zero radius in one pass"}
@@ -44,8 +42,6 @@ SYMBOLS = {"method.epsilon": "ε", "method.rho": "ρ"}
 # What a method's bare name stands for; a rule of its own is in OWN_RULES.
 ORDINARY = {
     "method.rule": "sign",
-    "method.every": 1,
-    "method.epsilon_schedule": "constant",
     "method.label_smoothing": 0.0,
     "model.dropout": 0.0,
 }

@@ -3,7 +3,6 @@
     config.json          the settings, and the machine
     metrics.csv          a row an epoch
     checkpoints/         the last two
-    tensorboard/
     model.safetensors    parameters and buffers; written last, so a run has finished where it lies, whole
 
 A file is written beside its place, flushed to the disk, and moved there at once: whatever happens, what stands under
@@ -64,9 +63,6 @@ class CheckpointError(RuntimeError):
 
 class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
-
-
-# Writing.
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -181,9 +177,6 @@ def held(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-# Reading.
 
 
 def read_config(path: Path) -> Settings:

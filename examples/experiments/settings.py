@@ -25,10 +25,11 @@ RuleName = Literal["sign", "random_sign", "l2"]
 Number = Annotated[int | None, arg(metavar="N")]
 Pixels = Annotated[int | None, arg(metavar="PIXELS")]
 
-# Options that are no more, with the value at which they changed nothing: runs that have it can still be read.
+# Options that are no more, with the value at which they changed nothing (... for any): runs that have it can be read.
 GONE: dict[str, dict[str, Any]] = {
     "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
-    | {"ascent_steps": 3, "microbatches": 1}
+    | {"ascent_steps": 3, "microbatches": 1},
+    "machine": {"log_steps": ..., "tensorboard": ...},
 }
 
 
@@ -36,16 +37,11 @@ class SettingsError(ValueError):
     """A setting is out of range, or stored settings cannot be used."""
 
 
-def _at_least(low: int, **values: float | None) -> None:
+def _check(low: float, below: float = math.inf, **values: float | None) -> None:
+    expected = f"a finite number ≥ {low}" if below == math.inf else f"a share from {low} to below {below}"
     for name, value in values.items():
-        if value is not None and not low <= value < math.inf:
-            raise SettingsError(f"{name} is {value}; expected a finite number ≥ {low}.")
-
-
-def _share_below_one(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < 1:
-            raise SettingsError(f"{name} is {value}; expected a share from 0 to below 1.")
+        if value is not None and not low <= value < below:
+            raise SettingsError(f"{name} is {value}; expected {expected}.")
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class DataSettings:
     split_seed: int = 0  # decides which samples are trained on and set aside.
 
     def __post_init__(self) -> None:
-        _at_least(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
-        _at_least(1, train_samples=self.train_samples, test_samples=self.test_samples, resize=self.resize)
+        _check(0, split_seed=self.split_seed, validation_samples=self.validation_samples)
+        _check(1, train_samples=self.train_samples, test_samples=self.test_samples, resize=self.resize)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class ModelSettings:
     dropout: float = 0.0  # share of the features that training drops before the classifier.
 
     def __post_init__(self) -> None:
-        _share_below_one(dropout=self.dropout)
+        _check(0, 1, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -110,9 +106,9 @@ class MethodSettings:
     def __post_init__(self) -> None:
         if self.name not in get_args(MethodName):
             raise SettingsError(f"there is no method {self.name!r}: choose one of {', '.join(get_args(MethodName))}.")
-        _at_least(0, epsilon=self.epsilon, rho=self.rho)
-        _at_least(2, ghost_size=self.ghost_size)
-        _share_below_one(label_smoothing=self.label_smoothing)
+        _check(0, epsilon=self.epsilon, rho=self.rho)
+        _check(2, ghost_size=self.ghost_size)
+        _check(0, 1, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -141,8 +137,8 @@ class TrainingSettings:
     evaluate_every: int = 1  # epochs from one evaluation to the next; the last epoch is always evaluated.
 
     def __post_init__(self) -> None:
-        _at_least(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
-        _at_least(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, gamma=self.gamma)
+        _check(1, epochs=self.epochs, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
+        _check(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, gamma=self.gamma)
         if self.nesterov and not self.momentum:
             raise SettingsError("nesterov looks ahead along a momentum, which is 0: leave it out, or raise --momentum.")
         if sorted(self.milestones) != list(self.milestones) or not all(0 < share < 1 for share in self.milestones):
@@ -161,13 +157,10 @@ class MachineSettings:
     workers: int = 0  # processes that load and augment, on each machine.
     checkpoint_epochs: int = 1  # epochs from one checkpoint to the next; 0 leaves it to the time.
     checkpoint_seconds: float = 600.0  # longest time without a checkpoint, also within an epoch.
-    log_steps: int = 100  # steps from one TensorBoard entry to the next.
-    tensorboard: bool = True  # write OUT/tensorboard.
 
     def __post_init__(self) -> None:
-        _at_least(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
-        _at_least(0, checkpoint_seconds=self.checkpoint_seconds)
-        _at_least(1, log_steps=self.log_steps)
+        _check(0, workers=self.workers, checkpoint_epochs=self.checkpoint_epochs)
+        _check(0, checkpoint_seconds=self.checkpoint_seconds)
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,7 @@ class Settings:
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("runs/train")  # folder of the run.
 
     def __post_init__(self) -> None:
-        _at_least(0, seed=self.seed)
+        _check(0, seed=self.seed)
         for name, folder in {"--out": self.out, "--data-dir": self.data.folder}.items():
             try:
                 str(folder).encode()
@@ -204,7 +197,7 @@ def from_json(stored: Any) -> Settings:
     given = {name: value for name, value in stored.items() if name in {part.name for part in fields(Settings)}}
     for name, gone in GONE.items():
         if isinstance(given.get(name), Mapping):
-            given[name] = {key: value for key, value in given[name].items() if gone.get(key, ...) != value}
+            given[name] = {key: v for key, v in given[name].items() if key not in gone or gone[key] not in (v, ...)}
     try:
         return dacite.from_dict(Settings, given, dacite.Config(cast=[Path, tuple, float], strict=True))
     except dacite.DaciteError as error:

@@ -161,10 +161,7 @@ def read_image(path: str) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, margin: int = 4) -> Tensor:
-    """Move every image by up to `margin` pixels, filling with black, and mirror half of them.
-
-    `v2.RandomCrop` cuts one window for a whole batch, and sample by sample it takes nine times as long as this.
-    """
+    """Move every image by up to `margin` pixels, on black, and mirror half: nine times as fast as `v2.RandomCrop`."""
     count, _, height, width = images.shape
     windows = images_to.pad(images, [margin]).unfold(2, height, 1).unfold(3, width, 1)
     tops, lefts = torch.randint(2 * margin + 1, (2, count))

@@ -49,7 +49,7 @@ class Grid:
     factors: tuple[int, ...] = (1, 2)  # methods of one pass run for these multiples of the epochs.
     vary: tuple[str, ...] = ()  # further options of train and their values, as in `lr=0.05,0.1 rho=0.05,0.1`.
     processes: int = 2  # that train at the same time, with one thread each; --workers load data for each.
-    together: int = 1  # seeds of a run that one process trains at the same time; without TensorBoard files.
+    together: int = 1  # seeds of a run that one process trains at the same time.
     out: Path = Path("runs/sweep")  # folder of the run folders.
 
     def __post_init__(self) -> None:

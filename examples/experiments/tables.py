@@ -47,15 +47,7 @@ def bold(text: str, is_bold: bool = True) -> str:
 
 
 def gains(rows: Sequence[tuple[ByKey | None, ByKey]]) -> list[str]:
-    """A column: by how many points the error of a row lies below that of plain training, over the runs that both have.
-
-    Args:
-        rows: of each, the errors of plain training, if there is one to set it against, and its own.
-
-    Returns:
-        Differences and intervals, with the number of pairs where it is not that of the seeds; bold where p is below
-        0.05 by Holm's procedure over the rows.
-    """
+    """By how many points the second errors of each row are below the first, those of plain training; bold by Holm."""
     differences = [difference_by_key(plain, own) if plain else None for plain, own in rows]
     cells = []
     for (plain, own), difference, p in zip(rows, differences, holm(differences), strict=True):

@@ -5,9 +5,9 @@ CIFAR, preact ResNet-18 on Tiny-ImageNet, ResNet-18 on ImageNet; SGD with moment
 falls tenfold at the milestones. One pass was not published, and starts from the rule that did best, with a radius that
 suits it. Every other flag changes one setting.
 
-OUT gets config.json, metrics.csv (a row an epoch), checkpoints, TensorBoard files, and in the end model.safetensors. A
-run that was stopped, by Ctrl-C, SIGTERM or a power cut, goes on with the same command and --resume, and ends as if
-nothing had happened.
+OUT gets config.json, metrics.csv (a row an epoch), checkpoints, and in the end model.safetensors. A run that
+was stopped, by Ctrl-C, SIGTERM or a power cut, goes on with the same command and --resume, and ends as if nothing had
+happened.
 
 The original's names of options are understood too: --dataset, --num_workers, -b, -eps, -g, -r.
 

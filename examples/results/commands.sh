@@ -1,11 +1,13 @@
 #!/bin/bash
 # What trained the networks of the appendix: run in examples/, with DATA where torchvision keeps CIFAR. A sweep that is stopped
 # goes on with the same command. The experiment with equal budgets has its own command, in PLAN.md.
+# The older ones have options that are gone. Commit 5466747 still knows sam_on, momentum_sam and --epsilon-schedule; commit
+# a272590 knows all, also the rules blended and standardised, and --carry.
 set -e
 
 # cifar10-5000-unaugmented, cifar100-5000-unaugmented, cifar10-5000, cifar10
 B="--data-dir DATA --train-samples 5000 --validation-samples 10000 --model cifar_resnet --width 16 --batch-size 128 \
-    --groups 4 --schedule cosine --evaluate-every 40 --amp bf16 --compile --channels-last --no-tensorboard"
+    --groups 4 --schedule cosine --evaluate-every 40 --amp bf16 --compile --channels-last"
 sweep() { python -m experiments sweep $B --no-augment --data $1 --epochs $2 --out runs/$1-5k "${@:3}"; }
 # what is chosen by validation, with one seed
 one() { sweep cifar10 40 --seeds 1 --factors 1 --methods "$@"; }
@@ -100,7 +102,7 @@ python -m experiments evidence runs/digits-signs --evaluate --samples 600 --out 
 
 # digits-tuned: one grid of weight decay for all; seed 0 chooses (plain training without smoothing has all seeds), then all
 # seeds of what was chosen; written as digits-evidence.json and renamed
-tuned() { python -m experiments sweep --data digits --epochs 120 --evaluate-every 120 --no-tensorboard --factors 1 \
+tuned() { python -m experiments sweep --data digits --epochs 120 --evaluate-every 120 --factors 1 \
     --out runs/digits-tuned "$@"; }
 G="$S weight-decay=0.002,0.004,0.008,0.016,0.032,0.064"
 tuned --seeds 5 --together 5 --methods plain --vary $G

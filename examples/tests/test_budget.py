@@ -165,7 +165,7 @@ def test_a_study_or_arm_that_there_is_not_is_named() -> None:
     ],
 )
 def test_the_decision_is_that_of_the_plan(low: float, high: float, p: float, expected: str) -> None:
-    assert budget.decision(PairedDifference((low + high) / 2, low, high, 0.95), p) == expected
+    assert budget.decision(PairedDifference((low + high) / 2, low, high), p) == expected
 
 
 def comparisons_of(arm: str, errors: list[float], corrupted: list[float]) -> list[dict[str, Any]]:

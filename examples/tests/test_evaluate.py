@@ -123,7 +123,6 @@ def run(tmp_path_factory) -> Path:
     settings = replace(
         preset,
         training=replace(preset.training, epochs=8),
-        machine=replace(preset.machine, tensorboard=False),
         out=tmp_path_factory.mktemp("runs") / "apart-seed0",
     )
     train([settings], show=lambda progress: None)
@@ -195,7 +194,7 @@ def on_cifar(tmp_path_factory) -> Path:
         model=ModelSettings("cifar_resnet", width=4),
         method=replace(preset.method, groups=2),
         training=replace(preset.training, epochs=1, batch_size=8),
-        machine=replace(preset.machine, workers=0, tensorboard=False),
+        machine=replace(preset.machine, workers=0),
         out=folder / "run",
     )
     train([settings], show=lambda progress: None)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 EXAMPLES = Path(sweep.__file__).parents[1]
 SWEEP = [sys.executable, "-m", "experiments", "sweep"]
-DIGITS = ["--data", "digits", "--no-tensorboard"]
+DIGITS = ["--data", "digits"]
 TINY = [*DIGITS, "--epochs", "1", "--width", "2"]
 METHODS = ("plain", "apart-eps0.1")
 

@@ -228,7 +228,7 @@ def start(out: Path, *flags: str, restarts: int = 0) -> subprocess.Popen[str]:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"--max-restarts={restarts}"]
     command += ["-m", "experiments", "train", "--data", "digits", "--batch-size", "16", "--groups", str(GROUPS)]
-    command += ["--epochs", str(EPOCHS), "--sync-batch-norm", "on", "--checkpoint-seconds", "0.1", "--no-tensorboard"]
+    command += ["--epochs", str(EPOCHS), "--sync-batch-norm", "on", "--checkpoint-seconds", "0.1"]
     command += ["--rule", "l2", "--epsilon", "0.5"]
     return subprocess.Popen(
         [*command, "--device", "cpu", "--out", str(out), *flags],

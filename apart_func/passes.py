@@ -144,7 +144,8 @@ def gradients_at(
         perturbation: relative shifts of every BN layer, `(C,)`.
         precision: mixed-precision settings.
     """
-    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
+    params = copied(check_call(fmodel, loss_fn, params, buffers))  # which no gradient is taken by: a forward may write
+    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
     check_perturbation(fmodel.layers, perturbation, 1)
     return run.gradients_at(perturbation)
 
@@ -262,7 +263,7 @@ class Pass:
         fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
         compute = partial(self._forward_and_backward, fixed, grouping, clean)
         try:
-            grads, results = gradients(compute, inputs, self._fmodel.training.proof)
+            grads, results = gradients(compute, inputs, self._fmodel.training.proof if params else None)
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
         scale = self._precision.loss_scale

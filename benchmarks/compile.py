@@ -1,7 +1,7 @@
 """How large the compiled step is, and how long it takes to compile with an empty cache.
 
     python benchmarks/compile.py                       ResNet-18: some ten minutes
-    python benchmarks/compile.py --quick               its nodes, and the times of a tiny network: three minutes
+    python benchmarks/compile.py --quick               a tiny network: two minutes
     python benchmarks/compile.py --nodes               its nodes alone, without Inductor
     python benchmarks/compile.py --nodes --against ../older
 
@@ -30,7 +30,7 @@ from torch.utils.benchmark import timer
 PLAIN = "plain functional"
 COMPILES = ("plain", PLAIN, "one pass", "two passes")
 COUNTED = (PLAIN, "one pass", "two passes")
-QUICK_NETWORK = "tiny"  # whose compile times --quick takes
+QUICK_NETWORK = "tiny"  # which --quick takes
 
 
 def count_nodes(network: str, name: str, settings: argparse.Namespace) -> dict[str, int]:
@@ -80,15 +80,15 @@ def measure(settings: argparse.Namespace) -> Iterator[Row]:
     Yields:
         A row for every step and checkout, with `nodes` or with `seconds`.
     """
+    network = QUICK_NETWORK if settings.quick else settings.network
     checkouts = {"here": ROOT} | ({"there": settings.against} if settings.against else {})
     for checkout, path in checkouts.items():
         for name in COUNTED:
             with Worker(path, threads=settings.threads) as worker:
-                nodes = worker(count_nodes, settings.network, name, settings)
-            yield said({"network": settings.network, "step": name, "checkout": checkout, "nodes": nodes})
+                nodes = worker(count_nodes, network, name, settings)
+            yield said({"network": network, "step": name, "checkout": checkout, "nodes": nodes})
     if settings.nodes:
         return
-    network = QUICK_NETWORK if settings.quick else settings.network
     for checkout, path in checkouts.items():
         for name in COMPILES:
             seconds = []

@@ -619,7 +619,17 @@ def test_a_compiled_run_follows_the_eager_one(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_train_writes_where_the_demo_does(tmp_path):
-    command = ["make", "--dry-run", "--old-file", ".venv/ready", "RUN=python", "ARGS=--out runs/x", "demo", "train"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "--old-file",
+        ".venv/ready",
+        "RUN=python",
+        "ARGS=--out runs/x",
+        "demo",
+        "train",
+    ]
     said = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == [
         "python examples/compare.py",

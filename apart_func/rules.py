@@ -187,7 +187,8 @@ def random_signs(
     check_epsilon(epsilon, is_bounded=True)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SettingError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None.")
-    return _drawn(layers, epsilon, generator)
+    drawn = _drawn(layers, epsilon, generator)  # views of one draw, whose offsets a compiler would make symbols of
+    return {layer: Perturbation(mean.clone(), scale.clone()) for layer, (mean, scale) in drawn.items()}
 
 
 def _drawn(

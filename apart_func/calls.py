@@ -3,7 +3,7 @@
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from apart_func.ranks import (
     described_state,
     described_values,
     group_of,
-    ranks_of,
 )
 from apart_func.rules import kind_of
 from apart_func.settings import Settings
@@ -39,9 +38,6 @@ from apart_func.trees import (
     statistics_kind,
     where_tree,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class Begun(NamedTuple):
@@ -91,7 +87,7 @@ class Step:
         dtype, device = statistics_kind(params)
         radius = scalar(settings.epsilon if epsilon is None else epsilon, "epsilon", dtype, device)
         scale = None if loss_scale is None else scalar(loss_scale, "loss_scale", torch.float32, device)
-        ranks = ranks_of(group_of(settings.process_group))
+        ranks = Ranks(group_of(settings.process_group))
         ranks.check(
             self._check,
             lambda: {

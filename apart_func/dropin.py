@@ -23,7 +23,7 @@ from apart_func.functional import counted_layers
 from apart_func.groups import Rows
 from apart_func.intercept import Interception, batch_norm_layers, check_unmixed, no_training_layer, perturbable_layers
 from apart_func.one_pass import draw_perturbation
-from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, described_state, group_of_module, ranks_of
+from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, described_state, group_of_module
 from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.snapshot import check_model, named_tensors
@@ -227,7 +227,7 @@ class APART:
                 f"{dist.get_world_size()} ranks. Say process_group='world' if that is meant, or else 'local'.",
                 stacklevel=4,
             )
-        ranks = ranks_of(group)
+        ranks = Ranks(group)
         ranks.check(self._check, self._described)
         layers = perturbable_layers(self.model)
         # A model that is in evaluation mode as a whole may be put in training mode inside, as trainers do.

@@ -239,11 +239,6 @@ class Ranks:
         check.is_done = True
 
 
-def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
-    """Return the ranks of a process group, or this process if there is none."""
-    return Ranks(group)
-
-
 class Synchronisation:
     """The moments of one call of a layer over all values of all ranks; see `batch_norm.Reduce`."""
 

@@ -106,9 +106,10 @@ def measure(settings: argparse.Namespace) -> Iterator[Row]:
             for name in STEPS:
                 for number, stack in enumerate(worker(stacks_of, name), 1):
                     counts = {"frames": len(stack), "climbs": climbs([file for file, _ in stack])}
-                    files = {"files": len({file for file, _ in stack}), "stack": [" ".join(frame) for frame in stack]}
+                    stack_lines = [" ".join(frame) for frame in stack]
+                    files = {"files": len({file for file, _ in stack}), "stack": stack_lines}
                     yield {"checkout": checkout, "step": name, "pass": number} | counts | files
-                    print(f"\n{name}, pass {number}, {checkout}:\n    " + "\n    ".join(files["stack"]))  # type: ignore[arg-type]
+                    print(f"\n{name}, pass {number}, {checkout}:\n    " + "\n    ".join(stack_lines))
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -52,7 +52,7 @@ def steps(shape: str, dtype: str, layout: str, groups: Sequence[int], device: st
 def passes(model: nn.Module, batch: tuple[Tensor, Tensor], groups: Sequence[int]) -> dict[str, Step]:
     """Plain training, the proxy pass, and adversarial passes in some numbers of ghost groups."""
     fmodel, state = functionalize(model), split_state(model)
-    ones = {name: torch.ones_like(layer.weight) for name, layer in model.named_children()}  # type: ignore[arg-type]
+    ones = {name: torch.ones_like(layer.weight) for name, layer in model.named_children()}  # type: ignore[arg-type]  # attributes of a module have no types
     perturbation = {name: Perturbation(RADIUS * one, -RADIUS * one) for name, one in ones.items()}
 
     def plain() -> None:

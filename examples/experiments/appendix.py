@@ -55,7 +55,7 @@ class Options:
 def values_of(entry: Mapping[str, Any], figure: str) -> dict[Key, float]:
     """A figure of every run, by split and seed: the key `1/3` is that of seed 3 of split 1."""
     keys = {key: tuple(map(int, key.split("/"))) for key in entry[figure]}
-    return {(0, *parts)[-2:]: entry[figure][key] for key, parts in keys.items()}  # type: ignore[misc]
+    return {(0, *parts)[-2:]: entry[figure][key] for key, parts in keys.items()}  # type: ignore[misc]  # of one number or two, always two are left
 
 
 def mean_of(entry: Mapping[str, Any], figure: str) -> str:

@@ -5,14 +5,12 @@ from apart_func.dropin import APART
 from apart_func.errors import ApartError, BatchError, ModelError, RanksError, SettingError, StateError, UsageError
 from apart_func.functional import FunctionalModel, functionalize, init_perturbation
 from apart_func.one_pass import OnePassStep, clean_stat_grads, make_one_pass_step
-from apart_func.passes import Precision, adversarial_pass, gradients_at, mixed_pass, proxy_pass
-from apart_func.perturbed import PerturbedStats, perturbed_stats, sign_flips
+from apart_func.passes import Precision, adversarial_pass, mixed_pass, proxy_pass
+from apart_func.perturbed import PerturbedStats, perturbed_stats
 from apart_func.rules import (
-    IterativeRule,
     Rule,
     RuleKind,
     l2_perturbation,
-    multi_step,
     random_sign_perturbation,
     random_signs,
     rule_kind,
@@ -46,7 +44,6 @@ __all__ = [
     "BatchError",
     "BatchStats",
     "FunctionalModel",
-    "IterativeRule",
     "MixedOutput",
     "ModelError",
     "OnePassStep",
@@ -73,7 +70,6 @@ __all__ = [
     "clean_stat_grads",
     "functionalize",
     "grad_and_value",
-    "gradients_at",
     "init_perturbation",
     "l2_perturbation",
     "load_state_",
@@ -81,14 +77,12 @@ __all__ = [
     "make_apart_step",
     "make_one_pass_step",
     "mixed_pass",
-    "multi_step",
     "perturbed_stats",
     "proxy_pass",
     "random_sign_perturbation",
     "random_signs",
     "rule_kind",
     "sam_ascent",
-    "sign_flips",
     "sign_perturbation",
     "split_state",
 ]

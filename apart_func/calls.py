@@ -1,18 +1,19 @@
-"""What the steps share: what a call checks before anything runs, how a rule is asked, and what becomes of outputs."""
+"""What the steps share: what a call checks, how a rule is asked, and how a batch is taken in micro-batches."""
 
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apart_func._torch import Constants
+from apart_func.autodiff import is_unreached
 from apart_func.checks import check_epsilon, check_layers, check_perturbation, scalar
+from apart_func.errors import BatchError
 from apart_func.functional import FunctionalModel, check_call
 from apart_func.losses import LossFunction, check_loss_function
-from apart_func.microbatches import mean_output
 from apart_func.passes import Precision
 from apart_func.ranks import (
     ConsistencyCheck,
@@ -23,7 +24,8 @@ from apart_func.ranks import (
     described_values,
     group_of,
 )
-from apart_func.rules import kind_of
+from apart_func.rules import Rule, kind_of
+from apart_func.samples import batch_size, cut_batch
 from apart_func.settings import Settings
 from apart_func.trees import (
     PerturbationTree,
@@ -32,9 +34,11 @@ from apart_func.trees import (
     StatTree,
     StepOutput,
     Tensors,
+    concatenate,
     detach_perturbation,
     leaves,
     replace,
+    stack_by_layer,
     statistics_kind,
     where_tree,
 )
@@ -103,27 +107,26 @@ class Step:
         is_valid = (radius >= 0) & (radius < (1 if is_bounded else torch.inf))
         return Begun(params, radius, is_valid, Precision(settings.autocast_dtype, scale), ranks)
 
-    def _finish(self, outputs: Sequence[StepOutput], buffers: Tensors, begun: Begun) -> StepOutput:
-        """Make one output of those of all micro-batches and ranks; one that is not finite gets the old buffers."""
-        out = outputs[0] if len(outputs) == 1 else mean_output(outputs)
+    def _finish(self, out: StepOutput, buffers: Tensors, begun: Begun) -> StepOutput:
+        """Make one output of those of all ranks; one that is not finite gets the old buffers."""
         out = replace(out, all_finite=out.all_finite & begun.is_valid)
         out = begun.ranks.mean_output(out, buffers, self.fmodel.moving)
         return replace(out, buffers=where_tree(out.all_finite, out.buffers, dict(buffers)))
 
 
 def find_perturbation(
+    rule: Rule,
     before: PerturbationTree,
     stats: StatTree,
     stat_grads: StatGradTree,
-    rule: Callable[[StatTree, StatGradTree], PerturbationTree],
+    radius: Tensor,
     ranks: Ranks,
     given: PerturbationTree | None = None,
-    draws: bool = False,
 ) -> tuple[StatGradTree, PerturbationTree]:
     """Ask a rule for the perturbation of the layers that were called; the others keep the one that they had `before`.
 
-    One that is `given` is taken instead. If the rule `draws`, the first rank's result is everybody's. Returns the
-    statistic gradients, averaged over ranks, and the perturbation, which nothing is differentiated by.
+    Returns the statistic gradients, averaged over ranks, and the perturbation, which nothing is differentiated by. One
+    that is `given` is taken instead of the rule's.
     """
     called, stat_grads = ranks.called_layers(stats, stat_grads)
     if given is not None:
@@ -134,7 +137,47 @@ def find_perturbation(
         layer: g if g.mean.dim() == 1 else StatGrads(g.mean.mean(0), g.scale.mean(0))
         for layer, g in called.stat_grads.items()
     }
-    found = rule(called.stats, of_batch)
+    found = rule(called.stats, of_batch, radius)
     check_layers(called.stat_grads, found)
     found = detach_perturbation(found)
-    return stat_grads, called.update(before, ranks.of_first(found) if draws else found)
+    return stat_grads, called.update(before, ranks.of_first(found) if kind_of(rule).draws else found)
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Cut a batch into equal parts, or raise a BatchError if there are none."""
+    if parts == 1:
+        return [batch]
+    samples = batch_size(batch)
+    if samples % parts:
+        problem = f"microbatches={parts} does not divide the batch of {samples} samples"
+        raise BatchError(f"{problem}. Use a divisor, and drop_last=True in the data loader.")
+    size = samples // parts
+    return [cut_batch(batch, start, start + size, samples) for start in range(0, samples, size)]
+
+
+def joined(outputs: Sequence[StepOutput]) -> StepOutput:
+    """Make one output of those of micro-batches: means of losses and gradients, the rest joined."""
+    if len(outputs) == 1:
+        return outputs[0]
+    grads = outputs[0].grads
+    for count, out in enumerate(outputs[1:], 2):
+        grads = interpolate(grads, out.grads, 1 / count)
+    of: dict[str, Any] = dict(zip(StepOutput._fields, zip(*outputs, strict=True), strict=True))
+    joined: dict[str, Any] = {name: torch.stack(of[name]).mean() for name in ("loss", "adversarial_loss")}
+    joined |= {name: concatenate(of[name]) for name in ("output", "aux")}
+    joined |= {name: stack_by_layer(of[name]) for name in ("stats", "stat_grads", "perturbation", "adversarial_stats")}
+    finite = torch.stack(of["all_finite"]).all()
+    return StepOutput(grads=grads, buffers=outputs[-1].buffers, all_finite=finite, **joined)
+
+
+def interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
+    """Return (1 − weight) · start + weight · end; what neither loss reaches stays so."""
+
+    def between(one: Tensor, other: Tensor) -> Tensor:
+        if is_unreached(one) and is_unreached(other):
+            return one
+        if one.is_sparse or other.is_sparse:
+            return one * (1 - weight) + other * weight
+        return torch.lerp(one, other, weight)
+
+    return {name: between(grad, end[name]) for name, grad in start.items()}

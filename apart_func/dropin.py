@@ -24,7 +24,7 @@ from apart_func.groups import Rows
 from apart_func.intercept import Interception, batch_norm_layers, check_unmixed, no_training_layer, perturbable_layers
 from apart_func.one_pass import draw_perturbation
 from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, described_state, group_of_module
-from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation, sign_perturbation
+from apart_func.rules import Rule, kind_of, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.snapshot import check_model, named_tensors
 from apart_func.trees import PerturbationTree, StatGradTree, StatTree, leaves, statistics_kind, zero_perturbation
@@ -83,8 +83,6 @@ class APART:
         process_group: dist.ProcessGroup | Literal["world", "local"] | None = None,
     ) -> None:
         check_model(model)
-        if isinstance(rule, IterativeRule):
-            raise rule.refusal()
         self.model, self.epsilon, self.groups, self.rule = model, epsilon, groups, rule
         self.rows, self.process_group = rows, process_group
         self._settings()
@@ -156,12 +154,9 @@ class APART:
         layers, ranks, radius, zero = self._enter("to_adver()")
         check_groups(self.groups, layers.values())
         stat_grads, rule = self._stat_grads(layers), self._rule(sign_perturbation)
-        draws = kind_of(rule).draws
         training = {name: shift for name, shift in zero.items() if layers[name].training}
         stat_grads = {name: stat_grads[name] for name in layers if name in training or name in self.stats}
-        self.stat_grads, self.perturbation = find_perturbation(
-            training, self.stats, stat_grads, lambda stats, grads: rule(stats, grads, radius), ranks, draws=draws
-        )
+        self.stat_grads, self.perturbation = find_perturbation(rule, training, self.stats, stat_grads, radius, ranks)
         point = zero | self.perturbation
         check_perturbation(_channels(layers), point, max(self.groups, 1))
         context = Context("to_adver()", self.model, layers, point, self.groups, self.rows, 0.0, radius.dtype)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apart_func.calls import Begun, Step, find_perturbation
+from apart_func.calls import Begun, Step, find_perturbation, joined, split_batch
 from apart_func.checks import clean_groups, is_count
 from apart_func.errors import SettingError, StateError
 from apart_func.functional import FunctionalModel, as_functional
 from apart_func.groups import Grouping, Rows, number_of_groups
+from apart_func.layers import in_groups
 from apart_func.losses import LossFunction
-from apart_func.microbatches import split_batch
 from apart_func.passes import Pass
 from apart_func.ranks import Ranks
-from apart_func.rules import IterativeRule, Rule, kind_of, random_sign_perturbation
+from apart_func.rules import Rule, kind_of, random_sign_perturbation
 from apart_func.settings import settings_of
 from apart_func.trees import (
     PerturbationTree,
@@ -88,8 +88,6 @@ def make_one_pass_step(
         ApartError: a setting is out of range, or the model has no batch norm to perturb.
     """
     settings = settings_of(locals())
-    if isinstance(rule, IterativeRule):
-        raise rule.refusal()
     if groups != -1:
         clean_groups(clean_fraction, groups)
     fmodel = as_functional(model)
@@ -155,26 +153,16 @@ class OnePassStep(Step):
         for part in split_batch(batch, self.settings.microbatches):
             outputs.append(self._mixed_pass(moved, part, before, is_given, begun))
             moved = outputs[-1].buffers
-        out = self._finish(outputs, buffers, begun)
-        if not is_given:
-            return replace(out, perturbation=before)
-        stat_grads, after = find_perturbation(
-            before,
-            out.stats,
-            out.stat_grads,
-            lambda stats, grads: rule(stats, grads, begun.radius),
-            begun.ranks,
-            None if kind.needs_gradients else before,
-            kind.draws,
-        )
-        finite = out.all_finite & all_finite(leaves(after))
-        return replace(
-            out,
-            buffers=where_tree(finite, out.buffers, dict(buffers)),
-            stat_grads=stat_grads,
-            perturbation=where_tree(finite, after, before),
-            all_finite=finite,
-        )
+        out = replace(joined(outputs), perturbation=before)
+        if is_given:
+            known = None if kind.needs_gradients else before
+            stat_grads, after = find_perturbation(
+                rule, before, out.stats, out.stat_grads, begun.radius, begun.ranks, known
+            )
+            finite = out.all_finite & all_finite(leaves(after))
+            out = replace(out, stat_grads=stat_grads, perturbation=after, all_finite=finite)
+        out = self._finish(out, buffers, begun)
+        return replace(out, perturbation=where_tree(out.all_finite, out.perturbation, before))
 
     def _mixed_pass(
         self, buffers: Tensors, batch: Any, perturbation: PerturbationTree, by_perturbation: bool, begun: Begun
@@ -184,21 +172,21 @@ class OnePassStep(Step):
         run = Pass(self.fmodel, self.loss_fn, begun.params, buffers, batch, begun.precision)
         groups = number_of_groups(settings.groups, run.samples)
         clean = clean_groups(settings.clean_fraction, groups)
-        mixed = run.mixed(perturbation, Grouping(groups, run.samples, settings.rows), clean, by_perturbation)
-        stat_grads = clean_stat_grads(mixed.stat_grads, clean) if by_perturbation else {}
-        values = [mixed.batch_loss, *mixed.grads.values(), *leaves(stat_grads), *leaves(perturbation)]
+        grouping = Grouping(groups, run.samples, settings.rows)
+        found = run.at(in_groups(perturbation, clean, groups), grouping, clean, by_perturbation)
+        stat_grads = clean_stat_grads(found.stat_grads, clean) if by_perturbation else {}
         return StepOutput(
-            grads=mixed.grads,
-            buffers=mixed.buffers,
-            loss=mixed.loss,
-            adversarial_loss=mixed.adversarial_loss,
-            output=mixed.output,
-            stats=mixed.stats,
+            grads=found.grads,
+            buffers=found.buffers,
+            loss=found.clean_loss,
+            adversarial_loss=found.adversarial_loss,
+            output=found.output,
+            stats=found.clean_stats,
             stat_grads=stat_grads,
             perturbation=perturbation,
-            adversarial_stats=mixed.adversarial_stats,
-            all_finite=all_finite(values),
-            aux=mixed.aux,
+            adversarial_stats=found.perturbed_stats,
+            all_finite=all_finite([found.loss, *found.grads.values(), *leaves(stat_grads), *leaves(perturbation)]),
+            aux=found.aux,
         )
 
 

@@ -1,16 +1,15 @@
 """The passes of the method: functions from parameters, buffers and a batch to losses and gradients.
 
     proxy_pass        plain training at δ = 0    →  ∇L_p, the statistics, and g = ∂L_p/∂δ
-    adversarial_pass  statistics pushed by δ     →  ∇L_a
+    adversarial_pass  statistics pushed by δ     →  ∇L_a, and ∂L_a/∂δ if it is wanted
     mixed_pass        some ghost groups at 0, the others at δ: both in one forward and backward
-    gradients_at      the proxy loss at any δ    →  ∂L_p/∂δ there, for rules that look further than the first gradient
 
 All are one forward and backward of the functional model (`Pass`), with another δ, other groups, and other results.
 """
 
 from __future__ import annotations  # Dynamo would trace the annotations of the functions below
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ from apart_func.trees import (
     StatTree,
     Tensors,
     copied,
-    detach_perturbation,
     input_and_target,
     statistics_kind,
     tensors_of,
@@ -83,7 +81,11 @@ def proxy_pass(
     Raises:
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed; as all passes do.
     """
-    return _begin(fmodel, loss_fn, params, buffers, batch, precision).proxy()
+    run = _checked(fmodel, loss_fn, params, buffers, batch, precision)
+    found = run.at(run.zero, Grouping(1, run.samples), clean=1, by_shifts=True)
+    return ProxyOutput(
+        found.loss, found.output, found.grads, found.buffers, found.clean_stats, found.stat_grads, found.aux
+    )
 
 
 def adversarial_pass(
@@ -97,6 +99,7 @@ def adversarial_pass(
     groups: int = 0,
     rows: Rows | None = None,
     precision: Precision = FULL_PRECISION,
+    stat_grads: bool = False,
 ) -> AdversarialOutput:
     """Run a forward and backward with perturbed statistics, in ghost groups. No buffer moves.
 
@@ -107,47 +110,18 @@ def adversarial_pass(
         buffers: likewise.
         batch: `(input, target)` with the N samples of this pass.
         perturbation: relative shifts of every BN layer, `(C,)`, or `(groups, C)` for one in each group. `torch.func`
-            differentiates the loss by them; the gradients here are those of parameters.
+            differentiates the loss by them.
         groups: number of ghost groups; sample i is in group i mod `groups`. 0 and 1 make one group of the whole
             batch, -1 makes a group of every sample.
         rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
         precision: mixed-precision settings.
+        stat_grads: whether to differentiate by the perturbation as well, as an ascent of several steps does.
     """
-    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
-    check_groups(groups, fmodel.modules())
-    check_rows(rows)
-    grouping = Grouping(number_of_groups(groups, run.samples), run.samples, rows)
+    run = _checked(fmodel, loss_fn, params, buffers, batch, precision)
+    grouping = _grouping(run, groups, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
-    return run.adversarial(perturbation, grouping)
-
-
-def gradients_at(
-    fmodel: FunctionalModel,
-    loss_fn: LossFunction,
-    params: Tensors,
-    buffers: Tensors,
-    batch: tuple[Any, Any],
-    perturbation: PerturbationTree,
-    *,
-    precision: Precision = FULL_PRECISION,
-) -> StatGradTree:
-    """Differentiate the proxy loss by the perturbation, at a perturbation: ∂L_p/∂δ, `(C,)`. No buffer moves.
-
-    Costs less than another proxy pass: parameters have no gradient here.
-
-    Args:
-        fmodel: as in `proxy_pass`, like the next four.
-        loss_fn: likewise.
-        params: likewise.
-        buffers: likewise, as the proxy pass got them.
-        batch: likewise; it is one group.
-        perturbation: relative shifts of every BN layer, `(C,)`.
-        precision: mixed-precision settings.
-    """
-    params = copied(check_call(fmodel, loss_fn, params, buffers))  # which no gradient is taken by: a forward may write
-    run = Pass(fmodel, loss_fn, params, buffers, batch, precision)
-    check_perturbation(fmodel.layers, perturbation, 1)
-    return run.gradients_at(perturbation)
+    found = run.at(perturbation, grouping, clean=0, by_shifts=stat_grads)
+    return AdversarialOutput(found.loss, found.output, found.grads, found.perturbed_stats, found.aux, found.stat_grads)
 
 
 def mixed_pass(
@@ -179,37 +153,55 @@ def mixed_pass(
         perturbation: relative shifts of every BN layer, `(C,)` each, for the groups that are not clean.
         groups: number of ghost groups G ≥ 2; sample i is in group i mod G.
         clean: how many of them are clean, the first ones; at least one, and less than all.
-        rows: how the rows of a layer belong to samples, if there are others than one a sample; see `groups.py`.
+        rows: as in `adversarial_pass`.
         precision: mixed-precision settings.
         stat_grads: whether to differentiate by the perturbation as well.
     """
-    run = _begin(fmodel, loss_fn, params, buffers, batch, precision)
-    check_groups(groups, fmodel.modules())
-    groups = number_of_groups(groups, run.samples)
-    check_clean(clean, groups)
-    check_rows(rows)
+    run = _checked(fmodel, loss_fn, params, buffers, batch, precision)
+    grouping = _grouping(run, groups, rows)
+    check_clean(clean, grouping.groups)
     check_perturbation(fmodel.layers, perturbation, 1)
-    return run.mixed(perturbation, Grouping(groups, run.samples, rows), clean, stat_grads)
+    found = run.at(in_groups(perturbation, clean, grouping.groups), grouping, clean, by_shifts=stat_grads)
+    return MixedOutput(
+        loss=found.clean_loss,
+        adversarial_loss=found.adversarial_loss,
+        output=found.output,
+        grads=found.grads,
+        buffers=found.buffers,
+        stats=found.clean_stats,
+        stat_grads=found.stat_grads,
+        adversarial_stats=found.perturbed_stats,
+        batch_loss=found.loss,
+        aux=found.aux,
+    )
 
 
-def _begin(
+def _checked(
     fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, buffers: Tensors, batch: Any, precision: Precision
 ) -> Pass:
     params = check_call(fmodel, loss_fn, params, buffers)
     return Pass(fmodel, loss_fn, params, buffers, batch, precision)
 
 
-class Results(NamedTuple):
-    """What a forward leaves besides gradients."""
+def _grouping(run: Pass, groups: int, rows: Rows | None) -> Grouping:
+    check_groups(groups, run.fmodel.modules())
+    check_rows(rows)
+    return Grouping(number_of_groups(groups, run.samples), run.samples, rows)
 
+
+class Found(NamedTuple):
+    """What a pass finds."""
+
+    grads: Tensors
+    stat_grads: StatGradTree  # of the shape of the shifts; empty if nothing was differentiated by them
     loss: Tensor  # of the batch
     clean_loss: Tensor
     adversarial_loss: Tensor
     output: Any
     aux: Any
     buffers: Tensors
-    stats: StatTree  # of the clean groups
-    perturbed_stats: StatTree  # of the others
+    clean_stats: StatTree
+    perturbed_stats: StatTree  # of every other ghost group
 
 
 class Pass:
@@ -224,66 +216,47 @@ class Pass:
         batch: Any,
         precision: Precision,
     ) -> None:
-        self._fmodel, self._loss_fn, self._precision = fmodel, loss_fn, precision
+        self.fmodel, self._loss_fn, self._precision = fmodel, loss_fn, precision
         self._params, self._buffers = params, buffers
         self._inputs, self._target = input_and_target(batch)
         self.samples = batch_size(batch)
-        self.dtype, self.device = statistics_kind(params)
+        self._dtype, self._device = statistics_kind(params)
         specialize([*params.values(), *buffers.values(), *tensors_of(batch)])
 
-    def proxy(self) -> ProxyOutput:
-        """See `proxy_pass`."""
-        zero = zero_perturbation(self._fmodel.layers, self.dtype, self.device)
-        grads, stat_grads, found = self._run(self._params, zero, True, Grouping(1, self.samples), 1)
-        return ProxyOutput(found.loss, found.output, grads, found.buffers, found.stats, stat_grads, found.aux)
+    @property
+    def zero(self) -> PerturbationTree:
+        """No perturbation."""
+        return zero_perturbation(self.fmodel.layers, self._dtype, self._device)
 
-    def adversarial(self, perturbation: PerturbationTree, grouping: Grouping) -> AdversarialOutput:
-        """See `adversarial_pass`."""
-        grads, _, found = self._run(self._params, perturbation, False, grouping, 0)
-        return AdversarialOutput(found.loss, found.output, grads, found.perturbed_stats, found.aux)
-
-    def gradients_at(self, perturbation: PerturbationTree) -> StatGradTree:
-        """See `gradients_at`."""
-        return self._run({}, detach_perturbation(perturbation), True, Grouping(1, self.samples), 0)[1]
-
-    def mixed(self, perturbation: PerturbationTree, grouping: Grouping, clean: int, stat_grads: bool) -> MixedOutput:
-        """See `mixed_pass`."""
-        shifts = in_groups(perturbation, clean, grouping.groups)
-        grads, by_shifts, found = self._run(self._params, shifts, stat_grads, grouping, clean)
-        loss, clean_loss, adversarial_loss, output, aux, buffers, stats, others = found
-        return MixedOutput(
-            clean_loss, adversarial_loss, output, grads, buffers, stats, by_shifts, others, batch_loss=loss, aux=aux
-        )
-
-    def _run(
-        self, params: Tensors, shifts: PerturbationTree, by_shifts: bool, grouping: Grouping, clean: int
-    ) -> tuple[Tensors, StatGradTree, Results]:
-        """Run the pass at some shifts; return gradients by some parameters and, if wanted, by the shifts."""
-        inputs: tuple[Any, ...] = (params, shifts) if by_shifts else (params,)
-        fixed: tuple[Any, ...] = () if by_shifts else (shifts,)
-        compute = partial(self._forward_and_backward, fixed, grouping, clean)
+    def at(self, shifts: PerturbationTree, grouping: Grouping, clean: int, by_shifts: bool) -> Found:
+        """Run the pass at some shifts, its first groups clean; differentiate by parameters, and by shifts if wanted."""
+        compute = partial(self._forward_and_backward, grouping, clean)
+        inputs: tuple[Any, ...] = (shifts, self._params)
+        if not by_shifts:
+            compute, inputs = partial(compute, shifts), (self._params,)
         try:
-            grads, results = gradients(compute, inputs, self._fmodel.training.proof if params else None)
+            grads, results = gradients(compute, inputs, self.fmodel.training.proof)
         except ForeignParametersError as error:
             raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
         scale = self._precision.loss_scale
-        of_params, of_shifts = grads[0], grads[1] if by_shifts else {}
+        of_params, of_shifts = grads[-1], grads[0] if by_shifts else {}
         if scale is not None:
             of_params = {name: grad / scale for name, grad in of_params.items()}
             of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
-        return of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, results
+        return Found(of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, *results)
 
-    def _forward_and_backward(self, fixed: tuple[Any, ...], grouping: Grouping, clean: int, *given: Any) -> Any:
+    def _forward_and_backward(
+        self, grouping: Grouping, clean: int, shifts: PerturbationTree, params: Tensors, backward: Any
+    ) -> Any:
         """Run the model while it holds some parameters and its layers are at some shifts, and go back from its loss."""
-        *point, backward = given
-        params, shifts = *point, *fixed
-        record = Record(clean, self._fmodel.training.replace_buffer, self.dtype)
+        record = Record(clean, self.fmodel.training.replace_buffer, self._dtype)
         layers = PerturbedLayers(shifts, grouping, record, backward_task())
+        autocast, scale = self._precision
 
         def body(stateless: StatelessModule) -> Any:
             # Copies, since a forward may change its input in place.
             args, kwargs = module_arguments(copied(self._inputs))
-            with self._autocast():
+            with nullcontext() if autocast is None else torch.autocast(self._device.type, dtype=autocast):
                 try:
                     output = stateless.module(*args, **kwargs)
                 except TypeError as error:
@@ -295,21 +268,16 @@ class Pass:
                 loss, aux = loss_and_aux(self._loss_fn(output, self._target))
                 parts = loss, loss
                 if layers.mixes:
-                    known = self._fmodel.coupled
+                    known = self.fmodel.coupled
                     parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
             layers.check_rows()
             moved = stateless.buffers(self._buffers)
-            results = Results(loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats())
-            scale = self._precision.loss_scale
+            results = loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats()
             return backward(loss if scale is None else loss * scale, detach_if_eager(results))
 
-        return self._fmodel.run({**self._params, **params}, self._buffers, layers, body)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = self._precision.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        return self.fmodel.run(params, self._buffers, layers, body)
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         criterion = self._loss_fn.named_parameters() if isinstance(self._loss_fn, nn.Module) else ()
         found = [f"loss_fn.{name}" for name, own in criterion if own is parameter]
-        return self._fmodel.name_of(parameter) or (found or [f"one of shape {tuple(parameter.shape)}"])[0]
+        return self.fmodel.name_of(parameter) or (found or [f"one of shape {tuple(parameter.shape)}"])[0]

@@ -1,4 +1,4 @@
-"""What a perturbation does to statistics, and how far it lasts."""
+"""What a perturbation does to statistics."""
 
 from __future__ import annotations
 
@@ -13,36 +13,6 @@ from apart_func.checks import is_number
 from apart_func.errors import SettingError, StateError
 from apart_func.summary import summarised
 from apart_func.trees import BatchStats, PerturbationTree, StatTree, check_named_tensors
-
-
-def sign_flips(previous: PerturbationTree, current: PerturbationTree) -> Tensor:
-    """The share of shifts that point the other way than before: about 0.5 if two directions have nothing in common.
-
-    Args:
-        previous: δ of a step, `(C,)` each, or with leading dimensions.
-        current: δ of a later one, of the same layers and shapes; a StateError says if they are not.
-
-    Returns:
-        0-d: of the shifts that are zero in neither, those whose sign differs; NaN if there are none.
-
-    Example:
-        >>> from apart_func import Perturbation
-        >>> before = {"bn": Perturbation(mean=torch.tensor([0.1, -0.1]), scale=torch.tensor([0.1, 0.0]))}
-        >>> after = {"bn": Perturbation(mean=torch.tensor([0.1, 0.1]), scale=torch.tensor([-0.1, 0.1]))}
-        >>> sign_flips(before, after)  # two of three
-        tensor(0.6667)
-    """
-    check_named_tensors("previous", previous)
-    check_named_tensors("current", current)
-    shapes = [{layer: tuple(shift.mean.shape) for layer, shift in tree.items()} for tree in (previous, current)]
-    if shapes[0] != shapes[1] or not shapes[0]:
-        raise StateError(
-            f"two perturbations are compared whose layers are {shapes[0]} and {shapes[1]}. Compare those of two steps "
-            "of the same model."
-        )
-    before, now = (torch.cat([v.flatten() for layer in previous for v in tree[layer]]) for tree in (previous, current))
-    products = before.sign() * now.sign()
-    return (products < 0).sum() / (products != 0).sum()
 
 
 @summarised
@@ -99,18 +69,12 @@ def perturbed_stats(
 
 def _perturbed(layer: str, stats: BatchStats, perturbation: PerturbationTree, eps: float) -> PerturbedStats:
     if layer not in perturbation:
-        raise StateError(
-            f"layer {layer!r} has statistics and no perturbation. Pass the tree that a rule made for them."
-        )
-    shift = perturbation[layer]
-    if shift.mean.shape[-1] != stats.mean.shape[-1]:
-        raise StateError(
-            f"layer {layer!r} has {stats.mean.shape[-1]} channels, and its perturbation {shift.mean.shape[-1]}."
-        )
+        raise StateError(f"layer {layer!r} has statistics and no perturbation. Pass the tree that was made for them.")
+    shift, channels = perturbation[layer], stats.mean.shape[-1]
+    if shift.mean.shape[-1] != channels:
+        raise StateError(f"layer {layer!r} has {channels} channels, and its perturbation {shift.mean.shape[-1]}.")
     radius = shift.scale.abs().max().item() if is_concrete(shift.scale) else 0.0
     if radius >= 1:
-        raise SettingError(
-            f"layer {layer!r} has |δσ| up to {radius:g}, and s' = s/(1 + δσ) needs |δσ| < 1. Use a radius below 1."
-        )
-    std = torch.sqrt(stats.var + eps)
-    return PerturbedStats(stats.mean * (1 + shift.mean), std / (1 + shift.scale))
+        problem = f"layer {layer!r} has |δσ| up to {radius:g}, and s' = s/(1 + δσ) needs |δσ| < 1"
+        raise SettingError(f"{problem}. Use a radius below 1.")
+    return PerturbedStats(stats.mean * (1 + shift.mean), torch.sqrt(stats.var + eps) / (1 + shift.scale))

@@ -178,10 +178,6 @@ class Ranks:
             means[layer] = BatchStats(*(part / calls[layer].clamp(min=1) for part in (mean, var)))
         return CalledLayers(means, grads, calls), grads
 
-    def mean_stat_grads(self, stat_grads: StatGradTree) -> StatGradTree:
-        """Average statistic gradients over ranks."""
-        return stat_grads if self._group is None else mean_over_ranks(stat_grads, self._group)
-
     def mean_gradients(self, grads: Tensors) -> Tensors:
         """Average gradients of parameters over ranks."""
         if self._group is None:

@@ -1,14 +1,11 @@
 """Rules: how far, and which way, the statistics of the adversarial pass are moved.
 
-A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer. An `IterativeRule` also asks for
-gradients at perturbations of its own.
+A rule is any function `(stats, stat_grads, epsilon) -> perturbation`, layer by layer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -17,14 +14,7 @@ from torch import Tensor
 
 from apart_func.checks import check_epsilon
 from apart_func.errors import SettingError
-from apart_func.trees import (
-    Perturbation,
-    PerturbationTree,
-    StatGrads,
-    StatGradTree,
-    StatTree,
-    check_named_tensors,
-)
+from apart_func.trees import Perturbation, PerturbationTree, StatGrads, StatGradTree, StatTree, check_named_tensors
 
 
 class Rule(Protocol):
@@ -35,7 +25,7 @@ class Rule(Protocol):
 
 
 class RuleKind(NamedTuple):
-    """What the steps have to know of a rule; `rule_kind` says it of one. As it is here of a rule that nobody described.
+    """What the steps have to know of a rule; the defaults are those of a rule that `rule_kind` does not describe.
 
     Attributes:
         is_bounded: whether it moves every statistic by at most ε, so that ε has to be below 1.
@@ -69,50 +59,6 @@ def kind_of(rule: Any) -> RuleKind:
     while isinstance(rule, partial):
         rule = rule.func
     return getattr(rule, "kind", RuleKind())
-
-
-# The kind of a rule of gradients that moves every statistic by at most ε.
-GRADIENT_RULE = RuleKind(is_bounded=True, draws=False)
-
-# From a perturbation to the gradient of the proxy loss there, by one more pass over the batch.
-GradientsAt = Callable[[PerturbationTree], StatGradTree]
-
-
-@dataclass(frozen=True)
-class IterativeRule:
-    """A rule that asks for gradients at perturbations of its own, each of which costs a pass.
-
-    `make_apart_step` runs these. In the drop-in the passes are the user's, and one pass has one: both refuse them.
-
-    Attributes:
-        search: `(stats, stat_grads, epsilon, gradients_at) -> perturbation`, where `gradients_at(perturbation)` is
-            ∂L_p/∂δ there.
-        name: what messages call it.
-        kind: see `RuleKind`.
-    """
-
-    search: Callable[[StatTree, StatGradTree, Tensor, GradientsAt], PerturbationTree]
-    name: str
-    kind: RuleKind = GRADIENT_RULE
-
-    def __call__(self, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor) -> PerturbationTree:
-        """Refuse: whoever calls it as a rule of one gradient has no others to give."""
-        raise self.refusal()
-
-    def refusal(self) -> SettingError:
-        """Return what to say if there are no further passes."""
-        return SettingError(
-            f"rule={self.name} needs further passes over the batch, and there are none here. Use it in "
-            "make_apart_step or make_apart_sam_step, or take a rule of one gradient, such as sign_perturbation."
-        )
-
-
-def perturbation_by(
-    rule: Rule, stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt
-) -> PerturbationTree:
-    """Return the perturbation that a rule of either kind makes."""
-    given = stats, stat_grads, epsilon
-    return rule.search(*given, gradients_at) if isinstance(rule, IterativeRule) else rule(*given)
 
 
 @rule_kind(is_bounded=True, draws=False)
@@ -154,7 +100,14 @@ def random_sign_perturbation(
     Returns:
         A perturbation for every layer in `stat_grads`: |δ| = ε.
     """
-    return _drawn(stat_grads, epsilon, generator)
+    parts = [part for pair in stat_grads.values() for part in pair]
+    if not parts:
+        return {}
+    bits = torch.randint(2, (sum(part.numel() for part in parts),), generator=generator, device=parts[0].device)
+    signs = (2 * bits - 1).to(parts[0].dtype).split([part.numel() for part in parts])
+    # Products own their memory: views of the draw have offsets, which a compiler makes symbols of.
+    shifts = iter([(epsilon * sign).view(part.shape).to(part.dtype) for sign, part in zip(signs, parts, strict=True)])
+    return {layer: Perturbation(*(next(shifts) for _ in pair)) for layer, pair in stat_grads.items()}
 
 
 def random_signs(
@@ -187,23 +140,7 @@ def random_signs(
     check_epsilon(epsilon, is_bounded=True)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SettingError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None.")
-    drawn = _drawn(layers, epsilon, generator)  # views of one draw, whose offsets a compiler would make symbols of
-    return {layer: Perturbation(mean.clone(), scale.clone()) for layer, (mean, scale) in drawn.items()}
-
-
-def _drawn(
-    layers: Mapping[str, StatGrads | Perturbation], epsilon: float | Tensor, generator: torch.Generator | None
-) -> PerturbationTree:
-    parts = [part for pair in layers.values() for part in pair]
-    if not parts:
-        return {}
-    sizes = [part.numel() for part in parts]
-    bits = torch.randint(2, (sum(sizes),), generator=generator, device=parts[0].device)
-    signs = iter((2 * bits - 1).to(parts[0].dtype).mul(epsilon).split(sizes))
-    return {
-        layer: Perturbation(*(next(signs).view(part.shape).to(part.dtype) for part in pair))
-        for layer, pair in layers.items()
-    }
+    return random_sign_perturbation({}, layers, epsilon, generator)  # type: ignore[arg-type]  # of any pairs
 
 
 @rule_kind(draws=False)
@@ -231,48 +168,3 @@ def _of_length(epsilon: Tensor, g: StatGrads) -> Perturbation:
     mean, scale = g.mean / divisor, g.scale / divisor
     norm = torch.sqrt(mean.square().sum() + scale.square().sum()).clamp(min=1)  # below 1 only where all is zero
     return Perturbation(epsilon * (mean / norm), epsilon * (scale / norm))
-
-
-def multi_step(steps: int, step_size: float | None = None) -> IterativeRule:
-    """Make the rule that climbs to the worst statistics in several steps: projected gradient ascent.
-
-    From δ = 0, δ ← clip(δ + step_size · ε · sign(∂L_p/∂δ), −ε, ε), with the gradient taken again at every δ. The first
-    is the proxy pass's own; each further one costs a forward and a backward without parameter gradients. One step of
-    the default size is `sign_perturbation`.
-
-    Args:
-        steps: number k ≥ 1 of gradients.
-        step_size: length of a step as a fraction of ε. None is 2.5/k: enough to cross the ball, and to come back.
-
-    Returns:
-        A rule for `make_apart_step` and `make_apart_sam_step`.
-
-    Raises:
-        SettingError: a setting is out of range.
-    """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise SettingError(f"steps={steps!r}; expected a positive number of gradients, such as 3.")
-    length = 2.5 / steps if step_size is None else step_size
-    if isinstance(step_size, bool) or not (isinstance(length, (int, float)) and math.isfinite(length) and length > 0):
-        raise SettingError(f"step_size={step_size}; expected a positive fraction of the radius, such as 0.5, or None.")
-    return IterativeRule(partial(_ascended, steps=steps, length=length), f"multi_step({steps})")
-
-
-def _ascended(
-    stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, gradients_at: GradientsAt, steps: int, length: float
-) -> PerturbationTree:
-    """The search of `multi_step`, in units of the radius."""
-    where = {layer: Perturbation(*map(torch.zeros_like, g)) for layer, g in stat_grads.items()}
-    for step in range(steps):
-        grads = gradients_at(_times(epsilon, where)) if step else stat_grads
-        where = {
-            layer: Perturbation(
-                *((at + length * g.sign()).clamp(-1, 1) for at, g in zip(shift, grads[layer], strict=True))
-            )
-            for layer, shift in where.items()
-        }
-    return _times(epsilon, where)
-
-
-def _times(epsilon: Tensor, where: PerturbationTree) -> PerturbationTree:
-    return {layer: Perturbation(epsilon * shift.mean, epsilon * shift.scale) for layer, shift in where.items()}

@@ -17,29 +17,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from apart_func.autodiff import is_unreached
 from apart_func.batch_norm import statistics_dtype
-from apart_func.calls import Begun, Step, find_perturbation
+from apart_func.calls import Begun, Step, find_perturbation, interpolate, joined, split_batch
 from apart_func.checks import check_radius
 from apart_func.errors import BatchError
 from apart_func.functional import FunctionalModel, as_functional
 from apart_func.groups import Grouping, Rows, number_of_groups
 from apart_func.losses import LossFunction
-from apart_func.microbatches import split_batch
 from apart_func.passes import Pass
-from apart_func.rules import Rule, kind_of, perturbation_by, sign_perturbation
+from apart_func.rules import Rule, sign_perturbation
 from apart_func.samples import cut_batch
 from apart_func.settings import Settings, settings_of
 from apart_func.trees import (
     PerturbationTree,
-    StatGradTree,
     StepOutput,
     Tensors,
     all_finite,
     check_named_tensors,
     dense_values,
     leaves,
-    zero_perturbation,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +70,7 @@ def make_apart_step(
             taken at θ + ρ ∇L_p/‖∇L_p‖ (APART-SAM).
         remainder: what to do if G does not divide N: "error", or "drop" to lower N to a multiple of G.
         microbatches: k parts of the batch, one after another; each runs both passes with its own N and δ.
-        rule: makes the perturbation from statistics and their gradients. `multi_step(k)` runs k − 1 passes more.
+        rule: makes the perturbation from statistics and their gradients.
         rows: how rows belong to samples in layers that see others than one a sample: "consecutive" (those of a sample
             follow one another), "interleaved" (one of every sample, and again), or a function `(layer, input) -> sample
             of every row`.
@@ -148,36 +144,24 @@ class ApartStep(Step):
         for part in split_batch(batch, self.settings.microbatches):
             outputs.append(self._both_passes(moved, part, perturbation, begun))
             moved = outputs[-1].buffers
-        return self._finish(outputs, buffers, begun)
+        return self._finish(joined(outputs), buffers, begun)
 
     def _both_passes(
         self, buffers: Tensors, batch: Any, perturbation: PerturbationTree | None, begun: Begun
     ) -> StepOutput:
         """Run the method on a batch or micro-batch."""
-        settings, ranks, params = self.settings, begun.ranks, begun.params
+        settings, params = self.settings, begun.params
         run = Pass(self.fmodel, self.loss_fn, params, buffers, batch, begun.precision)
-        number = num_adversarial(run.samples, settings)
-        proxy = run.proxy()
-
-        def gradients_at(point: PerturbationTree) -> StatGradTree:
-            found = ranks.mean_stat_grads(run.gradients_at({**zero, **point}))
-            return {layer: found[layer] for layer in point}
-
-        zero = zero_perturbation(self.fmodel.layers, run.dtype, run.device)
+        number, zero = num_adversarial(run.samples, settings), run.zero
+        proxy = run.at(zero, Grouping(1, run.samples), clean=1, by_shifts=True)
         stat_grads, found = find_perturbation(
-            zero,
-            proxy.stats,
-            proxy.stat_grads,
-            lambda stats, grads: perturbation_by(settings.rule, stats, grads, begun.radius, gradients_at),
-            ranks,
-            perturbation,
-            kind_of(settings.rule).draws,
+            settings.rule, zero, proxy.clean_stats, proxy.stat_grads, begun.radius, begun.ranks, perturbation
         )
-        start = sam_ascent(params, ranks.mean_gradients(proxy.grads), settings.rho) if settings.rho else params
+        start = sam_ascent(params, begun.ranks.mean_gradients(proxy.grads), settings.rho) if settings.rho else params
         part = cut_batch(batch, 0, number, run.samples)
-        grouping = Grouping(number_of_groups(settings.groups, number), number, settings.rows)
         second = Pass(self.fmodel, self.loss_fn, start, proxy.buffers, part, begun.precision)
-        adversarial = second.adversarial(found, grouping)
+        grouping = Grouping(number_of_groups(settings.groups, number), number, settings.rows)
+        adversarial = second.at(found, grouping, clean=0, by_shifts=False)
         grads = interpolate(proxy.grads, adversarial.grads, number / (run.samples + number))
         # A gradient of either pass that is not finite leaves its mark on their sum.
         values = [proxy.loss, adversarial.loss, *grads.values(), *leaves(stat_grads), *leaves(found)]
@@ -187,10 +171,10 @@ class ApartStep(Step):
             loss=proxy.loss,
             adversarial_loss=adversarial.loss,
             output=proxy.output,
-            stats=proxy.stats,
+            stats=proxy.clean_stats,
             stat_grads=stat_grads,
             perturbation=found,
-            adversarial_stats=adversarial.stats,
+            adversarial_stats=adversarial.perturbed_stats,
             all_finite=all_finite(values),
             aux=proxy.aux,
         )
@@ -216,19 +200,6 @@ def sam_ascent(params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: f
     norm = torch.sqrt(sum(squares, torch.zeros_like(squares[0])))
     length = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     return {name: param + length.to(param.real.dtype) * grads[name] for name, param in params.items()}
-
-
-def interpolate(start: Tensors, end: Tensors, weight: float) -> Tensors:
-    """Return (1 − weight) · start + weight · end; what neither loss reaches stays so."""
-
-    def between(one: Tensor, other: Tensor) -> Tensor:
-        if is_unreached(one) and is_unreached(other):
-            return one
-        if one.is_sparse or other.is_sparse:
-            return one * (1 - weight) + other * weight
-        return torch.lerp(one, other, weight)
-
-    return {name: between(grad, end[name]) for name, grad in start.items()}
 
 
 def num_adversarial(samples: int, settings: Settings) -> int:

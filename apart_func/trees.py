@@ -142,6 +142,7 @@ class AdversarialOutput(NamedTuple):
         stats: batch statistics of every ghost group of every layer that was called, `(G, C)`: `perturbed_stats(stats,
             δ)` is what the pass normalised by.
         aux: what the loss function returned besides the loss; () if nothing.
+        stat_grads: ∂L_a/∂δ at δ, of its shape; empty if they were not wanted.
     """
 
     loss: Tensor
@@ -149,6 +150,7 @@ class AdversarialOutput(NamedTuple):
     grads: Tensors
     stats: StatTree
     aux: Any = ()
+    stat_grads: StatGradTree = {}  # noqa: RUF012  # nobody writes to it
 
 
 @summarised

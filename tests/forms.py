@@ -25,7 +25,6 @@ from apart_func import (
     make_apart_sam_step,
     make_apart_step,
     make_one_pass_step,
-    multi_step,
     random_signs,
     sign_perturbation,
     split_state,
@@ -61,7 +60,6 @@ two_groups: dict[str, Any] = {"loss_fn": F.cross_entropy, "groups": 2}
 STEPS: dict[str, Callable[..., Any]] = {
     "two passes": partial(make_apart_step, **two_groups),
     "APART-SAM": partial(make_apart_sam_step, ratio=0.5, rho=0.3, **two_groups),
-    "several steps": partial(make_apart_step, rule=multi_step(3), **two_groups),
     "one pass": partial(make_one_pass_step, epsilon=0.1, rule=sign_perturbation, **two_groups),
 }
 

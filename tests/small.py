@@ -23,6 +23,11 @@ class Parts(nn.Module):
         return self.function(self, *inputs, **named)
 
 
+def signs_differ(one: Any, other: Any) -> bool:
+    """Whether two perturbations of the same layers have other signs anywhere."""
+    return any(bool((a.sign() != b.sign()).any()) for name in one for a, b in zip(one[name], other[name], strict=True))
+
+
 def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Two convolutions with batch norm and an in-place activation, seeded, in training mode."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ LAYERS = [
     {"summary", "batch_norm", "checks", "snapshot", "intercept"},
     {"trees", "kernels"},
     {"groups", "running", "autodiff", "rules", "perturbed", "ranks", "samples"},
-    {"state", "layers", "settings", "microbatches", "losses"},
+    {"state", "layers", "settings", "losses"},
     {"stateless"},
     {"functional"},
     {"passes", "robustness", "contexts"},

@@ -10,15 +10,15 @@ import apart_func
 from apart_func import *  # noqa: F403
 
 CLASSES = """
-APART AdversarialOutput ApartStep BatchStats FunctionalModel IterativeRule MixedOutput OnePassStep Perturbation
+APART AdversarialOutput ApartStep BatchStats FunctionalModel MixedOutput OnePassStep Perturbation
 PerturbedStats Precision ProxyOutput Rule RuleKind Settings StatGrads StepOutput
 """
 ERRORS = "ApartError BatchError ModelError RanksError SettingError StateError UsageError"
 ALIASES = "PerturbationTree StatGradTree StatTree Tensors"  # of dicts
 FUNCTIONS = """
-adversarial_pass all_finite assign_grads_ clean_stat_grads functionalize grad_and_value gradients_at init_perturbation
-l2_perturbation load_state_ make_apart_sam_step make_apart_step make_one_pass_step mixed_pass multi_step perturbed_stats
-proxy_pass random_sign_perturbation random_signs rule_kind sam_ascent sign_flips sign_perturbation split_state
+adversarial_pass all_finite assign_grads_ clean_stat_grads functionalize grad_and_value init_perturbation
+l2_perturbation load_state_ make_apart_sam_step make_apart_step make_one_pass_step mixed_pass perturbed_stats
+proxy_pass random_sign_perturbation random_signs rule_kind sam_ascent sign_perturbation split_state
 """
 NAMES = {name for names in (CLASSES, ERRORS, ALIASES, FUNCTIONS) for name in names.split()}
 

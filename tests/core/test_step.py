@@ -20,12 +20,10 @@ from apart_func import (
     SettingError,
     adversarial_pass,
     functionalize,
-    gradients_at,
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
     mixed_pass,
-    multi_step,
     perturbed_stats,
     random_sign_perturbation,
     random_signs,
@@ -119,7 +117,7 @@ def test_a_loss_scale_leaves_no_trace(kind: str, scale: float) -> None:
     torch.testing.assert_close(scaled._asdict(), plain._asdict(), rtol=0, atol=0)  # a power of two is exact
 
 
-@pytest.mark.parametrize("kind", ["two passes", "APART-SAM", "several steps"])
+@pytest.mark.parametrize("kind", ["two passes", "APART-SAM"])
 def test_each_microbatch_is_a_step_of_its_own(kind: str) -> None:
     model, (x, y) = smooth(), images()
     params, buffers = split_state(model)
@@ -191,7 +189,7 @@ def test_a_perturbation_that_is_given_takes_the_place_of_the_rules() -> None:
         step(params, buffers, batch, perturbation={"1": shifts["1"]})
 
 
-@pytest.mark.parametrize("rule", [sign_perturbation, random_sign_perturbation, multi_step(2)])
+@pytest.mark.parametrize("rule", [sign_perturbation, random_sign_perturbation])
 def test_a_radius_of_exactly_one_is_refused_under_a_rule_of_signs(rule: Any) -> None:
     """There δσ = −1, and s' = s/(1 + δσ) is infinite."""
     model, batch = convolutional(), images()
@@ -297,10 +295,9 @@ def test_a_perturbation_is_a_constant_whatever_it_depends_on() -> None:
     drawn = make_one_pass_step(model, F.cross_entropy, epsilon=leaf, groups=2)(*state, batch)
     signs = make_apart_step(model, F.cross_entropy, epsilon=leaf)(*state, batch)
     arguments = functionalize(model), F.cross_entropy, *state, batch, given
-    passes = [adversarial_pass(*arguments), mixed_pass(*arguments, groups=2, clean=1), gradients_at(*arguments)]
+    passes = [adversarial_pass(*arguments, stat_grads=True), mixed_pass(*arguments, groups=2, clean=1)]
     for out in steps:
         assert out.perturbation["1"].mean.tolist() == pytest.approx([0.1] * 4)
     for out in [*steps, *passes, drawn, signs]:
-        tree = out if isinstance(out, dict) else out._asdict()
-        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(tree))
+        assert not any(isinstance(part, Tensor) and part.requires_grad for part in tree_leaves(out._asdict()))
     assert leaf.grad is None

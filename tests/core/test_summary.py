@@ -14,16 +14,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from apart_func import (
     BatchStats,
-    Perturbation,
     ProxyOutput,
-    StateError,
     StatGrads,
     StepOutput,
-    init_perturbation,
     make_apart_step,
     perturbed_stats,
-    random_sign_perturbation,
-    sign_flips,
     split_state,
 )
 
@@ -107,44 +102,3 @@ def test_the_gap_is_the_second_loss_less_the_first() -> None:
     out = output()
     assert torch.equal(out.loss_gap, out.adversarial_loss - out.loss)
     assert output(groups=0).loss_gap > 0  # of the same samples in one group, at statistics that raise the loss
-
-
-# How many signs change.
-
-
-def shift(mean: list[float], scale: list[float]) -> Perturbation:
-    return Perturbation(torch.tensor(mean), torch.tensor(scale))
-
-
-def test_sign_flips_are_counted_among_shifts_that_are_not_zero() -> None:
-    before = {"a": shift([0.1, 0.1, 0.0], [0.1, -0.1, 0.1]), "b": shift([0.1], [-0.1])}
-    now = {"a": shift([0.1, -0.2, 0.1], [0.1, -0.1, 0.0]), "b": shift([-0.1], [0.1])}
-    assert sign_flips(before, now).item() == 3 / 6
-    assert sign_flips(now, before).item() == 3 / 6
-    assert sign_flips(now, now).item() == 0
-
-
-def test_no_sign_has_flipped_where_there_was_none() -> None:
-    model = convolutional()
-    assert sign_flips(init_perturbation(model), init_perturbation(model)).isnan()
-
-
-def test_signs_of_other_layers_are_not_compared() -> None:
-    one = {"a": shift([0.1], [0.1])}
-    for other in ({"b": one["a"]}, {"a": shift([0.1, 0.1], [0.1, 0.1])}, {}):
-        with pytest.raises(StateError, match="of the same model"):
-            sign_flips(one, other)
-    with pytest.raises(StateError, match="of the same model"):
-        sign_flips({}, {})
-
-
-def test_sign_flips_of_random_signs_are_about_half_under_vmap() -> None:
-    torch.manual_seed(0)
-    many = {"a": StatGrads(torch.ones(500), torch.ones(500))}
-
-    def flips(epsilon: Tensor) -> Tensor:
-        return sign_flips(*(random_sign_perturbation({}, many, epsilon) for _ in range(2)))
-
-    shares = torch.func.vmap(flips, randomness="different")(torch.tensor([0.1, 0.2]))
-    assert shares.shape == (2,)
-    assert ((shares - 0.5).abs() < 0.08).all()  # five standard deviations of 1000 coins

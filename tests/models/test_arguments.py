@@ -120,7 +120,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
 NAMES = """
 APART APART.set_epsilon APART.one_pass functionalize FunctionalModel split_state load_state_ assign_grads_
 make_apart_step make_apart_sam_step make_one_pass_step Settings ApartStep OnePassStep init_perturbation proxy_pass
-adversarial_pass mixed_pass gradients_at random_signs clean_stat_grads sam_ascent grad_and_value multi_step sign_flips
+adversarial_pass mixed_pass random_signs clean_stat_grads sam_ascent grad_and_value
 perturbed_stats
 """
 
@@ -171,7 +171,6 @@ def test_an_argument_of_the_wrong_type_is_refused(name: str, argument: str, kind
 
 # What is public and has no place above, with the reason.
 ELSEWHERE = {
-    "IterativeRule": "a record of a function, which is checked where it is used",
     "Precision": "a record",
     "Rule": "a protocol",
     "all_finite": "takes whatever can be iterated over",

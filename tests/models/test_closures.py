@@ -20,7 +20,6 @@ from apart_func import (
     adversarial_pass,
     functionalize,
     grad_and_value,
-    gradients_at,
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
@@ -261,7 +260,7 @@ def test_a_loss_without_a_graph_is_refused(way: str, loss_fn: Any) -> None:
     refused(way, convolutional(), loss_fn, r"the loss has no graph.*Do not\s+detach")
 
 
-@pytest.mark.parametrize("take", [adversarial_pass, gradients_at, partial(mixed_pass, groups=2, clean=1)])
+@pytest.mark.parametrize("take", [adversarial_pass, partial(mixed_pass, groups=2, clean=1)])
 def test_every_pass_refuses_a_loss_without_a_graph(take: Any) -> None:
     model = convolutional()
     with pytest.raises(UsageError, match="the loss has no graph"):

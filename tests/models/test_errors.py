@@ -22,7 +22,6 @@ from apart_func import (
     init_perturbation,
     make_apart_step,
     make_one_pass_step,
-    multi_step,
     perturbed_stats,
     proxy_pass,
     sign_perturbation,
@@ -94,22 +93,6 @@ def test_a_radius_that_is_negative_not_finite_or_has_a_dimension(epsilon: float 
         with pytest.raises(ApartError, match=message):
             call()
     assert apart.epsilon == 0.1
-
-
-@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("steps", 1.5), ("step_size", 0.0), ("step_size", nan)])
-def test_steps_of_a_rule_out_of_range(option: str, value: Any) -> None:
-    with pytest.raises(ApartError, match=rf"{option}={value!r}; expected a positive"):
-        multi_step(**{"steps": 2, option: value})
-
-
-def test_a_rule_of_several_steps_where_there_are_no_further_passes() -> None:
-    for call in (
-        lambda: APART(convolutional(), rule=multi_step(3)),
-        lambda: make_one_pass_step(convolutional(), F.cross_entropy, epsilon=0.1, groups=2, rule=multi_step(3)),
-        lambda: multi_step(3)({}, {}, torch.tensor(0.1)),
-    ):
-        with pytest.raises(ApartError, match=r"multi_step\(3\) needs further passes.*make_apart_step.*or.*sign"):
-            call()
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

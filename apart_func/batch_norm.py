@@ -25,9 +25,7 @@ class Normalized(NamedTuple):
     """What a call of a layer returns."""
 
     y: Tensor  # of the activations' shape and dtype
-    mean: (
-        Tensor  # batch mean μ of every ghost group, without the perturbation, `(G, C)`, in at least float32; a constant
-    )
+    mean: Tensor  # batch mean μ, not perturbed, `(G, C)`, or `(C,)` for one group, in at least float32; a constant
     var: Tensor  # biased variance σ², likewise
 
 
@@ -58,8 +56,8 @@ class InterleavedGroups(NamedTuple):
         return vectors.reshape(*vectors.shape, *[1] * positions)
 
     def vectors(self, means: Tensor) -> Tensor:
-        """Return means as `(G, C)`."""
-        return means.reshape(self.number, -1)
+        """Return means as `(G, C)`, or `(C,)` for one group."""
+        return means.flatten() if self.number == 1 else means.reshape(self.number, -1)
 
 
 class IndexedGroups(NamedTuple):
@@ -99,11 +97,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor,
     dtype = statistics_dtype(x.dtype)
     weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight
     bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias
-    return Affine(_to(weight, dtype), _to(bias, dtype), _to(shift, dtype), _to(scale, dtype))
-
-
-def _to(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    return vector if vector.dtype is dtype else vector.to(dtype)
+    return Affine(*[vector if vector.dtype is dtype else vector.to(dtype) for vector in (weight, bias, shift, scale)])
 
 
 def formula(

@@ -79,10 +79,9 @@ class KernelBatchNorm(torch.autograd.Function):
         layout.apply(x, y, mean, var, slope, offset, eps)
         ctx.eps, ctx.layout = eps, layout
         ctx.save_for_backward(x, weight, bias, shift, scale, mean, invstd, ratio, slope)
-        stats = (mean, var) if groups > 1 else (mean.unsqueeze(0), var.unsqueeze(0))
-        ctx.mark_non_differentiable(*stats)
+        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # no zeros for these two
-        return y, *stats
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:

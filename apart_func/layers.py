@@ -36,15 +36,17 @@ class Record:
         self._other_stats: dict[str, list[BatchStats]] = {}
 
     def add(self, call: BatchNormCall, mean: Tensor, var: Tensor, sizes: Any) -> None:
-        """Record statistics `(G, C)` of groups of some `sizes`, and move the running ones of the layer."""
-        groups, clean = mean.size(0), self.clean
+        """Record statistics of groups of some `sizes`, and move the running ones of the layer."""
+        clean, is_one = self.clean, mean.dim() == 1
         if clean:
-            stats, size = pooled(*((mean, var) if clean == groups else (mean[:clean], var[:clean])), sizes)
+            stats, size = (BatchStats(mean, var), sizes) if is_one else pooled(mean[:clean], var[:clean], sizes)
             advance(call, stats, size, self._store)
             self._note(self._clean_stats, call.name, stats)
-        if clean < groups:
-            others = BatchStats(mean[clean:], var[clean:]) if clean else BatchStats(mean, var)
-            self._note(self._other_stats, call.name, others)
+        if not is_one:
+            others = (mean[clean:], var[clean:]) if clean else (mean, var)
+            self._note(self._other_stats, call.name, BatchStats(*others))
+        elif not clean:
+            self._note(self._other_stats, call.name, BatchStats(mean.unsqueeze(0), var.unsqueeze(0)))
 
     def _note(self, calls: dict[str, list[BatchStats]], layer: str, stats: BatchStats) -> None:
         calls.setdefault(layer, []).append(BatchStats(stats.mean.to(self._dtype), stats.var.to(self._dtype)))

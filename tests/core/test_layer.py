@@ -115,6 +115,7 @@ def test_every_form_and_its_first_two_derivatives_are_those_of_the_definition(
     def derivatives(layer: Layer, arguments: list[Tensor], upstream: Tensor) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in arguments]
         y, mean, var = layer(*leaves, EPS, groups)
+        mean, var = mean.view(groups, -1), var.view(groups, -1)
         first = torch.autograd.grad(y, leaves, upstream, create_graph=True)
         product = sum((g * d.to(g.dtype)).sum() for g, d in zip(first, directions, strict=True))
         second = torch.autograd.grad(product, leaves, allow_unused=True, retain_graph=True)

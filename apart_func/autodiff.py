@@ -8,7 +8,7 @@ and otherwise they come from `torch.func.grad`.
 from __future__ import annotations  # Dynamo of old versions traces those of inner functions
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,11 @@ from apart_func._torch import is_compiling, is_differentiated, is_traced, regist
 from apart_func.errors import StateError, UsageError
 from apart_func.trees import Tensors, check_named_tensors, detached, tensors_of, with_tensors
 
-
-class Gradient(NamedTuple):
-    """What differentiating returns. Gradients of an eager computation are detached; its further results are not."""
-
-    grads: tuple[dict[Any, Any], ...]  # one for each argument; zero if the loss does not reach the tensor
-    aux: Any
-
-
 # A computation takes dicts of tensors and `backward`, which it calls with a 0-d loss and further results, and whose
-# result it returns. So all that its forward needed is in place while layers run again in the backward (checkpointing).
+# result it returns: gradients by each dict, and those further results. So all that its forward needed is in place while
+# layers run again in the backward (checkpointing).
 Computation = Callable[..., Any]
+Gradients = tuple[tuple[dict[Any, Any], ...], Any]
 
 
 def grad_and_value(
@@ -57,10 +51,7 @@ def grad_and_value(
             raise UsageError(f"function returned a {type(pair).__name__}; expected (loss, aux), with a 0-d loss.")
         return backward(pair[0], (detach_if_eager(pair[0]), pair[1]))
 
-    try:
-        (grads,), (loss, aux) = gradients(compute, (params,))
-    except ForeignParametersError as error:
-        raise foreign_parameters([f"one of shape {tuple(p.shape)}" for p in error.args[0]]) from None
+    (grads,), (loss, aux) = gradients(compute, (params,))
     return grads, loss, aux
 
 
@@ -70,39 +61,35 @@ class Proof:
     is_given = False
 
 
-def gradients(compute: Computation, inputs: Sequence[Mapping[str, Any]], proof: Proof | None = None) -> Gradient:
-    """Differentiate a computation by dicts of tensors, or of tuples of them."""
-    if is_traced():
-        return _under_transforms(compute, inputs)
-    leaves = LentLeaves(inputs, are_copies=proof is not None and not proof.is_given)
-    with torch.enable_grad():
-        found: Gradient = compute(*leaves.trees, leaves.backward)
-    if proof is not None:
-        proof.is_given = True
-    return found
+def _shape_of(parameter: Tensor) -> str:
+    return f"one of shape {tuple(parameter.shape)}"
 
 
-def detach_if_eager(tree: Any) -> Any:
-    """Return a tree, cut from its graph if no transform or compiler sees it."""
-    return tree if is_traced() else detached(tree)
+def gradients(
+    compute: Computation,
+    inputs: Sequence[Mapping[str, Any]],
+    name_of: Callable[[nn.Parameter], str] = _shape_of,
+    proof: Proof | None = None,
+) -> Gradients:
+    """Differentiate a computation by dicts of tensors, or of tuples of them; a gradient is zero if nothing reaches it.
 
-
-class LentLeaves:
-    """Fresh leaves, as `trees`, on the memory of some tensors, which an eager computation is differentiated by.
-
-    Copies have memory of their own: a computation that rewrites them is refused all the same, and has changed nothing.
+    Args:
+        compute: the computation.
+        inputs: its dicts. An eager one gets fresh leaves on their memory, which it must not rewrite.
+        name_of: what an error calls a parameter that the loss depends on, and that is no input.
+        proof: of the computation.
     """
+    if is_traced():
+        return _under_transforms(compute, inputs, name_of)
+    names, tensors = zip(*((name, leaf.detach()) for tree in inputs for name, leaf in _leaves(tree)), strict=True)
+    if proof is not None and not proof.is_given:  # copies: what rewrites them is refused all the same
+        tensors = tuple(tensor.clone() for tensor in tensors)
+    leaves = [LentLeaf(tensor) if type(tensor) is Tensor else tensor.requires_grad_() for tensor in tensors]
+    versions = [leaf._version for leaf in leaves]
+    trees = _filled(inputs, leaves)
 
-    def __init__(self, inputs: Sequence[Mapping[str, Any]], are_copies: bool = False) -> None:
-        self._names = [name for tree in inputs for name, _ in _leaves(tree)]
-        tensors = [tensor.detach() for tree in inputs for _, tensor in _leaves(tree)]
-        self._leaves = [_lent(tensor.clone() if are_copies else tensor) for tensor in tensors]
-        self._versions = [leaf._version for leaf in self._leaves]
-        self.trees = _filled(inputs, self._leaves)
-
-    def backward(self, loss: Tensor, aux: Any) -> Gradient:
-        """Differentiate a loss by the leaves, if nothing has rewritten one, and it depends on no other parameters."""
-        for name, leaf, version in zip(self._names, self._leaves, self._versions, strict=True):
+    def backward(loss: Tensor, aux: Any) -> Gradients:
+        for name, leaf, version in zip(names, leaves, versions, strict=True):
             if _is_rewritten(leaf, version):
                 raise StateError(
                     f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm "
@@ -115,11 +102,22 @@ class LentLeaves:
                 "the loss has no graph: it does not depend on any parameter in a way that can be differentiated. Do "
                 "not detach the output, compute without no_grad, and return a tensor that the model's output went into."
             )
-        _check_foreign(loss, self._leaves)
+        _check_foreign(loss, leaves, name_of)
         # As in plain training: a gradient owns its memory, is dense or sparse, and a backward inside of this one, as
         # of a reversible block, adds to it.
-        torch.autograd.backward(loss, inputs=self._leaves)
-        return Gradient(_filled(self.trees, map(_gradient_of, self._leaves)), aux)
+        torch.autograd.backward(loss, inputs=leaves)
+        return _filled(trees, [_unreached(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]), aux
+
+    with torch.enable_grad():
+        found: Gradients = compute(*trees, backward)
+    if proof is not None:
+        proof.is_given = True
+    return found
+
+
+def detach_if_eager(tree: Any) -> Any:
+    """Return a tree, cut from its graph if no transform or compiler sees it."""
+    return tree if is_traced() else detached(tree)
 
 
 class LentLeaf(nn.Parameter):
@@ -143,11 +141,6 @@ class LentLeaf(nn.Parameter):
         vars(self)["replaced"] = True
 
 
-def _lent(tensor: Tensor) -> Tensor:
-    """Make a leaf of a tensor's memory."""
-    return LentLeaf(tensor) if type(tensor) is Tensor else tensor.requires_grad_()
-
-
 def _is_rewritten(leaf: Tensor, version: int) -> bool:
     """Return whether somebody has written to a leaf since it had a version, or to a copy that its `.data` gave."""
     seen = vars(leaf)
@@ -162,15 +155,10 @@ def is_unreached(grad: Tensor) -> bool:
     return getattr(grad, "is_unreached", False)
 
 
-def unreached_gradient(like: Tensor) -> Tensor:
-    """Return a zero gradient that `is_unreached`."""
-    zero = torch.zeros_like(like, requires_grad=False)
+def _unreached(leaf: Tensor) -> Tensor:
+    zero = torch.zeros_like(leaf, requires_grad=False)
     zero.is_unreached = True  # type: ignore[attr-defined]  # a tensor takes attributes
     return zero
-
-
-def _gradient_of(leaf: Tensor) -> Tensor:
-    return unreached_gradient(leaf.detach()) if leaf.grad is None else leaf.grad
 
 
 class _Carried:
@@ -187,8 +175,10 @@ register_tree(
 )
 
 
-def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]]) -> Gradient:
-    """Differentiate a computation by `torch.func`, if its loss depends on no other parameters."""
+def _under_transforms(
+    compute: Computation, inputs: Sequence[Mapping[str, Any]], name_of: Callable[[nn.Parameter], str]
+) -> Gradients:
+    """Differentiate a computation by `torch.func`."""
 
     def value(*trees: Any) -> tuple[Tensor, _Carried]:
         pair: tuple[Tensor, _Carried] = compute(*trees, lambda loss, aux: (loss, _Carried((loss, aux))))
@@ -210,10 +200,10 @@ def _under_transforms(compute: Computation, inputs: Sequence[Mapping[str, Any]])
     loss, aux = carried.tree
     leaves = [leaf for tree in inputs for _, leaf in _leaves(tree)]
     if not is_compiling():
-        _check_foreign(unwrapped(loss), [unwrapped(leaf) for leaf in leaves])
+        _check_foreign(unwrapped(loss), [unwrapped(leaf) for leaf in leaves], name_of)
     elif loss.requires_grad and not any(leaf.requires_grad for leaf in leaves):
-        raise foreign_parameters([])  # no argument is differentiated by, so there should be no graph, and there is one
-    return Gradient(grads, aux)
+        raise _foreign_parameters("")  # no argument is differentiated by, so there should be no graph, and there is one
+    return grads, aux
 
 
 # torch's pytrees do the same for trees of any kind, and take longer: an eager step is Python where models are small.
@@ -238,15 +228,9 @@ def _filled(trees: Sequence[Mapping[str, Any]], leaves: Iterable[Tensor]) -> tup
     )
 
 
-class ForeignParametersError(Exception):
-    """A loss depends on parameters that are none of its arguments: the argument of this error, for a pass to name."""
-
-
-def foreign_parameters(names: Sequence[str]) -> UsageError:
-    """Return the error for a loss that depends on parameters past its arguments."""
-    which = f": {', '.join(map(repr, names))}" if names else ""
+def _foreign_parameters(names: str) -> UsageError:
     return UsageError(
-        f"the loss depends on parameters that are not in params{which}, which something reaches past the arguments (a "
+        f"the loss depends on parameters that are not in params{names}, which something reaches past the arguments (a "
         "loss or a hook that closes over model.parameters(), a replaced forward, a criterion with parameters of its "
         "own). They would get no gradient. If they need none here, as those of a discriminator, say "
         "requires_grad_(False); else compute such terms inside the model's forward, where its attributes are the "
@@ -254,12 +238,12 @@ def foreign_parameters(names: Sequence[str]) -> UsageError:
     )
 
 
-def _check_foreign(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Raise a ForeignParametersError if a parameter that is no leaf of ours is in the graph of a loss."""
+def _check_foreign(loss: Tensor, leaves: Sequence[Tensor], name_of: Callable[[nn.Parameter], str]) -> None:
+    """Raise a UsageError if a parameter that is no leaf of ours is in the graph of a loss."""
     own = set(map(id, leaves))
     foreign = [leaf for leaf in _graph_leaves(loss) if isinstance(leaf, nn.Parameter) and id(leaf) not in own]
     if foreign:
-        raise ForeignParametersError(foreign)
+        raise _foreign_parameters(": " + ", ".join(repr(name_of(parameter)) for parameter in foreign))
 
 
 def _graph_leaves(loss: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apart_func._torch import backward_task, specialize
-from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
+from apart_func.autodiff import detach_if_eager, gradients
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
@@ -234,10 +234,7 @@ class Pass:
         inputs: tuple[Any, ...] = (shifts, self._params)
         if not by_shifts:
             compute, inputs = partial(compute, shifts), (self._params,)
-        try:
-            grads, results = gradients(compute, inputs, self.fmodel.training.proof)
-        except ForeignParametersError as error:
-            raise foreign_parameters([self._name_of(parameter) for parameter in error.args[0]]) from None
+        grads, results = gradients(compute, inputs, self._name_of, self.fmodel.training.proof)
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[-1], grads[0] if by_shifts else {}
         if scale is not None:

@@ -173,20 +173,21 @@ class OnePassStep(Step):
         groups = number_of_groups(settings.groups, run.samples)
         clean = clean_groups(settings.clean_fraction, groups)
         grouping = Grouping(groups, run.samples, settings.rows)
-        found = run.at(in_groups(perturbation, clean, groups), grouping, clean, by_perturbation)
-        stat_grads = clean_stat_grads(found.stat_grads, clean) if by_perturbation else {}
+        mixed = run.at(in_groups(perturbation, clean, groups), grouping, clean, by_perturbation)
+        stat_grads = clean_stat_grads(mixed.stat_grads, clean) if by_perturbation else {}
+        values = [mixed.batch_loss, *mixed.grads.values(), *leaves(stat_grads), *leaves(perturbation)]
         return StepOutput(
-            grads=found.grads,
-            buffers=found.buffers,
-            loss=found.clean_loss,
-            adversarial_loss=found.adversarial_loss,
-            output=found.output,
-            stats=found.clean_stats,
+            grads=mixed.grads,
+            buffers=mixed.buffers,
+            loss=mixed.loss,
+            adversarial_loss=mixed.adversarial_loss,
+            output=mixed.output,
+            stats=mixed.stats,
             stat_grads=stat_grads,
             perturbation=perturbation,
-            adversarial_stats=found.perturbed_stats,
-            all_finite=all_finite([found.loss, *found.grads.values(), *leaves(stat_grads), *leaves(perturbation)]),
-            aux=found.aux,
+            adversarial_stats=mixed.adversarial_stats,
+            all_finite=all_finite(values),
+            aux=mixed.aux,
         )
 
 

@@ -32,11 +32,10 @@ from apart_func.trees import (
     PerturbationTree,
     ProxyOutput,
     StatGrads,
-    StatGradTree,
-    StatTree,
     Tensors,
     copied,
     input_and_target,
+    replace,
     statistics_kind,
     tensors_of,
     zero_perturbation,
@@ -82,10 +81,8 @@ def proxy_pass(
         ApartError: the state or batch does not fit the model, or a layer cannot be perturbed; as all passes do.
     """
     run = _checked(fmodel, loss_fn, params, buffers, batch, precision)
-    found = run.at(run.zero, Grouping(1, run.samples), clean=1, by_shifts=True)
-    return ProxyOutput(
-        found.loss, found.output, found.grads, found.buffers, found.clean_stats, found.stat_grads, found.aux
-    )
+    out = run.at(run.zero, Grouping(1, run.samples), clean=1, by_shifts=True)
+    return ProxyOutput(out.loss, out.output, out.grads, out.buffers, out.stats, out.stat_grads, out.aux)
 
 
 def adversarial_pass(
@@ -120,8 +117,8 @@ def adversarial_pass(
     run = _checked(fmodel, loss_fn, params, buffers, batch, precision)
     grouping = _grouping(run, groups, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
-    found = run.at(perturbation, grouping, clean=0, by_shifts=stat_grads)
-    return AdversarialOutput(found.loss, found.output, found.grads, found.perturbed_stats, found.aux, found.stat_grads)
+    out = run.at(perturbation, grouping, clean=0, by_shifts=stat_grads)
+    return AdversarialOutput(out.loss, out.output, out.grads, out.adversarial_stats, out.aux, out.stat_grads)
 
 
 def mixed_pass(
@@ -161,19 +158,7 @@ def mixed_pass(
     grouping = _grouping(run, groups, rows)
     check_clean(clean, grouping.groups)
     check_perturbation(fmodel.layers, perturbation, 1)
-    found = run.at(in_groups(perturbation, clean, grouping.groups), grouping, clean, by_shifts=stat_grads)
-    return MixedOutput(
-        loss=found.clean_loss,
-        adversarial_loss=found.adversarial_loss,
-        output=found.output,
-        grads=found.grads,
-        buffers=found.buffers,
-        stats=found.clean_stats,
-        stat_grads=found.stat_grads,
-        adversarial_stats=found.perturbed_stats,
-        batch_loss=found.loss,
-        aux=found.aux,
-    )
+    return run.at(in_groups(perturbation, clean, grouping.groups), grouping, clean, by_shifts=stat_grads)
 
 
 def _checked(
@@ -187,21 +172,6 @@ def _grouping(run: Pass, groups: int, rows: Rows | None) -> Grouping:
     check_groups(groups, run.fmodel.modules())
     check_rows(rows)
     return Grouping(number_of_groups(groups, run.samples), run.samples, rows)
-
-
-class Found(NamedTuple):
-    """What a pass finds."""
-
-    grads: Tensors
-    stat_grads: StatGradTree  # of the shape of the shifts; empty if nothing was differentiated by them
-    loss: Tensor  # of the batch
-    clean_loss: Tensor
-    adversarial_loss: Tensor
-    output: Any
-    aux: Any
-    buffers: Tensors
-    clean_stats: StatTree
-    perturbed_stats: StatTree  # of every other ghost group
 
 
 class Pass:
@@ -228,19 +198,24 @@ class Pass:
         """No perturbation."""
         return zero_perturbation(self.fmodel.layers, self._dtype, self._device)
 
-    def at(self, shifts: PerturbationTree, grouping: Grouping, clean: int, by_shifts: bool) -> Found:
-        """Run the pass at some shifts, its first groups clean; differentiate by parameters, and by shifts if wanted."""
+    def at(self, shifts: PerturbationTree, grouping: Grouping, clean: int, by_shifts: bool) -> MixedOutput:
+        """Run the pass at some shifts, its first groups clean; differentiate by parameters, and by shifts if wanted.
+
+        Without samples of both kinds, both losses are that of the batch.
+        """
         compute = partial(self._forward_and_backward, grouping, clean)
         inputs: tuple[Any, ...] = (shifts, self._params)
         if not by_shifts:
             compute, inputs = partial(compute, shifts), (self._params,)
-        grads, results = gradients(compute, inputs, self._name_of, self.fmodel.training.proof)
+        grads, out = gradients(compute, inputs, self._name_of, self.fmodel.training.proof)
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[-1], grads[0] if by_shifts else {}
         if scale is not None:
             of_params = {name: grad / scale for name, grad in of_params.items()}
             of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
-        return Found(of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, *results)
+        stat_grads = {name: StatGrads(*pair) for name, pair in of_shifts.items()}
+        made: MixedOutput = replace(out, grads=of_params, stat_grads=stat_grads)
+        return made
 
     def _forward_and_backward(
         self, grouping: Grouping, clean: int, shifts: PerturbationTree, params: Tensors, backward: Any
@@ -268,9 +243,9 @@ class Pass:
                     known = self.fmodel.coupled
                     parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
             layers.check_rows()
-            moved = stateless.buffers(self._buffers)
-            results = loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats()
-            return backward(loss if scale is None else loss * scale, detach_if_eager(results))
+            moved, stats, others = stateless.buffers(self._buffers), record.clean_stats(), record.perturbed_stats()
+            out = MixedOutput(*parts, output, {}, moved, stats, {}, others, loss, aux)
+            return backward(loss if scale is None else loss * scale, detach_if_eager(out))
 
         return self.fmodel.run(params, self._buffers, layers, body)
 

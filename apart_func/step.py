@@ -155,7 +155,7 @@ class ApartStep(Step):
         number, zero = num_adversarial(run.samples, settings), run.zero
         proxy = run.at(zero, Grouping(1, run.samples), clean=1, by_shifts=True)
         stat_grads, found = find_perturbation(
-            settings.rule, zero, proxy.clean_stats, proxy.stat_grads, begun.radius, begun.ranks, perturbation
+            settings.rule, zero, proxy.stats, proxy.stat_grads, begun.radius, begun.ranks, perturbation
         )
         start = sam_ascent(params, begun.ranks.mean_gradients(proxy.grads), settings.rho) if settings.rho else params
         part = cut_batch(batch, 0, number, run.samples)
@@ -171,10 +171,10 @@ class ApartStep(Step):
             loss=proxy.loss,
             adversarial_loss=adversarial.loss,
             output=proxy.output,
-            stats=proxy.clean_stats,
+            stats=proxy.stats,
             stat_grads=stat_grads,
             perturbation=found,
-            adversarial_stats=adversarial.perturbed_stats,
+            adversarial_stats=adversarial.adversarial_stats,
             all_finite=all_finite(values),
             aux=proxy.aux,
         )

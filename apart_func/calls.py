@@ -65,13 +65,14 @@ class Step:
     def __init__(self, fmodel: FunctionalModel, loss_fn: LossFunction, settings: Settings) -> None:
         check_loss_function(loss_fn)
         self.fmodel, self.loss_fn = fmodel, loss_fn
-        self._constants = Constants(settings=settings)
+        self._constants: Any = Constants(settings=settings)
         self._check = ConsistencyCheck()
 
     @property
     def settings(self) -> Settings:
         """What the step does."""
-        return self._constants.settings  # type: ignore[return-value]  # attributes of a module have no types
+        settings: Settings = self._constants.settings
+        return settings
 
     def __repr__(self) -> str:
         loss = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
@@ -83,7 +84,7 @@ class Step:
         """Check, once a step, all that a call is given; `perturbation` is None if it is not."""
         settings, fmodel, is_bounded = self.settings, self.fmodel, kind_of(self.settings.rule).is_bounded
         params = check_call(fmodel, self.loss_fn, params, buffers)
-        check_groups(settings.groups, fmodel.modules())
+        check_groups(settings.groups, fmodel.training.layers.values())
         if epsilon is not None:
             check_epsilon(epsilon, is_bounded)
         if perturbation is not None:
@@ -110,7 +111,7 @@ class Step:
     def _finish(self, out: StepOutput, buffers: Tensors, begun: Begun) -> StepOutput:
         """Make one output of those of all ranks; one that is not finite gets the old buffers."""
         out = replace(out, all_finite=out.all_finite & begun.is_valid)
-        out = begun.ranks.mean_output(out, buffers, self.fmodel.moving)
+        out = begun.ranks.mean_output(out, buffers, self.fmodel.training.constants.moving)
         return replace(out, buffers=where_tree(out.all_finite, out.buffers, dict(buffers)))
 
 

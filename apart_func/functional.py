@@ -14,23 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apart_func._torch import is_compiling, is_concrete
+from apart_func._torch import backward_task, is_compiling, is_concrete
 from apart_func.errors import BatchError, ModelError, StateError, UsageError
-from apart_func.intercept import (
-    BatchNormCall,
-    Handler,
-    batch_norm_layers,
-    check_unmixed,
-    no_training_layer,
-    training_layers,
-)
-from apart_func.kernels import perturbed_batch_norm
+from apart_func.groups import Grouping
+from apart_func.intercept import Handler, batch_norm_layers, no_training_layer, training_layers
+from apart_func.layers import PerturbedLayers, Record
 from apart_func.losses import LossFunction, check_loss_function
-from apart_func.ranks import synchronisation
 from apart_func.snapshot import Snapshot, check_model, named_tensors
 from apart_func.state import check_tensors, follow_parameters, united
 from apart_func.stateless import StatelessModule
@@ -121,16 +113,8 @@ class FunctionalModel:
     @property
     def layers(self) -> dict[str, int]:
         """The channels of the BN layers that the method perturbs, by name."""
-        return self.training.constants.layers  # type: ignore[return-value]  # attributes of a module have no types
-
-    @property
-    def moving(self) -> tuple[str, ...]:
-        """Names of the buffers that a forward may move away from those of other ranks: those of floating point."""
-        return self.training.constants.moving  # type: ignore[return-value]  # attributes of a module have no types
-
-    def modules(self) -> list[nn.Module]:
-        """Return the BN layers that the method perturbs, of a copy that holds no tensor."""
-        return list(self.training.layers.values())
+        layers: dict[str, int] = self.training.constants.layers
+        return layers
 
     def __getstate__(self) -> dict[str, Any]:
         return {"training": self.training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
@@ -157,7 +141,9 @@ class FunctionalModel:
         """
         self.update()
         self.check_state(params, buffers)
-        handler = _PlainBatchNorm() if training else None
+        dtype, device = statistics_kind({**params, **buffers})
+        zero, record = zero_perturbation(self.layers, dtype, device), Record(0, self.training.replace_buffer, dtype)
+        handler = PerturbedLayers(zero, Grouping(1, None), record, backward_task()) if training else None
         return self.run(params, buffers, handler, lambda stateless: stateless.module(*inputs, **keywords))
 
     def update(self) -> None:
@@ -212,8 +198,7 @@ class FunctionalModel:
 
     def check_state(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Raise a StateError if `params` and `buffers` are not the model's, by their keys, shapes and dtypes."""
-        shapes: Any = self.training.constants.shapes
-        check_tensors(shapes, united(params, buffers))
+        check_tensors(self.training.constants.shapes, united(params, buffers))
         if not params:
             raise StateError("params is empty, so there is nothing to train. Unfreeze a parameter: requires_grad=True.")
         for name, tensor in params.items():
@@ -222,35 +207,10 @@ class FunctionalModel:
                     f"params[{name!r}] has dtype {tensor.dtype}, which has no gradient. Put it in buffers."
                 )
 
-    def check_trains(self) -> None:
-        """Raise a ModelError if all BN layers were put in evaluation mode."""
-        if not self.layers:
-            module = self.training.module
-            raise no_training_layer(type(module).__name__, len(batch_norm_layers(module)))
-
-    def check_unmixed(self) -> None:
-        """Make sure that no layer normalises samples of all groups together; see `intercept.check_unmixed`."""
-        check_unmixed(self.training.module)
-
     def name_of(self, parameter: nn.Parameter) -> str | None:
         """Return the name that a parameter has in the model this was made from; None if it is not of it."""
         reference, name = self._of_caller.get(id(parameter), (None, None))
         return name if reference is not None and reference() is parameter else None
-
-
-class _PlainBatchNorm:
-    """Batch norm by the statistics of the batch, which moves nothing."""
-
-    mixes = False
-
-    def normalize(self, call: BatchNormCall) -> Tensor:
-        """See `intercept.Handler`."""
-        x, weight, bias, eps = call.x, call.weight, call.bias, call.eps
-        reduce = synchronisation(call.layer, x, 1)
-        if reduce is None:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-        zero = x.new_zeros(x.shape[1])
-        return perturbed_batch_norm(x, weight, bias, zero, zero, eps, 1, reduce).y
 
 
 def init_perturbation(model: nn.Module) -> PerturbationTree:
@@ -275,7 +235,9 @@ def check_call(fmodel: FunctionalModel, loss_fn: LossFunction, params: Tensors, 
     if not isinstance(fmodel, FunctionalModel):
         raise ModelError(f"fmodel is a {type(fmodel).__name__}; expected what functionalize(model) returns.")
     fmodel.update()
-    fmodel.check_trains()
+    module = fmodel.training.module
+    if not fmodel.layers:
+        raise no_training_layer(type(module).__name__, len(batch_norm_layers(module)))
     check_loss_function(loss_fn)
     if not is_compiling() and torch.is_inference_mode_enabled():  # Dynamo cannot ask
         raise UsageError("inference_mode is on, and no gradient exists there. Leave it; no_grad is fine.")

@@ -21,6 +21,7 @@ from apart_func.checks import clean_groups, is_count
 from apart_func.errors import SettingError, StateError
 from apart_func.functional import FunctionalModel, as_functional
 from apart_func.groups import Grouping, Rows, number_of_groups
+from apart_func.intercept import check_unmixed
 from apart_func.layers import in_groups
 from apart_func.losses import LossFunction
 from apart_func.passes import Pass
@@ -91,7 +92,7 @@ def make_one_pass_step(
     if groups != -1:
         clean_groups(clean_fraction, groups)
     fmodel = as_functional(model)
-    fmodel.check_unmixed()
+    check_unmixed(fmodel.training.module)
     return OnePassStep(fmodel, loss_fn, settings)
 
 

@@ -169,7 +169,7 @@ def _checked(
 
 
 def _grouping(run: Pass, groups: int, rows: Rows | None) -> Grouping:
-    check_groups(groups, run.fmodel.modules())
+    check_groups(groups, run.fmodel.training.layers.values())
     check_rows(rows)
     return Grouping(number_of_groups(groups, run.samples), run.samples, rows)
 

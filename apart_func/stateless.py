@@ -24,7 +24,7 @@ class StatelessModule:
         memo = {id(tensor): _MissingTensor(name) for name, tensor in named_tensors(model)}
         self.first = _first_names(model)
         self._momenta = {name: layer.momentum for name, layer in layers.items()}
-        self.constants = Constants(
+        self.constants: Any = Constants(
             layers={name: layer.num_features for name, layer in layers.items()},
             shapes={name: tuple(tensor.shape) for name, tensor in named_tensors(model)},
             moving=tuple(name for name, buffer in model.named_buffers() if buffer.is_floating_point()),

@@ -11,7 +11,7 @@ standardisation) are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
@@ -42,9 +42,7 @@ class BatchNormCall(NamedTuple):
 class Handler(Protocol):
     """What batch norm does while it is intercepted."""
 
-    @property
-    def mixes(self) -> bool:
-        """Whether clean and perturbed samples are in one batch."""
+    mixes: bool  # whether clean and perturbed samples are in one batch
 
     def normalize(self, call: BatchNormCall) -> Tensor:
         """Return what `F.batch_norm` would, of the shape and dtype of `call.x`."""
@@ -106,7 +104,9 @@ class Interception:
     def install(self) -> None:
         """Put the patched forwards in place."""
         for patch in self._patches:
-            patch.install()
+            patch.own = vars(patch.layer).get("forward")  # of the instance, if it has one
+            patch.original, patch.is_stock = patch.layer.forward, is_stock(patch.layer)
+            vars(patch.layer)["forward"] = patch
 
     @contextmanager
     def installed(self, handler: Handler) -> Iterator[None]:
@@ -118,26 +118,20 @@ class Interception:
         finally:
             self.handler = None
             for patch in self._patches:
-                patch.remove()
+                vars(patch.layer).pop("forward", None)
+                if patch.own is not None:
+                    vars(patch.layer)["forward"] = patch.own
 
 
 class _PatchedForward:
     """What stands in for the `forward` of one layer. In a copy of the layer, its own forward stands again."""
 
+    own: Any
+    original: Callable[..., Any]
+    is_stock: bool
+
     def __init__(self, interception: Interception, name: str, layer: _BatchNorm) -> None:
         self.interception, self.name, self.layer = interception, name, layer
-
-    def install(self) -> None:
-        """Stand in for the layer's forward as it is now."""
-        self.own = vars(self.layer).get("forward")  # of the instance, if it has one
-        self.original, self.is_stock = self.layer.forward, is_stock(self.layer)
-        vars(self.layer)["forward"] = self
-
-    def remove(self) -> None:
-        """Put back what was there."""
-        vars(self.layer).pop("forward", None)
-        if self.own is not None:
-            vars(self.layer)["forward"] = self.own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _own_forward, (self.layer, self.own)

@@ -70,11 +70,7 @@ class PerturbedLayers:
     def __init__(self, perturbation: Mapping[str, Perturbation], grouping: Grouping, record: Record, task: int) -> None:
         self.perturbation, self.grouping, self.record, self._task = perturbation, grouping, record, task
         self._rows: dict[str, int] = {}
-
-    @property
-    def mixes(self) -> bool:
-        """See `Handler`."""
-        return 0 < self.record.clean < self.grouping.groups
+        self.mixes = 0 < record.clean < grouping.groups
 
     def normalize(self, call: BatchNormCall) -> Tensor:
         """See `Handler`."""

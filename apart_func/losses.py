@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from apart_func._torch import is_concrete
 from apart_func.errors import BatchError, UsageError
-from apart_func.samples import batch_size, cut_groups
+from apart_func.samples import GroupRange, batch_size, cut_samples
 from apart_func.trees import tensors_of, with_tensors
 
 LossFunction = Callable[[Any, Any], Any]
@@ -77,7 +77,7 @@ def losses_by_part(
         if known[key][1]:
             return whole, whole
     clean_loss, adversarial_loss = (
-        loss_and_aux(loss_fn(*(cut_groups(tree, groups, *part, samples) for tree in (output, target))))[0]
+        loss_and_aux(loss_fn(*(cut_samples(tree, GroupRange(groups, *part), samples) for tree in (output, target))))[0]
         for part in ((0, clean), (clean, groups))
     )
     return clean_loss, adversarial_loss

@@ -28,14 +28,7 @@ def batch_size(batch: Any) -> int:
 
 def cut_batch(batch: Any, start: int, stop: int, samples: int) -> Any:
     """Return samples `start` to `stop` of a batch of `samples`; see `cut_samples`."""
-    if (start, stop) == (0, samples):
-        return batch
-    return cut_samples(batch, slice(start, stop), samples)
-
-
-def cut_groups(tree: Any, groups: int, start: int, stop: int, samples: int) -> Any:
-    """Return the samples of ghost groups `start` to `stop` of some `samples`; see `cut_samples`."""
-    return cut_samples(tree, GroupRange(groups, start, stop), samples)
+    return batch if (start, stop) == (0, samples) else cut_samples(batch, slice(start, stop), samples)
 
 
 class GroupRange(NamedTuple):
@@ -67,20 +60,20 @@ def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
         return tree
     if hasattr(tree, "__array__") and hasattr(tree, "shape"):
         return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
-    raise BatchError(
-        f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and "
-        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 "
+    advice = "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them"
+    raise _uncuttable(f"a {type(tree).__name__}", advice)
+
+
+def _uncuttable(what: str, advice: str) -> BatchError:
+    return BatchError(
+        f"the batch or the output holds {what}, of which only some samples are wanted here, and {advice}; or ratio=1.0 "
         "in two passes, where the whole batch is used."
     )
 
 
 def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_nested:
-        raise BatchError(
-            f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted "
-            "here, and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch "
-            "is used."
-        )
+        raise _uncuttable(f"a tensor of layout {tensor.layout}", "PyTorch cannot slice it. Use a dense tensor")
     if isinstance(which, slice):
         return tensor[which]
     groups: Tensor = tensor.unflatten(0, (-1, which.groups))

@@ -243,9 +243,11 @@ class Pass:
                     known = self.fmodel.coupled
                     parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
             layers.check_rows()
-            moved, stats, others = stateless.buffers(self._buffers), record.clean_stats(), record.perturbed_stats()
-            out = MixedOutput(*parts, output, {}, moved, stats, {}, others, loss, aux)
-            return backward(loss if scale is None else loss * scale, detach_if_eager(out))
+            found = loss, parts, output, stateless.buffers(self._buffers), aux
+            value, (clean_loss, other_loss), output, moved, aux = detach_if_eager(found)
+            stats, others = record.clean_stats(), record.perturbed_stats()  # which are constants already
+            out = MixedOutput(clean_loss, other_loss, output, {}, moved, stats, {}, others, value, aux)
+            return backward(loss if scale is None else loss * scale, out)
 
         return self.fmodel.run(params, self._buffers, layers, body)
 

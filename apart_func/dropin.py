@@ -1,8 +1,4 @@
-"""APART for a loop built on `loss.backward()`: a context around each pass.
-
-Inside a context (`contexts.py`) the model's BN layers are normalised as in the functional passes. Outside, the model is
-as the user made it.
-"""
+"""APART for a loop built on `loss.backward()`: a context around each pass; outside, the model is as it was made."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from torch import Tensor, nn
 
 from apart_func.calls import find_perturbation
 from apart_func.checks import check_epsilon, check_perturbation, clean_groups, scalar
-from apart_func.contexts import Context, lent_state, versions
+from apart_func.contexts import Context, gradient_versions, lent_state
 from apart_func.errors import SettingError, UsageError
 from apart_func.functional import counted_layers
 from apart_func.groups import Rows
 from apart_func.intercept import Interception, batch_norm_layers, check_unmixed, no_training_layer, perturbable_layers
 from apart_func.one_pass import draw_perturbation
-from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, described_state, group_of_module
+from apart_func.ranks import ConsistencyCheck, Ranks, check_groups, data_parallel_group, described_state, group_of
 from apart_func.rules import Rule, kind_of, random_sign_perturbation, sign_perturbation
 from apart_func.settings import Settings
 from apart_func.snapshot import check_model, named_tensors
@@ -45,12 +41,11 @@ class APART:
             ((1 - r) * criterion(model(x[:N]), y[:N])).backward()
 
     Call `backward()` inside a context or after it; with activation checkpointing (`use_reentrant=False`), inside. To
-    accumulate gradients, take each micro-batch through both contexts in turn. Running statistics move at each call of a
-    layer, as in plain training.
+    accumulate gradients, take each micro-batch through both contexts in turn.
 
     Args:
-        model: any module with BN layers. Those in training mode when they are called are perturbed. A compiled model is
-            one graph for each pass; compile it with `dynamic=False` if the adversarial pass gets fewer samples.
+        model: any module with BN layers; those that are called in training mode are perturbed. A compiled model is one
+            graph for each pass; compile it with `dynamic=False` if the adversarial pass gets fewer samples.
         epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs. Random signs
             want about twice the radius of those of the gradient: try 0.1 to 0.4.
         groups: ghost groups of the adversarial pass; sample i is in group i mod `groups`. 0 and 1 make one group of the
@@ -58,9 +53,8 @@ class APART:
         rule: makes the perturbation from statistics and the gradients of the loss, as it was scaled for `backward()`.
             None is `sign_perturbation`, and in `one_pass()` random signs.
         rows: how rows belong to samples in layers that see others than one a sample, as in `make_apart_step`.
-        process_group: ranks to average statistics and their gradients over; those of parameters are the wrapper's.
-            "world" is all ranks, "local" this one alone. None takes those of the `DistributedDataParallel` that `model`
-            is or holds; without one all ranks there are, with a warning.
+        process_group: ranks to average statistic gradients over: "world", "local" for this one alone, or a group. None
+            is that of the `DistributedDataParallel` that `model` is or holds; without one "world", with a warning.
 
     Attributes:
         stats: this rank's batch statistics of the last proxy pass, or of the clean samples of the last `one_pass()`.
@@ -68,8 +62,7 @@ class APART:
         perturbation: δ of the last adversarial pass, or of the last `one_pass()`.
 
     Raises:
-        ApartError: a setting is out of range; entering a context also if the model has no BN layer, or if the order of
-            contexts and `backward()` is wrong.
+        ApartError: a setting is out of range; in a context also if the model has no BN layer, or the order is wrong.
     """
 
     def __init__(
@@ -139,11 +132,10 @@ class APART:
                 "before are dropped. Compute all losses of a step inside one to_proxy().",
                 stacklevel=3,
             )
-        layers, _, radius, zero = self._enter("to_proxy()")
+        context, _, _ = self._enter("to_proxy()", 1, 1.0)
         self._proxy, self.stats, self.stat_grads, self.perturbation = None, {}, {}, {}
-        for leaf in leaves(zero):
+        for leaf in leaves(context.point):
             leaf.requires_grad_()
-        context = Context("to_proxy()", self.model, layers, zero, 1, self.rows, 1.0, radius.dtype)
         with self._opened(context):
             yield self
         self._proxy, self.stats = context, context.record.clean_stats()
@@ -151,56 +143,46 @@ class APART:
     @contextmanager
     def to_adver(self) -> Iterator[APART]:
         """Make the passes inside adversarial: ghost groups at δ, while no buffer or frozen parameter moves."""
-        layers, ranks, radius, zero = self._enter("to_adver()")
-        check_groups(self.groups, layers.values())
-        stat_grads, rule = self._stat_grads(layers), self._rule(sign_perturbation)
-        training = {name: shift for name, shift in zero.items() if layers[name].training}
-        stat_grads = {name: stat_grads[name] for name in layers if name in training or name in self.stats}
-        self.stat_grads, self.perturbation = find_perturbation(rule, training, self.stats, stat_grads, radius, ranks)
-        point = zero | self.perturbation
-        check_perturbation(_channels(layers), point, max(self.groups, 1))
-        context = Context("to_adver()", self.model, layers, point, self.groups, self.rows, 0.0, radius.dtype)
+        context, ranks, radius = self._enter("to_adver()", self.groups, 0.0)
+        rule, stat_grads = self._rule(sign_perturbation), self._stat_grads(context.layers)
+        before = {name: context.point[name] for name in stat_grads}
+        self.stat_grads, self.perturbation = find_perturbation(rule, before, self.stats, stat_grads, radius, ranks)
+        context.point |= self.perturbation
+        check_perturbation(_channels(context.layers), context.point, max(self.groups, 1))
         with lent_state(self.model), self._opened(context):
             yield self
         self._proxy = None
 
     @contextmanager
     def one_pass(self, clean_fraction: float = 0.5) -> Iterator[APART]:
-        """Make the passes inside clean for some ghost groups, and adversarial for the others.
-
-        Every context draws its random signs. Running statistics move by the clean samples.
+        """Make some ghost groups of the passes inside clean, by which running statistics move, the others adversarial.
 
         Args:
             clean_fraction: share of the groups that are clean, rounded to whole groups: at least one, less than all.
         """
-        self._settings(clean_fraction)
-        rule = self._rule(random_sign_perturbation)
+        context, ranks, radius = self._enter("one_pass()", self.groups, clean_fraction)
+        layers, rule = context.layers, self._rule(random_sign_perturbation)
         if kind_of(rule).needs_gradients:
-            raise SettingError(
-                "one_pass() draws its perturbation, and the rule wants gradients of the step before. Leave rule=None, "
-                "or take make_one_pass_step, where a perturbation is a value that goes in and comes out."
-            )
+            problem = "one_pass() draws its perturbation, and the rule wants gradients of the step before"
+            raise SettingError(f"{problem}. Leave rule=None, or take make_one_pass_step, where δ goes in and out.")
         if self.groups in (0, 1):
             problem = f"one_pass() needs groups of both kinds, and groups={self.groups} makes one of the whole batch"
             raise SettingError(f"{problem}. Say APART(model, epsilon, groups=4), with groups of 16 to 32 samples.")
         if self.groups > 0:
             clean_groups(clean_fraction, self.groups)
-        layers, ranks, radius, zero = self._enter("one_pass()")
-        check_groups(self.groups, layers.values())
         check_unmixed(self.model)
-        # Layers in evaluation mode get one as well, for the case that they are put in training mode inside.
-        parts = [{name: z for name, z in zero.items() if layers[name].training is mode} for mode in (True, False)]
+        # Layers in evaluation mode get signs as well: they may be put in training mode inside.
+        zero = context.point.items()
+        parts = [{name: z for name, z in zero if layers[name].training is mode} for mode in (True, False)]
         drawn = [draw_perturbation(rule, part, radius, ranks) for part in parts if part]
-        point = drawn[0] | drawn[-1]
-        check_perturbation(_channels(layers), point, 1)
+        context.point = drawn[0] | drawn[-1]
+        check_perturbation(_channels(layers), context.point, 1)
         self.perturbation, self._proxy, self.stat_grads = drawn[0], None, {}
-        context = Context("one_pass()", self.model, layers, point, self.groups, self.rows, clean_fraction, radius.dtype)
         with self._opened(context):
             yield self
         self.stats = context.record.clean_stats()
 
     def _rule(self, default: Rule) -> Rule:
-        """Return the user's rule, or that of the context."""
         return default if self.rule is None else self.rule
 
     def _settings(self, clean_fraction: float = 0.5) -> Settings:
@@ -208,39 +190,43 @@ class APART:
         values = {name: getattr(self, name) for name in ("epsilon", "groups", "rows", "process_group")}
         return Settings(rule=self._rule(sign_perturbation), clean_fraction=clean_fraction, **values)
 
-    def _enter(self, context: str) -> tuple[dict[str, Any], Ranks, Tensor, PerturbationTree]:
-        """Return layers, ranks, radius and no perturbation for a context, after a look at what surrounds it."""
+    def _enter(self, name: str, groups: int, clean: float) -> tuple[Context, Ranks, Tensor]:
+        """Return a context at no perturbation, the ranks and the radius, after a look at what surrounds it."""
         if self._inside:
-            raise UsageError(f"{context} was entered inside {self._inside}. Leave one context before the next begins.")
+            raise UsageError(f"{name} was entered inside {self._inside}. Leave one context before the next begins.")
         if torch.is_inference_mode_enabled():
-            raise UsageError(f"{context} was entered in inference_mode, where no gradient exists. Leave that mode.")
-        self._settings()
-        group, is_guessed = group_of_module(self.process_group, self.model)
-        if is_guessed and not self._check.is_done:
+            raise UsageError(f"{name} was entered in inference_mode, where no gradient exists. Leave that mode.")
+        settings = self._settings(clean)
+        group: Any = self.process_group
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = data_parallel_group(self.model) or "world"
+        ranks = Ranks(group_of(group))
+        is_guess = self.process_group is None and group == "world" and dist.get_world_size() > 1
+        if is_guess and not self._check.is_done:
             warnings.warn(
                 "APART found no DistributedDataParallel in the model, and averages statistic gradients over all "
                 f"{dist.get_world_size()} ranks. Say process_group='world' if that is meant, or else 'local'.",
                 stacklevel=4,
             )
-        ranks = Ranks(group)
-        ranks.check(self._check, self._described)
+        ranks.check(
+            self._check,
+            lambda: {
+                "the settings": f"APART: {settings.described()}, rule given: {self.rule is not None}",
+                "the names, shapes and dtypes of the model's tensors": described_state(dict(named_tensors(self.model))),
+                "the batch-norm layers": repr(_channels(batch_norm_layers(self.model))),
+            },
+        )
         layers = perturbable_layers(self.model)
         # A model that is in evaluation mode as a whole may be put in training mode inside, as trainers do.
         is_training = any(module.training for module in self.model.modules() if not list(module.children()))
         if is_training and not any(layer.training for layer in layers.values()):
             raise no_training_layer(type(self.model).__name__, len(layers))
+        check_groups(groups, layers.values())
         torch.clear_autocast_cache()  # what it has cast may have moved since, as by SAM's ascent
         kind = statistics_kind(dict(self.model.named_parameters()) or dict(named_tensors(self.model)))
-        return layers, ranks, scalar(self.epsilon, "epsilon", *kind), zero_perturbation(_channels(layers), *kind)
-
-    def _described(self) -> dict[str, str]:
-        """Describe what ranks have to have in common."""
-        default = ", the rules of the contexts" if self.rule is None else ""
-        return {
-            "the settings": f"{type(self).__name__}: {self._settings().described()}{default}",
-            "the names, shapes and dtypes of the model's tensors": described_state(dict(named_tensors(self.model))),
-            "the batch-norm layers": repr(_channels(batch_norm_layers(self.model))),
-        }
+        zero = zero_perturbation(_channels(layers), *kind)
+        context = Context(name, self.model, layers, zero, groups, self.rows, clean)
+        return context, ranks, scalar(self.epsilon, "epsilon", *kind)
 
     @contextmanager
     def _opened(self, context: Context) -> Iterator[None]:
@@ -250,44 +236,40 @@ class APART:
             self._interception = Interception(context.layers)
         self._inside = context.name
         try:
-            with self._interception.installed(context), context.hooked():
+            with self._interception.installed(context), context.watching():
                 yield
         finally:
             self._inside = None
-        context.check_end()
 
     def _stat_grads(self, layers: Mapping[str, Any]) -> StatGradTree:
-        """Return the gradients that backward() left of a proxy pass; zero for layers that it did not reach."""
+        """Return the gradients that backward() left of the proxy pass, if what came between allows it."""
         proxy = self._proxy
         if proxy is None:
-            raise UsageError(
-                "to_adver() was entered with no proxy pass since the last adversarial one, and its perturbation comes "
-                "from there. Run the model, and backward(), under `with apart.to_proxy():` first."
-            )
-        replaced = sorted(name for name in {*layers, *proxy.layers} if layers.get(name) is not proxy.layers.get(name))
+            problem = "to_adver() was entered with no proxy pass since the last adversarial one, and gets its δ there"
+            raise UsageError(f"{problem}. Run the model, and backward(), under `with apart.to_proxy():` first.")
+        replaced = sorted({name for name, _ in layers.items() ^ proxy.layers.items()})
         moved = [name for name, layer in layers.items() if layer.training != proxy.modes.get(name)]
         if replaced or moved:
             kind = "BN layers" if replaced else "BN layers in training mode"
             changed = f"{replaced} came, went, or were replaced" if replaced else f"{moved} came or went"
             advice = "Leave the model's structure and modes alone between to_proxy() and to_adver()"
             raise UsageError(f"the {kind} are not those of the proxy pass: {changed}. {advice}.")
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        is_cleared, has_gradients = all(parameter.grad is None for parameter in trained), proxy.has_gradients()
-        if has_gradients and trained and is_cleared:
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.requires_grad]
+        is_cleared, has_gradients = all(grad is None for grad in grads), proxy.has_gradients()
+        if has_gradients and grads and is_cleared:
             problem = "the proxy pass's gradients are gone: zero_grad() was called between to_proxy() and to_adver()"
             raise UsageError(f"{problem}, whose gradients add up. Call it once a step, before to_proxy().")
         if proxy.has_graph and not has_gradients:
-            if is_cleared or proxy.versions == versions(self.model):
-                raise UsageError(
-                    "to_adver() was entered with no backward() since the proxy pass, so there are no statistic "
-                    "gradients. Call backward() on the loss of the pass under to_proxy(), in the context or after it."
-                )
+            if is_cleared or proxy.versions == gradient_versions(self.model):
+                problem = "to_adver() was entered with no backward() since the proxy pass, so its gradients are missing"
+                raise UsageError(f"{problem}. Call backward() on the loss of to_proxy(), in the context or after it.")
             warnings.warn(
                 "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
                 "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
                 stacklevel=4,
             )
-        return proxy.stat_grads()
+        found = proxy.stat_grads().items()
+        return {name: grads for name, grads in found if layers[name].training or name in self.stats}
 
 
 def _channels(layers: Mapping[str, Any]) -> dict[str, int]:

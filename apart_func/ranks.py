@@ -1,18 +1,14 @@
 """What the ranks of a process group do together, so that each of them takes the same step.
 
-    Ranks             reductions over a process group: one a δ, one a step; in one process, the identity.
-                      `check` compares, once, whether ranks have the same model and settings
-    synchronisation   SyncBatchNorm: the moments of a layer over all ranks, differentiably
-
 Ranks weigh alike, as in DistributedDataParallel. A collective call that fails is a `RanksError` on every rank that is
-left: at once if a rank is gone, after the timeout of the process group if one hangs. (With NCCL, PyTorch's watchdog may
-end the process before, and says why.)
+left: at once if a rank is gone, after the timeout of the process group if one hangs (with NCCL, PyTorch's watchdog may
+end the process before, and says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -26,16 +22,18 @@ from apart_func.batch_norm import statistics_dtype
 from apart_func.errors import ModelError, RanksError, SettingError
 from apart_func.trees import (
     BatchStats,
-    Perturbation,
     PerturbationTree,
     StatGrads,
     StatGradTree,
     StatTree,
     StepOutput,
     Tensors,
-    leaves,
+    Tree,
+    map_tensors,
     replace,
     tensors_of,
+    where_tree,
+    with_tensors,
 )
 
 
@@ -43,8 +41,7 @@ def check_process_group(setting: Any) -> None:
     """Raise a SettingError if `process_group` is not a valid setting."""
     is_group = dist.is_available() and isinstance(setting, dist.ProcessGroup)
     if not (setting is None or is_group or setting in ("world", "local")):
-        expected = "expected a ProcessGroup of this rank, 'world', 'local' or None"
-        raise SettingError(f"process_group={setting!r}; {expected}.")
+        raise SettingError(f"process_group={setting!r}; expected a ProcessGroup of this rank, 'world', 'local', None.")
 
 
 def group_of(setting: Any) -> dist.ProcessGroup | None:
@@ -61,15 +58,6 @@ def group_of(setting: Any) -> dist.ProcessGroup | None:
 def has_world() -> bool:
     """Return whether a process group was initialised."""
     return dist.is_available() and dist.is_initialized()
-
-
-def group_of_module(setting: Any, model: nn.Module) -> tuple[dist.ProcessGroup | None, bool]:
-    """Return the ranks to average over in a loop of the user's, and whether all of the world is a guess."""
-    if setting is not None or not has_world():
-        return group_of(setting), False
-    wrapped = data_parallel_group(model)
-    group = group_of("world" if wrapped is None else wrapped)
-    return group, wrapped is None and group is not None
 
 
 def data_parallel_group(model: nn.Module) -> dist.ProcessGroup | None:
@@ -114,28 +102,26 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(tensor, group), in_dims[0]
 
 
-def _all_reduce(tensors: Sequence[Tensor], group: Any, divisor: int = 1) -> list[Tensor]:
-    """Return the sum of every tensor over ranks, divided by a number, bit-equal on all; one all-reduce for a dtype."""
-    found = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+def _all_reduce(tree: Tree, group: Any, divisor: int = 1) -> Tree:
+    """Return a tree of sums over ranks, divided by a number and dense, bit-equal on all; one all-reduce for a dtype."""
+    found = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors_of(tree)]
     for dtype in dict.fromkeys(tensor.dtype for tensor in found):
         places = [place for place, tensor in enumerate(found) if tensor.dtype == dtype]
         flat = torch.cat([found[place].reshape(-1) for place in places])
         # Divided first, as DistributedDataParallel does: a sum of half-precision gradients may overflow.
         flat = flat / divisor if divisor > 1 else flat
-        if is_traced() and not is_compiling():
-            flat = _Sum.apply(flat, group)
+        if is_compiling():
+            dist.all_reduce(flat, group=group)
         else:
-            with nullcontext() if is_compiling() else _collective():
-                dist.all_reduce(flat, group=group)
+            flat = _Sum.apply(flat, group)
         for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
             found[place] = part.view(found[place].shape)
-    return found
+    return with_tensors(tree, found)  # type: ignore[no-any-return]  # of the tree's own type
 
 
 def mean_over_ranks(stat_grads: StatGradTree, group: dist.ProcessGroup | None = None) -> StatGradTree:
     """Average statistic gradients over ranks (None: all of them), in one collective call; all have the same layers."""
-    means = _all_reduce(leaves(stat_grads), group, dist.get_world_size(group))
-    return {layer: StatGrads(*pair) for layer, *pair in zip(stat_grads, means[::2], means[1::2], strict=True)}
+    return _all_reduce(stat_grads, group, dist.get_world_size(group))
 
 
 class CalledLayers(NamedTuple):
@@ -147,12 +133,8 @@ class CalledLayers(NamedTuple):
 
     def update(self, before: PerturbationTree, found: PerturbationTree) -> PerturbationTree:
         """Return the perturbation that was found of layers that a rank called, and that before of the others."""
-        if not self.calls:
-            return {**before, **found}
-        return {
-            layer: Perturbation(*(torch.where(n > 0, *pair) for pair in zip(found[layer], before[layer], strict=True)))
-            for layer, n in self.calls.items()
-        }
+        of_ranks = {name: where_tree(n[0] > 0, found[name], before[name]) for name, n in self.calls.items()}
+        return {**before, **found, **of_ranks}
 
 
 class Ranks:
@@ -166,52 +148,45 @@ class Ranks:
         """Average over ranks statistics of called layers, and gradients of all layers, which come back as well."""
         if self._group is None:
             return CalledLayers(stats, {layer: g for layer, g in stat_grads.items() if layer in stats}, {}), stat_grads
-        parts: list[Tensor] = []
+        parts, grads, means, calls = {}, {}, {}, {}
         for layer, g in stat_grads.items():
             none = g.mean.new_zeros(g.mean.shape[-1])
             here = [part.to(none.dtype).reshape(-1, len(none)).mean(0) for part in stats.get(layer, ())]
-            parts += [*g, *here, none + 1] if here else [*g, none, none, none]
-        sums, grads, means, calls = _all_reduce(parts, self._group), {}, {}, {}
-        for place, layer in enumerate(stat_grads):
-            of_mean, of_scale, mean, var, calls[layer] = sums[5 * place : 5 * place + 5]
+            parts[layer] = [*g, *here, none + 1] if here else [*g, none, none, none]
+        for layer, (of_mean, of_scale, mean, var, count) in _all_reduce(parts, self._group).items():
             grads[layer] = StatGrads(of_mean / self._size, of_scale / self._size)
-            means[layer] = BatchStats(*(part / calls[layer].clamp(min=1) for part in (mean, var)))
+            means[layer] = BatchStats(*(part / count.clamp(min=1) for part in (mean, var)))
+            calls[layer] = count
         return CalledLayers(means, grads, calls), grads
 
     def mean_gradients(self, grads: Tensors) -> Tensors:
         """Average gradients of parameters over ranks."""
-        if self._group is None:
-            return grads
-        return dict(zip(grads, _all_reduce(list(grads.values()), self._group, self._size), strict=True))
+        return grads if self._group is None else _all_reduce(grads, self._group, self._size)
 
     def of_first(self, perturbation: PerturbationTree) -> PerturbationTree:
         """Return the perturbation that the first rank has drawn, on all of them."""
         if self._group is None:
             return perturbation
         is_first = dist.get_rank(self._group) == 0
-        parts = [part.detach() if is_first else torch.zeros_like(part) for part in leaves(perturbation)]
-        sums = _all_reduce(parts, self._group)
-        return {layer: Perturbation(*pair) for layer, *pair in zip(perturbation, sums[::2], sums[1::2], strict=True)}
+        return _all_reduce(perturbation if is_first else map_tensors(torch.zeros_like, perturbation), self._group)
 
     def mean_output(self, out: StepOutput, before: Tensors, moving: Iterable[str]) -> StepOutput:
         """Average gradients, losses, and how far the buffers named in `moving` have moved; the rest is this rank's."""
         if self._group is None:
             return out
-        names = [name for name in moving if name in out.buffers]
         # Averaged is how far a buffer moved: one that does not move stays as it is to the last bit, even if infinite.
-        pairs = [(out.buffers[name], before[name]) for name in names]
-        moves = [torch.where(new == old, 0, new - old).to(old.dtype) for new, old in pairs]
+        pairs = {name: (out.buffers[name], before[name]) for name in moving if name in out.buffers}
+        moves = {name: torch.where(new == old, 0, new - old).to(old.dtype) for name, (new, old) in pairs.items()}
         losses = [t.to(statistics_dtype(out.loss.dtype)) for t in (out.loss, out.adversarial_loss, out.all_finite)]
-        values = [*out.grads.values(), *moves, *losses]
-        *means, loss, other_loss, finite = _all_reduce(values, self._group, self._size)
-        moved = {name: before[name] + move for name, move in zip(names, means[len(out.grads) :], strict=True)}
+        grads, moves, losses = _all_reduce((out.grads, moves, losses), self._group, self._size)
+        moved = {name: before[name] + move for name, move in moves.items()}
         return replace(
             out,
-            grads=dict(zip(out.grads, means, strict=False)),
+            grads=grads,
             buffers=out.buffers | moved,
-            loss=loss.to(out.loss.dtype),
-            adversarial_loss=other_loss.to(out.adversarial_loss.dtype),
-            all_finite=finite > 1 - 0.5 / self._size,
+            loss=losses[0].to(out.loss.dtype),
+            adversarial_loss=losses[1].to(out.adversarial_loss.dtype),
+            all_finite=losses[2] > 1 - 0.5 / self._size,
         )
 
     def check(self, check: ConsistencyCheck, described: Callable[[], Mapping[str, str]]) -> None:
@@ -227,11 +202,11 @@ class Ranks:
             texts = [one.get(name) for one in everyone]
             others = [rank for rank, text in enumerate(texts) if text != texts[0]]
             if others:
-                advice = "Give every rank the same model and settings, and batches of one structure."
-                if name == "the values of params and buffers":
-                    advice = "Seed all ranks alike, or send the values of one to all by torch.distributed.broadcast."
-                problem = f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others})"
-                raise RanksError(f"{problem}: {texts[others[0]]!r} and {texts[0]!r}. {advice}")
+                raise RanksError(
+                    f"{name} of rank {others[0]} differ from those of rank 0 (ranks of the group {others}): "
+                    f"{texts[others[0]]!r} and {texts[0]!r}. Give every rank the same model, settings and seed, and "
+                    "batches of one structure; torch.distributed.broadcast sends the values of one rank to all."
+                )
         check.is_done = True
 
 
@@ -246,10 +221,8 @@ class Synchronisation:
     def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return the moments over all ranks, from those of this one."""
         if is_compiling():
-            raise ModelError(
-                "SyncBatchNorm does not compile if it has other ranks to synchronise with: torch.func does not "
-                "differentiate a collective call in a compiler. Take the step eagerly, or use BatchNorm layers."
-            )
+            problem = "SyncBatchNorm does not compile with other ranks: torch.func differentiates no collective there"
+            raise ModelError(f"{problem}. Take the step eagerly, or use BatchNorm layers.")
         wide = mean.to(torch.float64)  # exact enough for float32; a float64 variance loses (μ/σ)² roundings
         moments = torch.cat([wide.reshape(-1), (var + wide.square()).reshape(-1), wide.new_ones(1)])
         total = _Sum.apply(moments * self._size, self._group)
@@ -275,17 +248,14 @@ def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation
 def check_groups(groups: int, layers: Iterable[nn.Module]) -> None:
     """Raise a SettingError if every sample is a group, and layers unite the groups of ranks."""
     if isinstance(groups, int) and groups == -1 and any(map(is_synchronised, layers)):
-        raise SettingError(
-            "groups=-1 makes a ghost group of every sample, and SyncBatchNorm unites the groups of ranks, which may "
-            "have other numbers of samples. Say how many groups there are, or use BatchNorm layers."
-        )
+        problem = "groups=-1 makes a group of every sample, and SyncBatchNorm unites groups of ranks of unlike sizes"
+        raise SettingError(f"{problem}. Say how many groups there are, or use BatchNorm layers.")
 
 
 class ConsistencyCheck:
     """Whether ranks have compared what they have in common. A copy does it again."""
 
-    def __init__(self) -> None:
-        self.is_done = False
+    is_done = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ConsistencyCheck, ()
@@ -298,8 +268,7 @@ def described_state(tensors: Mapping[str, Any]) -> str:
 
 def described_values(tensors: Iterable[Tensor]) -> str:
     """Describe the values of tensors: the sum of the bytes of each, in whatever order a device adds them."""
-    sums = [tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64) for tensor in tensors]
-    return repr([int(total) for total in sums])
+    return repr([int(t.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)) for t in tensors])
 
 
 def described_batch(batch: Any) -> str:

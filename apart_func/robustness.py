@@ -4,7 +4,8 @@
     δ  = ε · sign(direction)                             for all layers, or for one alone
     direction                                            random signs, or the gradient of the loss by δ at δ = 0
 
-Everything is computed on a copy of the model in evaluation mode.
+Everything is computed on a copy of the model in evaluation mode. An ApartError says what cannot be measured: settings
+out of range, batches that hold no sample, layers without running statistics, outputs or losses of another shape.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,14 +65,11 @@ def robustness(
         model: any module with batch-norm layers that keep running statistics.
         loss_fn: `(output, target) -> scalar`, a mean over samples; its gradient is the adversarial direction.
         held_out: batches `(input, target)` for that gradient, other ones than in `test`.
-        test: batches that accuracy is measured on. The model's output is class scores `(N, classes, ...)`.
+        test: batches that accuracy is measured on, as in `accuracy_under_shift`.
         radii: ascending, in (0, 1); 0 is always measured.
         draws: random shifts of all layers at each radius.
         layer_draws: random shifts of each layer alone; 0 leaves `layer_random` empty.
         seed: of the random shifts, which are the same for every model of the same layers.
-
-    Raises:
-        ApartError: a setting is out of range, there is no data, or the model has no running statistics.
     """
     check_radii(radii)
     if draws < 1 or layer_draws < 0:
@@ -79,13 +77,13 @@ def robustness(
     stats, gradient = running_stats(model), evaluation_gradients(model, loss_fn, held_out)
     generator = torch.Generator().manual_seed(seed)
     together, alone = ([_random_signs(stats, generator) for _ in range(number)] for number in (draws, layer_draws))
-    directions = [gradient, *together]
-    directions += [{layer: direction[layer]} for direction in (gradient, *alone) for layer in stats]
+    single = [{layer: direction[layer]} for direction in (gradient, *alone) for layer in stats]
+    directions = [gradient, *together, *single]
     sizes = torch.tensor(radii, dtype=torch.float64)  # a 0-d tensor leaves float32 statistics as they are
     shifts = [{}, *(sign_perturbation(stats, direction, size) for direction in directions for size in sizes)]
     clean, shifted = accuracy_under_shift(model, shifts, test).split([1, len(shifts) - 1])
     curves = torch.cat([clean.expand(len(directions), 1), shifted.view(len(directions), -1)], dim=1)
-    of_all, of_layers = curves.split([1 + draws, len(directions) - 1 - draws])
+    of_all, of_layers = curves.split([1 + draws, len(single)])
     by_layer = of_layers.unflatten(0, (1 + layer_draws, len(stats)))
     return Robustness(
         radii=torch.tensor([0.0, *radii], dtype=curves.dtype),
@@ -99,8 +97,7 @@ def robustness(
 def check_radii(radii: Sequence[float]) -> None:
     """Raise a SettingError if radii do not ascend between 0 and 1."""
     if not radii or not all(low < high for low, high in zip((0, *radii), (*radii, 1), strict=True)):
-        expected = "expected ascending numbers in (0, 1), since s/(1 + δσ) needs |δσ| < 1"
-        raise SettingError(f"radii={list(radii)}; {expected}.")
+        raise SettingError(f"radii={list(radii)}; expected ascending numbers in (0, 1): s/(1 + δσ) needs |δσ| < 1.")
 
 
 def area(radii: Tensor, accuracies: Tensor) -> Tensor:
@@ -120,22 +117,17 @@ def shifted_running_stats(
 
     Args:
         stats: running statistics by layer; where δ is zero they come back bit for bit.
-        perturbation: relative shifts, of some of these layers or all.
+        perturbation: relative shifts, of some of these layers or all; |δσ| < 1.
         eps: BN's constant, one for all layers or one for each.
-
-    Raises:
-        ApartError: a |δσ| ≥ 1, or a layer has no statistics, or others of another width.
     """
     if unknown := sorted(set(perturbation) - set(stats)):
         raise StateError(f"{unknown} are shifted and keep no running statistics. These do: {sorted(stats)}.")
-    chosen = {layer: stats[layer] for layer in perturbation}
-    before = {name: eps[name] if isinstance(eps, Mapping) else eps for name in chosen}
-    after = perturbed_stats(chosen, perturbation, before)
-    # s'² − s² is exactly zero at δ = 0, where s'² − eps would be a rounding away from the variance.
-    return {
-        name: BatchStats(after[name].mean, var + (after[name].std.square() - (var + before[name]).sqrt().square()))
-        for name, (_, var) in chosen.items()
-    }
+    shifted = {}
+    for name, (mean, std) in perturbed_stats({name: stats[name] for name in perturbation}, perturbation, eps).items():
+        var, constant = stats[name].var, eps[name] if isinstance(eps, Mapping) else eps
+        # s'² − s² is exactly zero at δ = 0, where s'² − eps would be a rounding away from the variance.
+        shifted[name] = BatchStats(mean, var + (std.square() - (var + constant).sqrt().square()))
+    return shifted
 
 
 def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> StatGradTree:
@@ -143,37 +135,30 @@ def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batch
 
     A shift acts like other affine parameters, γ(1 + δσ) and β − γ(1 + δσ) δμ μ/s: with their gradients gw and gb, the
     gradients are γ·gw by δσ and −γ·(μ/s)·gb by δμ; zero for a layer that the forward does not call.
-
-    Args:
-        model: any module with batch-norm layers that keep running statistics.
-        loss_fn: `(output, target) -> scalar`, a mean over samples.
-        batches: of `(input, target)`; each counts by its number of samples.
-
-    Raises:
-        ApartError: there is no data, the loss is no scalar, or the model has no running statistics.
+    The loss is a mean over samples, and every batch `(input, target)` counts by its number of samples.
     """
     copy = copy_model(model).eval().requires_grad_(False)
-    layers = _tracking_layers(copy)
+    layers, samples = _tracking_layers(copy), 0
     for layer in layers.values():  # each gets a weight and bias that it shares with no other, to differentiate by
         weight = torch.ones_like(layer.running_mean) if layer.weight is None else layer.weight
         bias = torch.zeros_like(layer.running_mean) if layer.bias is None else layer.bias
         layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+        layer.weight.grad, layer.bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
     leaves = [leaf for layer in layers.values() for leaf in (layer.weight, layer.bias)]
-    sums, samples = [torch.zeros_like(leaf) for leaf in leaves], 0
     for batch in batches:
         (inputs, target), size = input_and_target(batch), batch_size(batch)
         with torch.enable_grad():
             loss = scalar_loss(loss_fn(call_module(copy, inputs), target))
-            grads = torch.autograd.grad(size * loss, leaves, allow_unused=True) if loss.requires_grad else ()
-        for total, grad in zip(sums, grads, strict=False):
-            total += 0 if grad is None else grad
+            if loss.requires_grad:
+                (size * loss).backward(inputs=leaves)
         samples += size
     if not samples:
         raise BatchError(NO_SAMPLE)
     result = {}
-    for (name, layer), gw, gb in zip(layers.items(), sums[::2], sums[1::2], strict=True):
+    for name, layer in layers.items():
         weight, std = layer.weight.detach(), (layer.running_var + layer.eps).sqrt()
-        result[name] = StatGrads(-weight * layer.running_mean / std * gb / samples, weight * gw / samples)
+        of_mean = -weight * layer.running_mean / std * layer.bias.grad
+        result[name] = StatGrads(of_mean / samples, weight * layer.weight.grad / samples)
     return result
 
 
@@ -182,12 +167,9 @@ def accuracy_under_shift(model: nn.Module, perturbations: Sequence[PerturbationT
     """Measure accuracies in evaluation mode, as fractions in float64, one for each shift of the running statistics.
 
     Args:
-        model: any module with batch-norm layers that keep them; its output is class scores `(N, classes, ...)`.
+        model: as in `robustness`; its output is class scores `(N, classes, ...)`.
         perturbations: relative shifts by layer; layers that one leaves out stay as they are.
         batches: of `(input, target)`; the target is class indices `(N, ...)`.
-
-    Raises:
-        ApartError: there is no data, a shift does not fit the model, or its output is no class scores.
     """
     copy = copy_model(model).eval()
     layers, stats = _tracking_layers(copy), running_stats(model)
@@ -219,7 +201,7 @@ def _tracking_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _random_signs(stats: StatTree, generator: torch.Generator) -> StatGradTree:
-    """Draw a direction on the CPU, so that it is the same on every device: +1 or −1 for every channel."""
+    """Draw +1 or −1 for every channel, on the CPU, so that they are the same for every device."""
     return {
         layer: StatGrads(*((2 * torch.randint(2, part.shape, generator=generator) - 1).to(part) for part in moments))
         for layer, moments in stats.items()
@@ -230,7 +212,6 @@ def _hits(output: Any, target: Any) -> Tensor:
     """Return how many samples (or positions) get the right class, 0-d."""
     given, wanted = (tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (output, target))
     if isinstance(given, str) or len(given) < 2 or given[:1] + given[2:] != wanted:
-        expected = "accuracy needs class scores (N, classes, ...) and class indices (N, ...)"
-        problem = f"the model's output is {given} and the target {wanted}; {expected}"
-        raise UsageError(f"{problem}. Wrap a model that returns something else.")
+        expected = "expected class scores (N, classes, ...) and class indices (N, ...); wrap a model of other outputs"
+        raise UsageError(f"the model's output is {given} and the target {wanted}; {expected}.")
     return torch.eq(output.argmax(dim=1), target).sum()

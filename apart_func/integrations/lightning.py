@@ -10,8 +10,8 @@ an optimizer calls its closure again, and Lightning clears gradients between `tr
 
 import copy
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from apart_func import APART, BatchError, Rule, Settings, UsageError
-from apart_func.groups import Rows
+from apart_func import APART, BatchError, Settings, UsageError
+from apart_func.contexts import gradient_versions, replaced
 from apart_func.samples import batch_size, cut_batch
 from apart_func.step import num_adversarial
 
@@ -77,15 +77,13 @@ class _ApartCallback(Callback):
             nonlocal weight
             if trainer.fit_loop._skip_backward:  # the last epoch of SWA, which only takes running statistics
                 return plain_step(*args)
-            before = _gradient_versions(pl_module)
+            before = gradient_versions(pl_module)
             self._open = self._passes(apart, pl_module, args)
             weight, args = next(self._open)
             output = plain_step(*args)
-            if _gradient_versions(pl_module) != before:
-                raise UsageError(
-                    "training_step called backward(), and Lightning clears gradients after training_step: half of a "
-                    "gradient would be lost. Return the plain loss; the callback runs both passes."
-                )
+            if gradient_versions(pl_module) != before:
+                problem = "training_step called backward(), and Lightning clears that: half of a gradient would be lost"
+                raise UsageError(f"{problem}. Return the plain loss; the callback runs both passes.")
             if _loss_of(output) is None:  # Lightning skips this batch
                 self._open.close()
             return output
@@ -101,12 +99,10 @@ class _ApartCallback(Callback):
         vars(strategy).update(training_step=training_step, backward=backward)
 
     def on_train_end(self, trainer: Any, pl_module: "LightningModule") -> None:
-        """Leave the strategy as it was."""
         for name in ("training_step", "backward"):
             vars(trainer.strategy).pop(name, None)
 
     def on_exception(self, trainer: Any, pl_module: "LightningModule", exception: BaseException) -> None:
-        """Leave the context and the strategy."""
         if self._open is not None:
             self._open.close()
         self.on_train_end(trainer, pl_module)
@@ -115,25 +111,12 @@ class _ApartCallback(Callback):
 class OnePassApart(_ApartCallback):
     """Train in `APART(...).one_pass()`: a part of the ghost groups is clean, the others are perturbed.
 
-    What `training_step` logs is of clean and perturbed samples together.
-
-    Args:
-        epsilon: perturbation radius 0 ≤ ε < 1, as a fraction of the statistic.
-        groups: ghost groups of a batch, at least 2; they must divide it (`drop_last=True`).
-        clean_fraction: share of the groups that are clean, rounded to whole groups.
-        rows: how rows belong to samples, as in `APART`, like `process_group`.
+    What `training_step` logs is of clean and perturbed samples together. Settings are those of `APART`, which has its
+    `clean_fraction` in `one_pass()`; the `groups` must divide every batch (`drop_last=True`).
     """
 
-    def __init__(
-        self,
-        epsilon: float | Tensor,
-        groups: int,
-        clean_fraction: float = 0.5,
-        *,
-        rows: Rows | None = None,
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(epsilon=epsilon, groups=groups, rows=rows, process_group=process_group)
+    def __init__(self, epsilon: float | Tensor, groups: int, clean_fraction: float = 0.5, **settings: Any) -> None:
+        super().__init__(epsilon=epsilon, groups=groups, **settings)
         self._clean_fraction = clean_fraction
 
     def _passes(self, apart: APART, pl_module: "LightningModule", args: Any) -> Passes:
@@ -144,27 +127,13 @@ class OnePassApart(_ApartCallback):
 class TwoPassApart(_ApartCallback):
     """Train in `APART(...).to_proxy()` and `.to_adver()`: `training_step` runs again, perturbed, after its backward.
 
-    The second call gets the first samples of the batch. It logs nothing, and metrics of torchmetrics do not count it;
-    whatever else `training_step` does, it does twice, and it may draw other random numbers.
-
-    Args:
-        epsilon: perturbation radius ε ≥ 0, as a fraction of the statistic; below 1 for a rule of signs.
-        groups: ghost groups of the adversarial pass, as in `APART`.
-        ratio: share of the samples in the adversarial pass; 1 with several loaders.
-        rule: as in `APART`, like `rows` and `process_group`.
+    The second call gets the first samples of the batch, `ratio` of them (1 with several loaders). It logs nothing, and
+    metrics of torchmetrics do not count it; whatever else `training_step` does, it does twice, and it may draw other
+    random numbers. The other settings are those of `APART`.
     """
 
-    def __init__(
-        self,
-        epsilon: float | Tensor = 0.1,
-        groups: int = 0,
-        ratio: float = 1.0,
-        *,
-        rule: Rule | None = None,
-        rows: Rows | None = None,
-        process_group: Any = None,
-    ) -> None:
-        super().__init__(epsilon=epsilon, groups=groups, rule=rule, rows=rows, process_group=process_group)
+    def __init__(self, epsilon: float | Tensor = 0.1, groups: int = 0, ratio: float = 1.0, **settings: Any) -> None:
+        super().__init__(epsilon=epsilon, groups=groups, **settings)
         self._sizes = Settings(groups=groups, ratio=ratio)
         self._spares: dict[int, Any] = {}  # metrics for the second call
 
@@ -183,39 +152,21 @@ class TwoPassApart(_ApartCallback):
             yield chosen / (samples + chosen), (batch, *args[1:])
 
 
-@contextmanager
-def _unlogged(pl_module: "LightningModule", spares: dict[int, Any]) -> Iterator[None]:
+def _unlogged(pl_module: "LightningModule", spares: dict[int, Any]) -> AbstractContextManager[None]:
     """Let `training_step` log nothing while open, and count in spare metrics."""
     from torchmetrics import Metric, MetricCollection  # it comes with Lightning
 
-    with ExitStack() as stack:
-        for parent in [module for module in pl_module.modules() if not isinstance(module, (Metric, MetricCollection))]:
-            for key, metric in list(parent._modules.items()):
-                if isinstance(metric, (Metric, MetricCollection)):
-                    if id(metric) not in spares:  # the hash of a metric changes with what it counts
-                        spares[id(metric)] = copy.deepcopy(metric)
-                    spares[id(metric)].reset()
-                    stack.enter_context(_replaced(parent._modules, key, spares[id(metric)]))
-        stack.enter_context(_replaced(vars(pl_module), "log", lambda *args, **kwargs: None))
-        yield
-
-
-@contextmanager
-def _replaced(place: dict[str, Any], key: str, value: Any) -> Iterator[None]:
-    """Put a value into a dict while open."""
-    before = {key: place[key]} if key in place else {}
-    place[key] = value
-    try:
-        yield
-    finally:
-        place.update(before) if before else place.pop(key)
+    replacements: list[Any] = [(vars(pl_module), "log", lambda *args, **kwargs: None)]
+    for parent in [module for module in pl_module.modules() if not isinstance(module, (Metric, MetricCollection))]:
+        for key, metric in parent._modules.items():
+            if isinstance(metric, (Metric, MetricCollection)):
+                if id(metric) not in spares:  # the hash of a metric changes with what it counts
+                    spares[id(metric)] = copy.deepcopy(metric)
+                spares[id(metric)].reset()
+                replacements.append((parent._modules, key, spares[id(metric)]))
+    return replaced(replacements)
 
 
 def _loss_of(output: Any) -> Any:
     """The loss in what `training_step` returned; None to skip the batch."""
     return output.get("loss") if isinstance(output, dict) else output
-
-
-def _gradient_versions(module: nn.Module) -> list[int]:
-    """A number for every parameter that changes when its gradient does."""
-    return [-1 if parameter.grad is None else parameter.grad._version for parameter in module.parameters()]

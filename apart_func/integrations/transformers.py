@@ -4,8 +4,7 @@
 
     class Mine(OnePassTrainer, MyTrainer): ...
 
-`Trainer.training_step` runs the forward and the backward of one micro-batch, and the contexts stand around it.
-Evaluation, gradient accumulation, mixed precision, clipping and checkpoints stay as the `Trainer` does them.
+The contexts stand around `Trainer.training_step`, the forward and backward of one micro-batch; all else stays.
 """
 
 from typing import Any
@@ -14,17 +13,15 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from apart_func import APART, UsageError
+from apart_func.contexts import replaced
 from apart_func.groups import Rows
 
 
 class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into transformers
     """Keep the drop-in of the model that the `Trainer` trains.
 
-    Args:
-        *args, **kwargs: those of the `Trainer`.
-        epsilon: perturbation radius 0 ≤ ε < 1, as a fraction of the statistic.
-        groups: ghost groups of a micro-batch; they must divide it (`dataloader_drop_last=True`).
-        rows: how rows belong to samples, as in `APART`.
+    Arguments are those of the `Trainer`, and `epsilon`, `groups` and `rows` of `APART`; the groups must divide every
+    micro-batch (`dataloader_drop_last=True`).
 
     Attributes:
         apart: the drop-in, for `set_epsilon` and what it has found.
@@ -39,15 +36,9 @@ class _ApartTrainer(Trainer):  # type: ignore[misc]  # mypy does not look into t
         if self.is_deepspeed_enabled:
             raise UsageError("DeepSpeed accumulates gradients itself, which APART does not support. Use DDP.")
         if groups not in (0, 1) and not self.args.dataloader_drop_last:
-            problem = f"the last batch of an epoch may be shorter, and groups={groups} must divide every batch"
-            raise UsageError(f"{problem}. Set dataloader_drop_last=True in TrainingArguments.")
+            raise UsageError(f"groups={groups} must divide every batch, also the last. Set dataloader_drop_last=True.")
         ranks: Any = "world" if self.args.world_size > 1 else None
         self.apart = APART(self.model, epsilon, groups, rows=rows, process_group=ranks)
-
-    def _apart_of(self, model: nn.Module) -> APART:
-        """Return the drop-in, of the model in the wrappers that it is trained in."""
-        self.apart.model = model
-        return self.apart
 
 
 class OnePassTrainer(_ApartTrainer):
@@ -55,7 +46,8 @@ class OnePassTrainer(_ApartTrainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the forward and backward of a micro-batch."""
-        with self._apart_of(model).one_pass():
+        self.apart.model = model  # in the wrappers that it is trained in
+        with self.apart.one_pass():
             return super().training_step(model, *args, **kwargs)
 
 
@@ -64,14 +56,10 @@ class TwoPassTrainer(_ApartTrainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the forwards and backwards of a micro-batch."""
-        apart, accelerator = self._apart_of(model), self.accelerator
-        backward = accelerator.backward
-        accelerator.backward = lambda loss, **options: backward(0.5 * loss, **options)
-        try:
-            with apart.to_proxy():
+        self.apart.model, backward = model, self.accelerator.backward
+        with replaced([(self.accelerator.__dict__, "backward", lambda loss, **options: backward(loss / 2, **options))]):
+            with self.apart.to_proxy():
                 loss = super().training_step(model, *args, **kwargs)
-            with apart.to_adver():
+            with self.apart.to_adver():
                 super().training_step(model, *args, **kwargs)
-        finally:
-            del accelerator.backward  # the class has the one from before
         return loss

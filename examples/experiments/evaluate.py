@@ -38,12 +38,11 @@ from torchvision.transforms.v2 import functional as images_to
 
 from apart_func import SettingError, load_state_
 from apart_func.robustness import area, check_radii, robustness
-from experiments.datasets import DataSet, evaluation_batches, load_dataset
+from experiments.datasets import DataSet, Split, evaluation_batches, load_dataset
 from experiments.machine import run_in_workers, tell
 from experiments.networks import make_network
 from experiments.runs import CONFIG, MODEL, FolderError, find_finished, read_config, write_whole
 from experiments.settings import Settings
-from experiments.splits import Split
 
 EVALUATION = "evaluation.json"
 BATCH_SIZE = 256

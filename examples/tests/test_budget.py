@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from experiments import budget
+from experiments.analysis import PairedDifference, paired_difference
 from experiments.budget import Arm, Options, Range, Study, Trial, choice, drawn, edges, read_results
-from experiments.learner import NonFiniteError
-from experiments.paired import PairedDifference, paired_difference
+from experiments.methods import NonFiniteError
 
 PLAN = Path(budget.__file__).parents[1] / "results/PLAN.md"
 CIFAR = budget.STUDIES["cifar10"]

@@ -30,10 +30,9 @@ from experiments.evaluate import (
     scores,
     with_exact_statistics,
 )
-from experiments.loop import train
 from experiments.runs import FolderError, read_config
-from experiments.settings import DataSettings, ModelSettings
-from experiments.train import PRESETS
+from experiments.settings import PRESETS, DataSettings, ModelSettings
+from experiments.train import train
 from folders_on_disk import write_cifar10
 from test_report import write_run
 

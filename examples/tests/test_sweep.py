@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from experiments import sweep
-from experiments.logs import COLUMNS, TIMING_COLUMNS
-from experiments.loop import train as train_runs
-from experiments.runs import RunError
+from experiments.runs import COLUMNS, TIMING_COLUMNS, RunError
 from experiments.settings import Settings
 from experiments.sweep import Grid, SweepError, jobs_of, plan
+from experiments.train import train as train_runs
 from safetensors.torch import load_file
 
 EXAMPLES = Path(sweep.__file__).parents[1]

@@ -25,7 +25,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Study:
         "plain": Arm("--method plain --epochs 1", {"dropout": Range(-0.5, 0.5, is_log=False)}),
         "one_pass": Arm("--method one_pass --groups 4 --epochs 1", {"epsilon": Range(0.05, 0.5)}),
     }
-    found = Study("--data digits --train-samples 64 --validation-samples 64", shared, arms, draws=4, test_splits=2)
+    found = Study("--data digits --train-samples 64 --validation-samples 64", shared, arms, 4, 2, shifted_samples=50)
     monkeypatch.setitem(budget.STUDIES, "small", found)
     return found
 

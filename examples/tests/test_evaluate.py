@@ -42,15 +42,6 @@ RADII = (0.1, 0.3)
 DIGITS = load_data(DataSettings("digits"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # corruptions
 
 SAMPLES = {
@@ -275,7 +266,9 @@ def test_fewer_samples_shorten_the_curves_data_alone(run, measured):
     (run / EVALUATION).write_text(json.dumps(measured))
 
 
-def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(run, measured, tmp_path, capsys):
+def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(
+    run, measured, tmp_path, capsys, in_this_process
+):
     foreign = write_run(tmp_path / "foreign", data={"name": "cifar10", "folder": Path("nowhere")})
     fresh = tmp_path / "fresh"
     fresh.mkdir()

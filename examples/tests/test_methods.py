@@ -126,9 +126,8 @@ def test_low_precision_reaches_the_activations_and_not_the_gradients(method):
     assert {grad.dtype for grad in out.grads.values()} == {torch.float32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["plain", "sam", "one_pass"])
-def test_a_step_compiles_into_one_graph(method):
+def test_a_step_compiles_into_one_graph(method, traced_alone):
     model, batch = network(), batch_of()
     step = first_step(model, MethodSettings(method, groups=4))
     params, buffers = split_state(model)

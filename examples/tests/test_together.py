@@ -136,9 +136,8 @@ def test_a_run_tells_its_folder_s_story_as_train_does(tmp_path):
     train([run], show=lambda progress: pytest.fail("it has finished"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["plain", "apart", "one_pass"])
-def test_the_compiled_program_is_the_eager_one(method, tmp_path):
+@pytest.mark.parametrize("method", ["plain", pytest.param("apart", marks=pytest.mark.slow)])
+def test_the_compiled_program_is_the_eager_one(method, tmp_path, traced_alone):
     eager, compiled = (tiny(tmp_path / str(flag), name=method, epochs=1, compile=flag) for flag in (False, True))
     for runs in (eager, compiled):
         quietly(runs)

@@ -175,6 +175,12 @@ def test_runs_that_are_trained_together_are_refused(two_ranks):
         check_fit([Settings(seed=0), Settings(seed=1)])
 
 
+def test_ghost_groups_that_do_not_divide_a_share_are_refused_by_name(two_ranks):
+    settings = Settings(method=MethodSettings(groups=16), training=TrainingSettings(batch_size=16))
+    with pytest.raises(SettingsError, match="of 2 processes, each with 8 samples of a batch: groups=16 does not"):
+        training.prepared([settings], torch.device("cpu"))
+
+
 def test_ranks_at_other_runs_are_refused_by_what_differs(monkeypatch):
     monkeypatch.setattr(machine, "gathered", lambda own: [own, own | {"the labels": "others"}])
     with pytest.raises(RanksError, match=r"the labels of rank 1 differ from those of rank 0\. Start"):
@@ -339,12 +345,3 @@ def test_a_run_comes_back_after_a_rank_was_killed_and_ends_as_the_undisturbed_on
     assert process.returncode == 0, said
     assert "exitcode: -9" in said
     assert outcome(tmp_path / "killed") == outcome(undisturbed)
-
-
-@pytest.mark.slow
-def test_ghost_groups_that_do_not_divide_a_share_are_refused_by_name(tmp_path):
-    with start(tmp_path / "run", "--groups", "16") as process:
-        said = process.communicate()[0]
-    assert process.returncode != 0
-    assert "of 2 processes, each with 8 samples of a batch: groups=16 does not divide" in said
-    assert not (tmp_path / "run").exists()

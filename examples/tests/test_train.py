@@ -514,6 +514,21 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def progress_bar() -> Iterator[Callable[[Progress], None]]:
+        yield lambda progress: signal.raise_signal(number) if progress.step == 2 else None
+
+    monkeypatch.setattr(runs, "progress_bar", progress_bar)
+    assert program.main(["train", "--epochs", "1", "--workers", "1", "--out", str(tmp_path)]) == 128 + number
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python -m experiments train" in said
+    assert said.rstrip().endswith(f"--workers 1 --out {tmp_path} --resume")
+    assert checkpoints(tmp_path) == ["step-000000002.pt"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_stop_before_anything_was_written_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", interrupt)
     with pytest.raises(SystemExit, match="before anything was written: the same command starts the run"):
@@ -661,21 +676,6 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(delay, tmp_path):
         said = process.communicate()[1]
     assert process.returncode != 0
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path):
-    with start(tmp_path, "--workers", "1") as process:
-        wait_for_epoch(process, 1)
-        process.send_signal(number)
-        said = process.communicate()[1]
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python -m experiments train" in said
-    assert said.rstrip().endswith("--workers 1 --resume")
-    assert "Traceback" not in said
-    assert checkpoints(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
 
 
 HOLD = """

@@ -222,16 +222,17 @@ def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_stopped_and_then_killed_goes_on_to_the_same_results(tmp_path):
-    arguments = [*DIGITS, "--epochs", "40", "--seeds", "2", "--factors", "1", "--checkpoint-epochs", "1"]
-    out = tmp_path / "stopped"
+def test_a_sweep_that_was_stopped_and_then_killed_goes_on_to_the_same_results(tmp_path, in_this_process):
+    options = [*DIGITS, "--epochs", "20", "--checkpoint-epochs", "1"]
+    grid = Grid(seeds=2, factors=(1,), out=tmp_path / "stopped")
+    command = [*SWEEP, "--seeds", "2", "--factors", "1", "--out", str(grid.out), *options]
 
     def epochs() -> int:
-        return max((len(metrics(path.parent)) for path in out.glob("*/metrics.csv")), default=0)
+        return sum(len(metrics(path.parent)) for path in grid.out.glob("*/metrics.csv"))
 
     for kind in (signal.SIGINT, signal.SIGKILL):
         before = epochs()
-        process = subprocess.Popen([*SWEEP, "--out", str(out), *arguments], cwd=EXAMPLES, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while epochs() < before + 5:
             assert time.monotonic() < deadline
@@ -239,14 +240,14 @@ def test_a_sweep_that_was_stopped_and_then_killed_goes_on_to_the_same_results(tm
         os.kill(process.pid, kind)
         assert process.wait(timeout=60) != 0
         time.sleep(0.5)  # a worker sees that its parent has gone
-        left = written(out)
+        left = written(grid.out)
         time.sleep(1)
-        assert written(out) == left, "workers train on without their parent"
-    assert any(not (path.parent / "model.safetensors").exists() for path in out.glob("*/config.json"))
+        assert written(grid.out) == left, "workers train on without their parent"
+    assert any(not (path.parent / "model.safetensors").exists() for path in grid.out.glob("*/config.json"))
 
-    for folder in (out, tmp_path / "undisturbed"):
-        subprocess.run([*SWEEP, "--out", str(folder), *arguments], cwd=EXAMPLES, check=True, timeout=300)
-    for run in (tmp_path / "undisturbed").iterdir():
-        assert metrics(out / run.name) == metrics(run)
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / run.name, run))
+    sweep.run(grid, options)
+    for run in plan(replace(grid, out=tmp_path / "undisturbed"), options):
+        train(run.settings)
+        assert metrics(grid.out / run.name) == metrics(run.settings.out)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (grid.out / run.name, run.settings.out))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

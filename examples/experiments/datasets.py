@@ -44,7 +44,7 @@ HOW_TO_GET = {
 BUNDLED = ("digits", "mnist5k")  # they come with Python packages
 NAMES = (*HOW_TO_GET, *BUNDLED)
 
-# Height and width of the images that a network sees; those of two sets are cropped, to another size if so wished.
+# Height and width of the images that a network sees; of the cropped sets, where the settings name no other.
 SIDES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224, "folder": 224}
 CROPPED = ("imagenet", "folder")
 

@@ -81,7 +81,7 @@ class Options:
     samples: int = 1500
     # the test samples themselves, at most: for sets and processors where all of them take too long.
     test_samples: int | None = None
-    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders anew that have been measured.
+    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders again that have been measured.
     data_dir: Path | None = None  # where the data lies, if not where it was in training.
     processes: int = 2  # that measure at the same time, with one thread each.
 

@@ -99,6 +99,9 @@ def environment() -> dict[str, Any]:
     return {**versions, "hardware": hardware, "cores": os.cpu_count()}
 
 
+# Signals.
+
+
 class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no error
     """A run was asked to stop, and did after it had written a checkpoint."""
 
@@ -135,6 +138,9 @@ def noted_signals() -> Iterator[Noted]:
         yield lambda: noted[0][0] if noted else None
     finally:
         restore()
+
+
+# Workers.
 
 
 def run_in_workers(
@@ -189,6 +195,9 @@ def _leave_with_the_parent() -> None:
     assert parent is not None, "only workers are started here"
     parent.join()
     os._exit(1)
+
+
+# The ranks that torchrun has started.
 
 
 def launched() -> int:

@@ -50,7 +50,7 @@ ONE_GRADIENT_RULES: dict[str, apart.Rule] = {
     "l2": apart.l2_perturbation,
 }
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16}
-ALONE = {"clip": None, "channels_last": False}  # what a run has beyond several, and its value where it is not used
+ALONE = {"clip": None, "channels_last": False}  # what only a single run can use, and the value that leaves it out
 
 
 def initially_carried(model: nn.Module, settings: MethodSettings) -> Carried:

@@ -67,7 +67,7 @@ are forward-backward passes over the training data. One run has no interval and 
 """
 
 
-# report
+# The report.
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def draw_curves(path: Path, groups: Sequence[Group], title: str) -> None:
     plt.close(figure)
 
 
-# evidence
+# The evidence.
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def measured(group: Group) -> dict[str, dict[str, float]]:
     return {name: analysis.by_text({key: figure(of) for key, of in found.items()}) for name, figure in figures.items()}
 
 
-# appendix
+# The appendix.
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
 
 
+# What a run counts and tells.
+
+
 @dataclass
 class Place:
     """How far runs have come, and what they have counted since the last row of their metrics."""
@@ -95,7 +98,7 @@ class Place:
     rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
 
     def of_run(self, number: int) -> Place:
-        """What of the counted belongs to one run; time is shared."""
+        """The part of one run; the time is divided equally."""
         count, rows = len(self.sums), self.rows[number : number + 1]
         seconds, waiting_seconds = self.seconds / count, self.waiting_seconds / count
         return replace(self, sums=self.sums[number], seconds=seconds, waiting_seconds=waiting_seconds, rows=rows)
@@ -176,6 +179,9 @@ def progress_bar() -> Iterator[Show]:
         yield show
 
 
+# The folder of a run.
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that under its name is the old content or all of the new one, even if the machine stops."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +256,7 @@ def load_checkpoint(folder: Path) -> State | None:
             warnings.warn(f"the checkpoint {path} is damaged and was set aside: {error}", stacklevel=2)
             path.rename(path.with_suffix(".damaged"))
     if found:
-        raise CheckpointError(f"all checkpoints in {folder} are damaged. Delete the run's folder to start it anew.")
+        raise CheckpointError(f"all checkpoints in {folder} are damaged. Delete the run's folder to start again.")
     return None
 
 
@@ -313,11 +319,9 @@ def is_complete(settings: Settings, resume: bool) -> bool:
         return False
     if not resume:
         raise RunError(f"{settings.out} already holds a run. Add --resume to go on with it, or choose another --out.")
-    changed = differences(settings, read_config(config))
-    if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
+    if changed := differences(settings, read_config(config)):
         raise RunError(
-            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
+            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{changed}"
         )
     return is_finished(settings.out)
 
@@ -337,6 +341,9 @@ def last_errors(out: Path) -> str:
         *_, row = csv.DictReader(file)
     test, validation = (float(row[name]) if row[name] else None for name in ("test_error", "validation_error"))
     return f"after {row['epoch']} epochs: {', '.join(described_errors(test, validation))}"
+
+
+# Finished runs.
 
 
 def find_finished(paths: Iterable[Path]) -> list[Path]:

@@ -230,10 +230,10 @@ def from_json(stored: Any) -> Settings:
         raise SettingsError(f"the stored settings do not fit this version of the program: {error}.") from error
 
 
-def differences(settings: Settings, stored: Settings) -> list[str]:
-    """Where two runs differ in what decides their result."""
+def differences(settings: Settings, stored: Settings) -> str:
+    """Where two runs differ in what decides their result: a line for each setting, nothing if there is none."""
     ours, theirs = decisive(settings), decisive(stored)
-    return [f"{name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    return "".join(f"\n  {name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name])
 
 
 def decisive(settings: Settings) -> dict[str, Any]:

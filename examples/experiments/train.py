@@ -320,7 +320,7 @@ class _Running:
             stored = [from_json(each) for each in state["settings"]]
             if [run.seed for run in stored] != [run.seed for run in self.runs] and not self.is_single:
                 return  # those that are trained together are now other ones
-            changed = [line for pair in zip(self.runs, stored, strict=True) for line in differences(*pair)]
+            changed = "".join(differences(*pair) for pair in zip(self.runs, stored, strict=True))
             if not changed:
                 self.learner.load_state_dict(state["learner"])
                 for random in state["random"][machine.rank() :][:1]:  # a rank that is new draws as at its start
@@ -329,11 +329,10 @@ class _Running:
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint in {where} is none of this program ({type(error).__name__}: {error}). "
-                "Delete the folder to start the run anew."
+                "Delete the folder to start again."
             ) from error
         if changed:
-            listed = "".join(f"\n  {line}" for line in changed)
-            raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{listed}")
+            raise CheckpointError(f"the checkpoint in {where} is that of another run: delete it, or mend{changed}")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_a_checkpoint_that_cannot_be_read_for_the_moment_is_left_alone(reader, e
     assert load_checkpoint(tmp_path)["step"] == 1
 
 
-def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_begin_anew(tmp_path):
+def test_when_all_checkpoints_are_damaged_the_run_does_not_silently_start_again(tmp_path):
     save_checkpoint(tmp_path, 1, {})
     (tmp_path / "step-000000001.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="all checkpoints in"):

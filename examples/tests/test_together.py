@@ -92,7 +92,7 @@ def test_a_run_is_what_it_would_be_by_itself(changes, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["apart", "one_pass"])
-def test_random_signs_are_drawn_for_every_run_anew(method, tmp_path, monkeypatch):
+def test_every_run_draws_random_signs_of_its_own(method, tmp_path, monkeypatch):
     drawn = []
     make_step = methods.make_step
 

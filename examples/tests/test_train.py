@@ -242,7 +242,7 @@ def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path
     assert outcome(quietly(settings)) == before
 
 
-def test_a_run_without_a_checkpoint_begins_anew_and_repeats_no_row(tmp_path):
+def test_a_run_without_a_checkpoint_starts_again_and_repeats_no_row(tmp_path):
     def fail(progress: Progress) -> None:
         if progress.step == 6:
             raise ZeroDivisionError

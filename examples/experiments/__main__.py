@@ -20,7 +20,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-COMMANDS = ("train", "sweep", "report", "evaluate", "evidence", "budget", "appendix")
+# The module of each command, and the function there.
+COMMANDS = {
+    "train": ("train", "main"),
+    "sweep": ("sweep", "main"),
+    "report": ("report", "report_main"),
+    "evaluate": ("evaluate", "main"),
+    "evidence": ("report", "evidence_main"),
+    "budget": ("budget", "main"),
+    "appendix": ("report", "appendix_main"),
+}
 
 
 def main(arguments: Sequence[str]) -> int | str | None:
@@ -36,16 +45,16 @@ def main(arguments: Sequence[str]) -> int | str | None:
     try:  # imports take seconds, in which Ctrl-C may come
         from concurrent.futures.process import BrokenProcessPool
 
-        from experiments.learner import NonFiniteError
-        from experiments.machine import Interrupted
-        from experiments.ranks import launched
+        from experiments.machine import Interrupted, launched
+        from experiments.methods import NonFiniteError
         from experiments.runs import CheckpointError, RunError
 
         if command != "train" and launched() > 1:
             return f"error: {command} is a program of one process: start it without torchrun."
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            importlib.import_module(f"experiments.{command}").main(options)
+            module, function = COMMANDS[command]
+            getattr(importlib.import_module(f"experiments.{module}"), function)(options)
     except KeyboardInterrupt:
         return "stopped: the same command goes on."
     except Interrupted as stop:

@@ -25,15 +25,14 @@ import numpy as np
 import tyro
 from scipy.stats import qmc
 
+from experiments import analysis
+from experiments.analysis import ResultTable, bold, estimate, format_error, format_gain, markdown
 from experiments.evaluate import Options as Measurement
 from experiments.evaluate import evaluate_run, read_evaluation
-from experiments.learner import NonFiniteError
-from experiments.loop import train
 from experiments.machine import environment
-from experiments.paired import Key, PairedDifference, difference_by_key, estimate, holm, over_images, welch_by_key
+from experiments.methods import NonFiniteError
 from experiments.runs import FolderError, RunError, is_finished, read_run
-from experiments.tables import ResultTable, bold, format_error, format_gain, markdown
-from experiments.train import parse
+from experiments.train import parse, train
 
 DIVERGED = 90.0  # the error in percent that counts for a run that was not finite: that of guessing one class of ten
 NOTHING = 0.5  # points: an interval within ± of it is that of no effect
@@ -312,7 +311,7 @@ def write_tables(options: Options, path: Path) -> None:
     path.with_suffix(".md").write_text("\n".join(map(markdown, tables)), encoding="utf-8")
 
 
-def decision(difference: PairedDifference, p: float) -> str:
+def decision(difference: analysis.PairedDifference, p: float) -> str:
     """What the plan concludes from the points by which one pass is below plain training, and p after Holm."""
     is_small = difference.low >= -NOTHING and difference.high <= NOTHING
     if p >= 0.05 or difference.low <= 0 <= difference.high:
@@ -334,11 +333,11 @@ def search_table(study: str, arms: Sequence[str], lines: Sequence[Line]) -> Resu
 
 def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[ResultTable]:
     """What was tested, and the contrasts of every arm with plain training, of which two are primary."""
-    tests: dict[str, dict[Key, Line]] = {arm: {} for arm in arms}
+    tests: dict[str, dict[analysis.Key, Line]] = {arm: {} for arm in arms}
     for line in lines:
         if line["stage"] == "test" and line["arm"] in tests:
             tests[line["arm"]][line["split"], line["seed"]] = line
-    found: dict[tuple[str, str], dict[Key, float]] = {}
+    found: dict[tuple[str, str], dict[analysis.Key, float]] = {}
     for arm, (name, figure) in itertools.product(arms, FIGURES.items()):
         with suppress(KeyError):  # it was not measured in this study
             found[arm, name] = {key: figure(line) for key, line in tests[arm].items()}
@@ -347,14 +346,17 @@ def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[
     table = ResultTable(f"{study}: test", ("arm", *names), means, "Means over splits, ± standard error.")
 
     contrasts = [(arm, name) for arm in arms if arm != "plain" for name in names]
-    differences = {(arm, name): difference_by_key(found["plain", name], found[arm, name]) for arm, name in contrasts}
+    differences = {
+        (arm, name): analysis.difference_by_key(found["plain", name], found[arm, name]) for arm, name in contrasts
+    }
     primary = [("one_pass", name) for name in PRIMARY if name in names]
-    adjusted = dict(zip(primary, holm([differences[key] for key in primary]), strict=True))
+    adjusted = dict(zip(primary, analysis.holm([differences[key] for key in primary]), strict=True))
     rows = []
     for (arm, name), difference in differences.items():
         assert difference is not None, "all arms have the same splits"
         p = adjusted.get((arm, name))
-        cells = [arm, name, format_gain(difference), format_gain(welch_by_key(found["plain", name], found[arm, name]))]
+        without_pairs = analysis.welch_by_key(found["plain", name], found[arm, name])
+        cells = [arm, name, format_gain(difference), format_gain(without_pairs)]
         cells += [_over_images(tests["plain"], tests[arm]) if name == PRIMARY[0] else ""]
         cells += ["", ""] if p is None else [f"{p:.2g}", decision(difference, p)]
         rows.append([bold(text, p is not None) for text in cells])
@@ -366,7 +368,7 @@ def test_tables(study: str, arms: Sequence[str], lines: Sequence[Line]) -> list[
     return [table, ResultTable(f"{study}: contrasts", columns, rows, notes)]
 
 
-def _over_images(plain: Mapping[Key, Line], arm: Mapping[Key, Line]) -> str:
+def _over_images(plain: Mapping[analysis.Key, Line], arm: Mapping[analysis.Key, Line]) -> str:
     """The interval of a difference in test error that speaks of other test images too."""
     if any("wrong" not in line for line in (*plain.values(), *arm.values())):
         return ""  # it diverged
@@ -374,5 +376,5 @@ def _over_images(plain: Mapping[Key, Line], arm: Mapping[Key, Line]) -> str:
     def wrong(line: Line) -> Any:
         return np.isin(np.arange(line["test_samples"]), line["wrong"]).astype(float)
 
-    low, high = over_images([wrong(plain[key]) - wrong(arm[key]) for key in sorted(plain)])
+    low, high = analysis.over_images([wrong(plain[key]) - wrong(arm[key]) for key in sorted(plain)])
     return f"[{low:+.2f}, {high:+.2f}]"

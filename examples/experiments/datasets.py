@@ -1,8 +1,10 @@
 """Every data set behind one interface, and its batches.
 
-`load_dataset(settings)` checks what is there and returns a `DataSet`; `training_batches(data, ...)` goes through it
-once, shuffled and varied, and `evaluation_batches(data, split, ...)` through a split as it is. A training batch is a
-function of the seed, the epoch and its number alone, whichever process makes it, so that a run can go on anywhere.
+`load_dataset(settings)` checks what is there and returns a `DataSet` of two or three splits: what is trained on, what
+settings are chosen on, what is tested on. A split lies in memory or in image files, and gives its samples as they are
+or varied at random. `training_batches(data, ...)` goes through the training samples once, shuffled and varied, and
+`evaluation_batches(data, split, ...)` through a split as it is. A training batch is a function of the seed, the epoch
+and its number alone, whichever process makes it, so that a run can go on anywhere.
 """
 
 from __future__ import annotations
@@ -11,23 +13,23 @@ import importlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as images_to
 
-from experiments.cifar import FORMS, read_cifar
-from experiments.ranks import Share
+from experiments.files import FORMS, DataError, find_class_folders, find_tiny_imagenet, read_cifar, read_image
 from experiments.settings import DataSettings
-from experiments.splits import DataError, InFiles, InMemory, Shares, Split, crop_and_flip, divided, locate, shares_of
 
 HOW_TO_GET = {
     "cifar10": "Unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and give its folder cifar-10-batches-py",
@@ -41,9 +43,8 @@ HOW_TO_GET = {
 }
 BUNDLED = ("digits", "mnist5k")  # they come with Python packages
 NAMES = (*HOW_TO_GET, *BUNDLED)
-ALL = Share()
 
-# Height and width of the images that a network sees; those of two sets are cropped, to another size if so wished.
+# Height and width of the images that a network sees; of the cropped sets, where the settings name no other.
 SIDES = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224, "folder": 224}
 CROPPED = ("imagenet", "folder")
 
@@ -51,6 +52,85 @@ CROPPED = ("imagenet", "folder")
 OF_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 OF_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OF_PRETRAINED = ((0.5,) * 3, (0.5,) * 3)
+
+
+Self = TypeVar("Self", bound="Split")
+
+
+class Split(Protocol):
+    """One part of a data set, in memory or in files."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all samples: (N,), int64."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """Some of the samples; their variation draws from torch's default CPU generator, which the caller seeds."""
+
+    def subset(self: Self, indices: Tensor) -> Self:
+        """Some of the samples, as a split of their own."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Samples in a tensor; `vary` makes training samples of a batch, and images are enlarged to `side` at last."""
+
+    samples: Tensor
+    labels: Tensor
+    vary: Callable[[Tensor], Tensor] | None = None
+    side: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """See `Split`."""
+        chosen = torch.as_tensor(indices)
+        samples = self.samples[chosen]
+        samples = self.vary(samples) if augment and self.vary else samples
+        return images_to.resize(samples, [self.side] * 2) if self.side else samples, self.labels[chosen]
+
+    def subset(self, indices: Tensor) -> InMemory:
+        """See `Split`."""
+        return replace(self, samples=self.samples[indices], labels=self.labels[indices])
+
+
+@dataclass(frozen=True)
+class InFiles:
+    """Image files, all of `side` if it is given; `vary` makes training samples of them, `fit` those for measuring."""
+
+    paths: Sequence[str]
+    labels: Tensor
+    vary: Callable[[Tensor], Tensor]
+    fit: Callable[[Tensor], Tensor]
+    side: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, indices: Sequence[int], augment: bool = False) -> tuple[Tensor, Tensor]:
+        """See `Split`."""
+        prepare = self.vary if augment else self.fit
+        samples = torch.stack([prepare(self._read(self.paths[index])) for index in indices])
+        return samples, self.labels[torch.as_tensor(indices)]
+
+    def subset(self, indices: Tensor) -> InFiles:
+        """See `Split`."""
+        return replace(self, paths=[self.paths[index] for index in indices.tolist()], labels=self.labels[indices])
+
+    def _read(self, path: str) -> Tensor:
+        """An image, of the right size."""
+        image = read_image(path)
+        if self.side and image.shape != (3, self.side, self.side):
+            height, width = image.shape[1:]
+            raise DataError(f"{path} has {height} × {width} pixels, where {self.side} × {self.side} are expected")
+        return image
+
+
+Splits = tuple[Split, Split | None, Split]  # for training, for choosing settings where there are such, for testing
 
 
 class DataSet(NamedTuple):
@@ -115,14 +195,14 @@ def _load_bundled(settings: DataSettings) -> DataSet:
         trained, validated = settings.train_samples, settings.validation_samples
         train, rest = divided(everything, len(everything) - (256 if trained is None else trained), seed)
         test, validation = divided(rest, 300 if validated is None else validated, seed)
-        shares = Shares(train, validation if len(validation) else None, test)
+        splits: Splits = (train, validation if len(validation) else None, test)
     else:  # 5000 digits of MNIST, 28 × 28 pixels: 1000 to train on, 1000 to validate, 3000 to test
         pixels, target = module.mnist_data()
         rest, test = divided(_in_memory(pixels.reshape(-1, 28, 28), target), 3000, seed)
-        shares = shares_of(rest, test, settings, validation_samples=1000)
-    samples, labels = shares.train.batch(range(len(shares.train)))
+        splits = splits_of(rest, test, settings, validation_samples=1000)
+    samples, labels = splits[0].batch(range(len(splits[0])))
     deviation, mean = torch.std_mean(samples)
-    return DataSet(name, int(labels.max()) + 1, tuple(samples.shape[1:]), *shares, mean.view(1), deviation.view(1))
+    return DataSet(name, int(labels.max()) + 1, tuple(samples.shape[1:]), *splits, mean.view(1), deviation.view(1))
 
 
 def _in_memory(samples: Any, labels: Any) -> InMemory:
@@ -135,8 +215,8 @@ def _load_cifar(settings: DataSettings, folder: Path) -> DataSet:
     with _advice(name):
         train, test = read_cifar(name, folder)
     mean, std = map(torch.tensor, OF_PRETRAINED if side else OF_CIFAR)
-    shares = shares_of(InMemory(*train, crop_and_flip, side), InMemory(*test, side=side), settings)
-    return DataSet(name, FORMS[name].classes, (3, side or 32, side or 32), *shares, mean, std)
+    splits = splits_of(InMemory(*train, crop_and_flip, side), InMemory(*test, side=side), settings)
+    return DataSet(name, FORMS[name].classes, (3, side or 32, side or 32), *splits, mean, std)
 
 
 def _load_folders(settings: DataSettings, folder: Path) -> DataSet:
@@ -149,111 +229,71 @@ def _load_folders(settings: DataSettings, folder: Path) -> DataSet:
             (classes, files), native = find_tiny_imagenet(folder), side
             crop, fit = v2.RandomCrop(side, padding=4), v2.Identity()
         else:
-            measured = ("val",) if name == "imagenet" else ("val", "test")
-            (classes, files), native = find_class_folders(folder, measured), None
+            below = ("val",) if name == "imagenet" else ("val", "test")
+            (classes, files), native = find_class_folders(folder, below), None
             crop = v2.RandomResizedCrop(side)
             fit = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
     vary = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    train, *own, test = (InFiles(*share, vary, fit, native) for share in files)
+    pool, *own, measured = (InFiles(*each, vary, fit, native) for each in files)
     if own and settings.validation_samples is not None:
         raise DataError(f"{name} has validation images of its own, in {folder / 'val'}: ask for no others")
-    shares = shares_of(train, test, settings)
-    if own:
-        shares = shares._replace(validation=own[0])
+    train, validation, test = splits_of(pool, measured, settings)
     mean, std = map(torch.tensor, OF_IMAGENET)
-    return DataSet(name, len(classes), (3, side, side), *shares, mean, std)
+    return DataSet(name, len(classes), (3, side, side), train, own[0] if own else validation, test, mean, std)
 
 
-Files = tuple[list[str], Tensor]  # paths of the images of a share, and their labels, (N,), int64
-# The names of the classes, in the order of the labels, and what is for training, for choosing settings where there is
-# such a share, and for measuring.
-Folders = tuple[list[str], list[Files]]
+def splits_of(pool: Split, test: Split, settings: DataSettings, validation_samples: int = 0) -> Splits:
+    """Divide a set that has test samples of its own."""
+    asked = settings.validation_samples
+    train, validation = divided(pool, validation_samples if asked is None else asked, settings.split_seed)
+    if settings.train_samples is not None:
+        _, train = divided(train, settings.train_samples, settings.split_seed)
+    return train, validation if len(validation) else None, test
 
 
-def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:
-    """List images with a sub-folder a class, in train/ and what is `measured`, of which the last is for testing."""
-    there = [share for share in measured if (folder / share).is_dir()]
-    if not (folder / "train").is_dir() or not there:
-        raise DataError(f"no train/ with {' or '.join(f'{share}/' for share in measured)} beside it in {folder}")
-    classes = sorted(entry.name for entry in os.scandir(folder / "train") if _is_class(entry))
-    if len(classes) < 2:
-        raise DataError(f"{len(classes)} sub-folders in {folder / 'train'}, where one a class is expected")
-    return classes, [_list_images(folder / share, classes) for share in ("train", *there)]
+def divided(split: Self, count: int, seed: int) -> tuple[Self, Self]:
+    """Set samples aside, with the same share of every class."""
+    if count in (0, len(split)):
+        kept, nothing = split, split.subset(torch.arange(0))
+        return (nothing, kept) if count else (kept, nothing)
+    try:
+        rest, held = train_test_split(
+            torch.arange(len(split)).numpy(), test_size=count, stratify=split.labels.numpy(), random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(f"{count} of {len(split)} samples cannot be set aside, class by class: {error}") from error
+    return split.subset(torch.as_tensor(rest)), split.subset(torch.as_tensor(held))
 
 
-def find_tiny_imagenet(folder: Path) -> Folders:
-    """List the images of Tiny-ImageNet; its validation images, listed in a file or sorted by class, are for testing."""
-    inner = folder / "tiny-imagenet-200"
-    val = (inner if inner.is_dir() else folder) / "val"
-    if val.is_dir() and not ((val / "images").exists() or (val / "val_annotations.txt").exists()):
-        return find_class_folders(val.parent, ("val",))
-    root = locate(folder, inner.name, ("wnids.txt", "train", "val/images", "val/val_annotations.txt"))
-    classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
-    if len(classes) < 2:
-        raise DataError(f"{len(classes)} classes in {root / 'wnids.txt'}")
-    return classes, [_list_images(root / "train", classes), _read_annotations(root / "val", classes)]
+def crop_and_flip(images: Tensor, margin: int = 4) -> Tensor:
+    """Move every image by up to `margin` pixels, on black, and mirror half: nine times as fast as `v2.RandomCrop`."""
+    count, _, height, width = images.shape
+    windows = images_to.pad(images, [margin]).unfold(2, height, 1).unfold(3, width, 1)
+    tops, lefts = torch.randint(2 * margin + 1, (2, count))
+    moved: Tensor = windows[torch.arange(count), :, tops, lefts]
+    mirrored = torch.rand(count) < 0.5
+    moved[mirrored] = images_to.horizontal_flip(moved[mirrored])
+    return moved
 
 
-def _list_images(folder: Path, classes: Sequence[str]) -> Files:
-    """The images in the sub-folders of a folder, which are those of the classes."""
-    labels = {name: label for label, name in enumerate(classes)}
-    unknown = sorted(entry.name for entry in os.scandir(folder) if _is_class(entry) and entry.name not in labels)
-    if unknown:
-        raise DataError(f"{_some(unknown)} in {folder}: not among the {len(classes)} classes")
-    found = [
-        (str(below / file), labels[name])
-        for name in classes
-        for below, files in walk(folder / name)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS)
-    ]
-    empty = sorted(labels.keys() - {classes[label] for _, label in found})
-    if empty:
-        raise DataError(f"no images in {_some([str(folder / name) for name in empty])}")
-    return [path for path, _ in found], torch.tensor([label for _, label in found])
+class Share(NamedTuple):
+    """What one of several processes gets of a batch: every nth block.
+
+    Where a block has one sample of each ghost group, the groups g of all ranks together are group g of the batch.
+    """
+
+    rank: int = 0  # whose share it is
+    ranks: int = 1  # how many there are
+    block: int = 1  # samples in a block
+
+    def of(self, samples: Sequence[int]) -> Sequence[int]:
+        """Those of the samples that are the rank's."""
+        if self.ranks == 1:
+            return samples
+        return [sample for place, sample in enumerate(samples) if place // self.block % self.ranks == self.rank]
 
 
-def _read_annotations(folder: Path, classes: Sequence[str]) -> Files:
-    """The images of Tiny-ImageNet's val folder: a line of `val_annotations.txt` is a file, its class and a box."""
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    there = set(os.listdir(folder / "images"))
-    annotations = folder / "val_annotations.txt"
-    paths, chosen = [], []
-    for number, line in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        file, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]
-        if wnid not in labels:
-            raise DataError(f"{annotations}, line {number}: {wnid!r} is not in wnids.txt")
-        if file not in there:
-            raise DataError(f"{annotations}, line {number}: there is no {folder / 'images' / file}")
-        paths.append(str(folder / "images" / file))
-        chosen.append(labels[wnid])
-    if not paths:
-        raise DataError(f"{annotations} is empty")
-    return paths, torch.tensor(chosen)
-
-
-def _is_class(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder is that of a class; programs leave hidden ones behind."""
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _some(names: Sequence[str]) -> str:
-    """A few of many names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders and the names of their files, also behind symbolic links; each real folder once, so that loops end."""
-    seen = set()
-    for folder, below, files in os.walk(top, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below.sort()
-        yield Path(folder), sorted(files)
+ALL = Share()
 
 
 def steps_per_epoch(data: DataSet, batch_size: int) -> int:

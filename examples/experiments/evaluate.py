@@ -38,12 +38,11 @@ from torchvision.transforms.v2 import functional as images_to
 
 from apart_func import SettingError, load_state_
 from apart_func.robustness import area, check_radii, robustness
-from experiments.datasets import DataSet, evaluation_batches, load_dataset
+from experiments.datasets import DataSet, Split, evaluation_batches, load_dataset
 from experiments.machine import run_in_workers, tell
 from experiments.networks import make_network
 from experiments.runs import CONFIG, MODEL, FolderError, find_finished, read_config, write_whole
 from experiments.settings import Settings
-from experiments.splits import Split
 
 EVALUATION = "evaluation.json"
 BATCH_SIZE = 256
@@ -82,7 +81,7 @@ class Options:
     samples: int = 1500
     # the test samples themselves, at most: for sets and processors where all of them take too long.
     test_samples: int | None = None
-    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders anew that have been measured.
+    again: tyro.conf.FlagCreatePairsOff[bool] = False  # measure folders again that have been measured.
     data_dir: Path | None = None  # where the data lies, if not where it was in training.
     processes: int = 2  # that measure at the same time, with one thread each.
 

@@ -1,7 +1,13 @@
-"""The machine that runs are on: device, random generators, name, signals that ask a run to stop, worker processes."""
+"""What a run runs on: device, random generators, signals, worker processes, and the ranks that torchrun started.
+
+torchrun starts several processes, the ranks of one run, which take every step together: `with joined(device): ...`. The
+first of them alone reads and writes the folder of the run, so several machines need not share a disk. Without torchrun
+there is one rank, and what the functions on ranks return is its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -9,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from multiprocessing.queues import Queue
@@ -18,9 +24,12 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
-from experiments.ranks import device_name
+from apart_func import RanksError
 from experiments.settings import MachineSettings, SettingsError
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -38,7 +47,7 @@ def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.d
     name = machine.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = device_name(name)
+    name = local_device_name(name)
     try:
         device = torch.zeros(1, device=name).device
         torch.zeros(1, device=name).item()  # refused by a device that holds no data
@@ -55,6 +64,15 @@ def prepared_device(machine: MachineSettings, amp: str | None = None) -> torch.d
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
         torch.use_deterministic_algorithms(True)
     return device
+
+
+def local_device_name(name: str) -> str:
+    """The device of this process, of the one that the settings name."""
+    if launched() == 1:
+        return name
+    if name not in ("cuda", "cpu"):
+        raise SettingsError(f"torchrun started {launched()} processes, each with a device of its own: not all {name}.")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -79,6 +97,9 @@ def environment() -> dict[str, Any]:
         hardware = (names or [hardware])[0]
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {**versions, "hardware": hardware, "cores": os.cpu_count()}
+
+
+# Signals.
 
 
 class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt, it is no error
@@ -117,6 +138,9 @@ def noted_signals() -> Iterator[Noted]:
         yield lambda: noted[0][0] if noted else None
     finally:
         restore()
+
+
+# Workers.
 
 
 def run_in_workers(
@@ -171,3 +195,139 @@ def _leave_with_the_parent() -> None:
     assert parent is not None, "only workers are started here"
     parent.join()
     os._exit(1)
+
+
+# The ranks that torchrun has started.
+
+
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started these processes after others that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def local_world_size() -> int:
+    """How many of the processes run here."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() > 1 else 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Meet the other processes."""
+    if launched() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _explained():
+        store, number, processes = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts processes again: without a prefix they would call those that are gone.
+        own = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=own, rank=number, world_size=processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """The group of all ranks; None where there is only one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return 1 if process_group() is None else dist.get_world_size()
+
+
+def rank() -> int:
+    """Which of them this process is."""
+    return 0 if process_group() is None else dist.get_rank()
+
+
+def from_first(look: Callable[[], Result]) -> Result:
+    """What the first rank finds or does, or the error that it raises, on all of them."""
+    if process_group() is None:
+        return look()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = look()
+        except Exception as error:
+            found[1] = error
+    with _explained():
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    result: Result = found[0]
+    return result
+
+
+def gathered(own: Result) -> list[Result]:
+    """What every rank has."""
+    everyone: list[Any] = [own] * world_size()
+    if process_group() is not None:
+        with _explained():
+            dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def largest(*numbers: int) -> list[int]:
+    """Of each number, the largest that a rank has."""
+    if process_group() is None:
+        return list(numbers)
+    together = torch.tensor(numbers)
+    with _explained():
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+    return together.tolist()
+
+
+def sum_over_ranks(numbers: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if process_group() is not None:
+        with _explained():
+            dist.all_reduce(numbers)
+    return numbers
+
+
+def mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of every tensor over ranks, bit-equal on all, in one call."""
+    flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]) / world_size())
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def check_ranks_agree(own: Mapping[str, Iterable[Tensor]], advice: str) -> None:
+    """Make sure that all ranks have the same tensors; the error of every rank says where they differ."""
+    digests = {}
+    for name, tensors in own.items():
+        parts = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors)
+        digests[name] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+    first, *others = gathered(digests)
+    for number, other in enumerate(others, start=1):
+        for name in first:
+            if other[name] != first[name]:
+                raise RanksError(f"{name} of rank {number} differ from those of rank 0. {advice}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        problem, *_ = str(error).splitlines() or ["no reason given"]
+        raise RanksError(
+            f"rank {os.environ['RANK']} waited for the other ranks in vain ({problem}): look at their own errors."
+        ) from error

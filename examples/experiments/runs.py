@@ -1,4 +1,4 @@
-"""Run folders: what the runner leaves in them, and what is read from them.
+"""Runs: what one counts, what it tells on the way, and what it leaves in its folder.
 
     config.json          the settings, and the machine
     metrics.csv          a row an epoch
@@ -20,22 +20,34 @@ import statistics
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from experiments.datasets import walk
-from experiments.logs import described_errors
-from experiments.machine import environment
-from experiments.methods import PASSES, READ_BY
-from experiments.ranks import count, is_restarted
-from experiments.settings import MethodName, Settings, SettingsError, as_json, differences, from_json
+from experiments.files import walk
+from experiments.machine import environment, is_restarted, world_size
+from experiments.settings import (
+    Settings,
+    SettingsError,
+    TrainingSettings,
+    as_json,
+    compared,
+    differences,
+    from_json,
+    learning_rate,
+    passes_per_epoch,
+)
 
 try:
     import fcntl
@@ -45,10 +57,15 @@ except ModuleNotFoundError:  # Windows has no such locks
 CONFIG, METRICS, MODEL = "config.json", "metrics.csv", "model.safetensors"
 CHECKPOINTS, TOGETHER = "checkpoints", "checkpoints-together"
 KEPT = 2  # checkpoints
-SECTIONS = ("data", "model", "method", "training")
-METHODS: tuple[str, ...] = get_args(MethodName)
 RELEASED_SECONDS = 30.0
 FITTED = 0.05  # of the loss of guessing: above it, a network has not fitted its training samples
+
+Row = dict[str, float | None]
+WRONG = 2  # the column of `Place.sums`
+TIMING_COLUMNS = ("images_per_second", "data_wait", "seconds")
+LOSSES = ("train_loss", "adversarial_loss", "train_error")
+ERRORS = ("validation_error", "test_error", "test_top5_error")
+COLUMNS = ("epoch", "step", "lr", *LOSSES, *ERRORS, *TIMING_COLUMNS)
 
 State = dict[str, Any]
 
@@ -63,6 +80,106 @@ class CheckpointError(RuntimeError):
 
 class FolderError(ValueError):
     """A run folder that cannot be used: which one, why, and what would do."""
+
+
+# What a run counts and tells.
+
+
+@dataclass
+class Place:
+    """How far runs have come, and what they have counted since the last row of their metrics."""
+
+    epoch: int = 0  # epochs that are complete
+    batch: int = 0  # steps of the epoch that comes after them
+    # Over these steps: loss, second loss, wrong labels, number; (runs, 4), as `Learner.train` has them.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(1, 4, dtype=torch.float64))
+    seconds: float = 0.0  # that they took, of all runs
+    waiting_seconds: float = 0.0  # of it, for data
+    rows: list[list[Row]] = field(default_factory=lambda: [[]])  # of the metrics, of every run
+
+    def of_run(self, number: int) -> Place:
+        """The part of one run; the time is divided equally."""
+        count, rows = len(self.sums), self.rows[number : number + 1]
+        seconds, waiting_seconds = self.seconds / count, self.waiting_seconds / count
+        return replace(self, sums=self.sums[number], seconds=seconds, waiting_seconds=waiting_seconds, rows=rows)
+
+
+def means(place: Place, training: TrainingSettings) -> tuple[float | None, float | None, float | None]:
+    """Loss, second loss where the method has one, and error in percent, over the steps of this epoch of one run."""
+    loss, second_loss, wrong, counted = place.sums.tolist()
+    if not counted:
+        return None, None, None
+    error = 100 * wrong / (counted * training.batch_size)
+    return loss / counted, None if math.isnan(second_loss) else second_loss / counted, error
+
+
+def epoch_row(
+    settings: Settings, steps: int, place: Place, errors: Sequence[float | None], measuring_seconds: float
+) -> Row:
+    """What an epoch came to."""
+    step = steps * (place.epoch + 1)
+    lr = learning_rate(settings.training, (step - 1) / (steps * settings.training.epochs))
+    speed, waiting = steps * settings.training.batch_size / place.seconds, place.waiting_seconds / place.seconds
+    times = (speed, waiting, place.seconds + measuring_seconds)
+    values = (place.epoch + 1, step, lr, *means(place, settings.training), *errors, *times)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    out: Path  # its folder
+    epoch: int  # epochs that are complete
+    epochs: int
+    step: int  # steps that were taken
+    steps: int  # of the whole run
+    loss: float | None  # mean clean loss of the epoch so far
+    train_error: float | None  # of the clean outputs in the epoch so far, in percent
+    images_per_second: float  # in the epoch so far
+    validation_error: float | None  # the last one measured, in percent; None where there are no such samples
+    test_error: float | None  # likewise
+
+    def __str__(self) -> str:
+        """All of it, for a person; what matters most is first, since a terminal may cut the rest."""
+        parts = [f"epoch {self.epoch}/{self.epochs}", *described_errors(self.test_error, self.validation_error)]
+        if self.loss is not None and self.train_error is not None:
+            parts.append(f"loss {self.loss:.3f}, accuracy {100 - self.train_error:.1f} %")
+        return ", ".join([*parts, f"{self.images_per_second:.0f} images/s"])
+
+
+def described_errors(test: float | None, validation: float | None) -> list[str]:
+    """Errors in percent, for a person; those that were not measured are left out."""
+    errors = {"test": test, "validation": validation}
+    return [f"{name} error {error:.2f} %" for name, error in errors.items() if error is not None]
+
+
+Show = Callable[[Progress], None]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Show]:
+    """A bar with the time left, or a line for every epoch where the output is no terminal."""
+    console = Console()
+    columns = [
+        BarColumn(bar_width=10),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+    ]
+    with Bar(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        complete: set[int] = set()
+
+        def show(progress: Progress) -> None:
+            bar.update(task, completed=progress.step, total=progress.steps, description=str(progress))
+            if not console.is_terminal and progress.epoch not in complete | {0}:
+                print(progress, flush=True)
+            complete.add(progress.epoch)
+
+        yield show
+
+
+# The folder of a run.
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -90,8 +207,16 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 def write_config(settings: Settings) -> None:
     """Write a run's settings, and what they run on, into its folder."""
-    config = as_json(settings) | {"environment": environment() | {"processes": count()}}
+    config = as_json(settings) | {"environment": environment() | {"processes": world_size()}}
     write_whole(settings.out / CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
+
+
+def write_metrics(path: Path, rows: Sequence[Row]) -> None:
+    """Write `metrics.csv`, a row an epoch."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_network(out: Path, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
@@ -131,7 +256,7 @@ def load_checkpoint(folder: Path) -> State | None:
             warnings.warn(f"the checkpoint {path} is damaged and was set aside: {error}", stacklevel=2)
             path.rename(path.with_suffix(".damaged"))
     if found:
-        raise CheckpointError(f"all checkpoints in {folder} are damaged. Delete the run's folder to start it anew.")
+        raise CheckpointError(f"all checkpoints in {folder} are damaged. Delete the run's folder to start again.")
     return None
 
 
@@ -194,11 +319,9 @@ def is_complete(settings: Settings, resume: bool) -> bool:
         return False
     if not resume:
         raise RunError(f"{settings.out} already holds a run. Add --resume to go on with it, or choose another --out.")
-    changed = differences(settings, read_config(config))
-    if changed:
-        listed = "".join(f"\n  {line}" for line in changed)
+    if changed := differences(settings, read_config(config)):
         raise RunError(
-            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{listed}"
+            f"{settings.out} holds a run with other settings: repeat its own, or choose another --out.{changed}"
         )
     return is_finished(settings.out)
 
@@ -218,6 +341,9 @@ def last_errors(out: Path) -> str:
         *_, row = csv.DictReader(file)
     test, validation = (float(row[name]) if row[name] else None for name in ("test_error", "validation_error"))
     return f"after {row['epoch']} epochs: {', '.join(described_errors(test, validation))}"
+
+
+# Finished runs.
 
 
 def find_finished(paths: Iterable[Path]) -> list[Path]:
@@ -277,24 +403,8 @@ def read_run(folder: Path, split: str) -> FinishedRun:
         other = "validation" if split == "test" else "test"
         raise FolderError(f"{folder / METRICS} has no {split} error of the last epoch: --measure-on {other} may do")
     key = (settings.data.split_seed, settings.seed)
-    decisive, passes = decisive_settings(settings), passes_per_epoch(settings)
-    return FinishedRun(folder, decisive, key, machine, losses, errors, passes, step_seconds)
-
-
-def decisive_settings(settings: Settings) -> dict[str, Any]:
-    """What decides a run's result, except split and seed: without what its method does not read, machine and places."""
-    nested = as_json(settings)
-    flat = {f"{part}.{name}": value for part in SECTIONS for name, value in nested[part].items()}
-    del flat["data.split_seed"]
-    if settings.data.name != "folder":  # elsewhere the name says what lies there
-        del flat["data.folder"]
-    return {name: value for name, value in flat.items() if settings.method.name in READ_BY.get(name, METHODS)}
-
-
-def passes_per_epoch(settings: Settings) -> float:
-    """Forward-backward passes over the training data in an epoch: what a method costs."""
-    method = settings.method
-    return len(PASSES[method.name]) - 1 + (method.ratio if method.name in READ_BY["method.ratio"] else 1)
+    told_apart, passes = compared(settings), passes_per_epoch(settings)
+    return FinishedRun(folder, told_apart, key, machine, losses, errors, passes, step_seconds)
 
 
 def is_fitted(loss: float, smoothing: float, classes: int) -> bool:

@@ -1,16 +1,18 @@
-"""Everything that decides a training run, as frozen dataclasses: what the command line sets and `config.json` keeps.
+"""The settings of a run, as frozen dataclasses: the command line sets them, and `config.json` keeps them.
 
-data      which samples          training   optimizer, schedule, precision
-model     which network          machine    what a run may change when it is resumed: it decides no result
-method    plain, apart, ...      seed, out
+    data      which samples          training   optimizer, schedule, precision
+    model     which network          machine    what may change when a run is resumed: it decides no result
+    method    plain, apart, ...      seed, out
 
-`--help` prints the comment of every option. Whoever asks for something out of range gets a `SettingsError`.
+`PRESETS` are the published settings of each data set. `--help` prints the comment of every option, and a value out of
+range raises a `SettingsError`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +27,31 @@ RuleName = Literal["sign", "random_sign", "l2"]
 Number = Annotated[int | None, arg(metavar="N")]
 Pixels = Annotated[int | None, arg(metavar="PIXELS")]
 
-# Options that are no more, with the value at which they changed nothing (... for any): runs that have it can be read.
+METHODS: tuple[str, ...] = get_args(MethodName)
+
+# The forward-backward passes of a step, in their order.
+PASSES: dict[str, tuple[str, ...]] = {
+    "plain": ("training",),
+    "apart": ("proxy", "adversarial"),
+    "one_pass": ("training",),
+    "apart_sam": ("proxy", "adversarial"),
+    "sam": ("first", "second"),
+    "ghost_noise": ("training",),
+}
+# The methods that read a setting, where not all do.
+APART_METHODS = ("apart", "one_pass", "apart_sam")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "method.epsilon": APART_METHODS,
+    "method.rule": APART_METHODS,
+    "method.groups": APART_METHODS,
+    "method.ratio": ("apart", "apart_sam"),
+    "method.clean_fraction": ("one_pass",),
+    "method.rho": ("apart_sam", "sam"),
+    "method.ghost_size": ("ghost_noise",),
+}
+OWN_RULES: dict[str, RuleName] = {"one_pass": "random_sign"}  # of methods whose default is not that of `MethodSettings`
+
+# Options of earlier versions, with the value that changed nothing (... is any): a run that has it can still be read.
 GONE: dict[str, dict[str, Any]] = {
     "method": {"carry": "clean", "epsilon_schedule": "constant", "every": 1, "norm": "linf", "remainder": "error"}
     | {"ascent_steps": 3, "microbatches": 1},
@@ -104,8 +130,8 @@ class MethodSettings:
     label_smoothing: float = 0.0  # share of a label that is spread over all classes.
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(MethodName):
-            raise SettingsError(f"there is no method {self.name!r}: choose one of {', '.join(get_args(MethodName))}.")
+        if self.name not in METHODS:
+            raise SettingsError(f"there is no method {self.name!r}: choose one of {', '.join(METHODS)}.")
         _check(0, epsilon=self.epsilon, rho=self.rho)
         _check(2, ghost_size=self.ghost_size)
         _check(0, 1, label_smoothing=self.label_smoothing)
@@ -204,18 +230,90 @@ def from_json(stored: Any) -> Settings:
         raise SettingsError(f"the stored settings do not fit this version of the program: {error}.") from error
 
 
-def differences(settings: Settings, stored: Settings) -> list[str]:
-    """Where two runs differ in what decides their result."""
-    ours, theirs = (_flat(as_json(decisive_only(each))) for each in (settings, stored))
-    return [f"{name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+def differences(settings: Settings, stored: Settings) -> str:
+    """Where two runs differ in what decides their result: a line for each setting, nothing if there is none."""
+    ours, theirs = decisive(settings), decisive(stored)
+    return "".join(f"\n  {name}: {ours[name]}, stored {theirs[name]}" for name in ours if ours[name] != theirs[name])
 
 
-def decisive_only(settings: Settings) -> Settings:
-    """The settings, with everything that may change when a run is resumed at its default."""
-    default = Settings()
-    return replace(settings, data=replace(settings.data, folder=None), machine=default.machine, out=default.out)
+def decisive(settings: Settings) -> dict[str, Any]:
+    """What decides the result of a run, as `section.name`; all else may change when it is resumed."""
+    return {name: value for name, value in _flat(settings).items() if name != "data.folder"}
 
 
-def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    parts = {name: value if isinstance(value, dict) else {"": value} for name, value in nested.items()}
-    return {f"{part}.{name}".rstrip("."): value for part, values in parts.items() for name, value in values.items()}
+def compared(settings: Settings) -> dict[str, Any]:
+    """What sets the rows of a table apart: without split and seed, and without what the method does not read."""
+    left_out = {"data.split_seed", "seed"}
+    if settings.data.name != "folder":  # elsewhere the name says what lies there
+        left_out.add("data.folder")
+    is_read = {name: settings.method.name in methods for name, methods in READ_BY.items()}
+    return {name: v for name, v in _flat(settings).items() if name not in left_out and is_read.get(name, True)}
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    """All but machine and out, by `section.name`."""
+    sections = {name: part for name, part in as_json(settings).items() if name not in ("machine", "seed", "out")}
+    flat = {f"{section}.{name}": value for section, part in sections.items() for name, value in part.items()}
+    return {**flat, "seed": settings.seed}
+
+
+def learning_rate(training: TrainingSettings, done: float) -> float:
+    """The learning rate where a share `done` of the run's steps lies behind."""
+    if training.schedule == "cosine":
+        return training.lr * (1 + math.cos(math.pi * done)) / 2
+    return training.lr * training.gamma ** sum(done >= milestone for milestone in training.milestones)
+
+
+def passes_per_epoch(settings: Settings) -> float:
+    """Forward-backward passes over the training data in an epoch: what a method costs."""
+    method = settings.method
+    return len(PASSES[method.name]) - 1 + (method.ratio if method.name in READ_BY["method.ratio"] else 1)
+
+
+_CIFAR = Settings(
+    data=DataSettings("cifar10"),
+    model=ModelSettings("wideresnet40_2"),
+    method=MethodSettings(epsilon=0.1, groups=16, rho=0.2),
+    training=TrainingSettings(epochs=200, batch_size=128, weight_decay=5e-4, milestones=(0.5, 0.75)),
+    machine=MachineSettings(workers=min(8, os.cpu_count() or 1)),
+    seed=42,
+)
+_IMAGENET = replace(
+    _CIFAR,
+    data=DataSettings("imagenet", crop=224),
+    model=ModelSettings("resnet18"),
+    method=MethodSettings(epsilon=0.025, groups=1, rho=0.025),
+    training=TrainingSettings(
+        epochs=105, batch_size=256, weight_decay=1e-4, milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105)
+    ),
+)
+_BUNDLED = Settings(
+    method=MethodSettings(groups=4),
+    training=TrainingSettings(epochs=60, batch_size=64, schedule="cosine"),
+    machine=MachineSettings(checkpoint_epochs=0, checkpoint_seconds=30),
+)
+PRESETS: dict[str, Settings] = {
+    "cifar10": _CIFAR,
+    "cifar100": replace(_CIFAR, data=DataSettings("cifar100")),
+    "tiny-imagenet": replace(
+        _CIFAR,
+        data=DataSettings("tiny-imagenet", crop=64),
+        model=ModelSettings("preact_resnet18"),
+        method=replace(_CIFAR.method, groups=8),
+        training=replace(_CIFAR.training, batch_size=256),
+    ),
+    "imagenet": _IMAGENET,
+    "folder": replace(_IMAGENET, data=DataSettings("folder", crop=224)),
+    "digits": _BUNDLED,
+    "mnist5k": replace(_BUNDLED, data=DataSettings("mnist5k")),
+}
+
+
+def preset(data: str, method: str | None = None, rule: str | None = None) -> Settings:
+    """Where the settings of a run start from, given what is known of it."""
+    settings = PRESETS.get(data, Settings())
+    own = OWN_RULES.get(method or settings.method.name)
+    if own is None or rule not in (None, own):
+        return settings
+    # Random signs want about twice the radius of the gradient's: examples/RESULTS.md
+    return replace(settings, method=replace(settings.method, rule=own, epsilon=2 * settings.method.epsilon))

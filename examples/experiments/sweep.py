@@ -21,12 +21,10 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from experiments.loop import train
 from experiments.machine import Interrupted, run_in_workers, tell
-from experiments.methods import PASSES, READ_BY
-from experiments.runs import CHECKPOINTS, METHODS, is_complete, passes_per_epoch
-from experiments.settings import MethodName, Settings
-from experiments.train import parse
+from experiments.runs import CHECKPOINTS, is_complete
+from experiments.settings import METHODS, PASSES, READ_BY, MethodName, Settings, passes_per_epoch
+from experiments.train import parse, train
 
 SHORT = {"epsilon": "eps"}  # in the names of folders
 # For as many passes as other methods take, these can run twice as long.

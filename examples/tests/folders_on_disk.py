@@ -6,10 +6,12 @@ import pickle
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from experiments import datasets
+from experiments.settings import DataSettings
 from torchvision.transforms.v2.functional import to_pil_image
 
 CIFAR10_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -133,3 +135,21 @@ def write_class_folders(
                 size = (side, side) if side else (70 + 10 * i, 90)
                 write_image(folder / share / wnid / f"{wnid}_{i}.JPEG", coloured(wnid, *size))
     return folder
+
+
+WRITERS = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "tiny-imagenet": write_tiny_imagenet,
+    "imagenet": write_class_folders,
+    "folder": write_class_folders,
+}
+
+
+def write_all(parent: Path) -> dict[str, Path]:
+    """One of each data set."""
+    return {name: write(parent / name) for name, write in WRITERS.items()}
+
+
+def load_dataset(name: str, folder: Path | None, crop: int | None = None, **changes: Any) -> datasets.DataSet:
+    return datasets.load_dataset(DataSettings(name, folder, crop, **changes))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from experiments import budget
+from experiments.analysis import PairedDifference, paired_difference
 from experiments.budget import Arm, Options, Range, Study, Trial, choice, drawn, edges, read_results
-from experiments.learner import NonFiniteError
-from experiments.paired import PairedDifference, paired_difference
+from experiments.methods import NonFiniteError
 
 PLAN = Path(budget.__file__).parents[1] / "results/PLAN.md"
 CIFAR = budget.STUDIES["cifar10"]
@@ -25,7 +25,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Study:
         "plain": Arm("--method plain --epochs 1", {"dropout": Range(-0.5, 0.5, is_log=False)}),
         "one_pass": Arm("--method one_pass --groups 4 --epochs 1", {"epsilon": Range(0.05, 0.5)}),
     }
-    found = Study("--data digits --train-samples 64 --validation-samples 64", shared, arms, draws=4, test_splits=2)
+    found = Study("--data digits --train-samples 64 --validation-samples 64", shared, arms, 4, 2, shifted_samples=50)
     monkeypatch.setitem(budget.STUDIES, "small", found)
     return found
 

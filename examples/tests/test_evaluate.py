@@ -30,10 +30,9 @@ from experiments.evaluate import (
     scores,
     with_exact_statistics,
 )
-from experiments.loop import train
 from experiments.runs import FolderError, read_config
-from experiments.settings import DataSettings, ModelSettings
-from experiments.train import PRESETS
+from experiments.settings import PRESETS, DataSettings, ModelSettings
+from experiments.train import train
 from folders_on_disk import write_cifar10
 from test_report import write_run
 
@@ -41,15 +40,6 @@ from apart_func import SettingError
 
 RADII = (0.1, 0.3)
 DIGITS = load_data(DataSettings("digits"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second thread, and stall on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # corruptions
@@ -276,7 +266,9 @@ def test_fewer_samples_shorten_the_curves_data_alone(run, measured):
     (run / EVALUATION).write_text(json.dumps(measured))
 
 
-def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(run, measured, tmp_path, capsys):
+def test_what_is_measured_is_passed_over_and_what_fails_does_not_stop_the_rest(
+    run, measured, tmp_path, capsys, in_this_process
+):
     foreign = write_run(tmp_path / "foreign", data={"name": "cifar10", "folder": Path("nowhere")})
     fresh = tmp_path / "fresh"
     fresh.mkdir()

@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from experiments import appendix, evaluate, evidence
-from experiments.evaluate import CORRUPTIONS, SEVERITIES
-from experiments.paired import estimate, holm, paired_difference
+from experiments import report
+from experiments.analysis import estimate, format_error, format_gain, holm, paired_difference
+from experiments.evaluate import CORRUPTIONS, EVALUATION, SEVERITIES
 from experiments.runs import FolderError
-from experiments.tables import format_error, format_gain
 from scipy import stats
 from test_report import epochs, method, read_table, write_run
 
-RESULTS = Path(evidence.__file__).parents[1] / "results"
+RESULTS = Path(report.__file__).parents[1] / "results"
 RADII = (0, 0.1, 0.3)
 PLAIN = {0: 8.0, 1: 6.0, 2: 7.5, 3: 7.0}
 TWO_PASSES = {0: 5.5, 1: 4.0, 2: 5.0, 3: 5.5}
@@ -41,7 +40,7 @@ def write_measured(folder: Path, error: float, level: float | None = None, **opt
         "area": {"random": 90 - level, "adversarial": 80 - level},
         "corruptions": {name: [level + severity for severity in SEVERITIES] for name in CORRUPTIONS},
     }
-    (folder / evaluate.EVALUATION).write_text(json.dumps(content))
+    (folder / EVALUATION).write_text(json.dumps(content))
     return folder
 
 
@@ -76,14 +75,14 @@ def make(runs: Path, **options) -> dict[str, dict[str, str]]:
     flags = [f"--{name.replace('_', '-')}" for name in ("evaluate", "errors_only") if options.pop(name, False)]
     for name, value in options.items():
         flags += [f"--{name}", str(value)]
-    evidence.main([str(runs), "--out", str(runs.parent / "evidence"), *flags])
-    _, errors, *_ = re.split(r"^\*\*digits: .+\*\*$", appendix.section(numbers_of(runs)), flags=re.MULTILINE)
+    report.evidence_main([str(runs), "--out", str(runs.parent / "evidence"), *flags])
+    _, errors, *_ = re.split(r"^\*\*digits: .+\*\*$", report.section(numbers_of(runs)), flags=re.MULTILINE)
     return read_table(errors)
 
 
 def withstood(runs: Path) -> dict[str, dict[str, str]]:
     make(runs)
-    return read_table(appendix.section(numbers_of(runs)).partition("withstand**")[2])
+    return read_table(report.section(numbers_of(runs)).partition("withstand**")[2])
 
 
 def gain(first: dict[int, float], second: dict[int, float]) -> str:
@@ -108,7 +107,7 @@ def test_all_that_was_chosen_from_is_listed_with_its_validation_error(runs, caps
         write_measured(runs / f"sam{rho}", 5, validation_error=validation, **method("sam", rho=rho))
     make(runs)
     assert "SAM: ρ 0.1: 6.50 (1); ρ 0.2: 6.25 (1)" in capsys.readouterr().out
-    lines = appendix.section(numbers_of(runs)).partition("Chosen from")[2]
+    lines = report.section(numbers_of(runs)).partition("Chosen from")[2]
     assert "- SAM" in lines
     assert "- plain" not in lines, "there was nothing to choose"
 
@@ -241,9 +240,9 @@ def test_the_error_over_the_decay_is_that_of_the_best_candidate_at_each(runs, tm
         write_all(runs, {0: error, 1: error + 1}, training=training, **method("one_pass", epsilon=epsilon))
     make(runs)
     entries = json.loads(numbers_of(runs).read_text(encoding="utf-8"))["groups"]
-    curve = appendix.over_decays([entry for entry in entries if entry["method"] == "APART in one pass"])
+    curve = report.over_decays([entry for entry in entries if entry["method"] == "APART in one pass"])
     assert {decay: error.mean for decay, error in curve.items()} == {0.001: 5.5, 0.002: 4.5, 0.004: 6.5}
-    appendix.main([str(tmp_path / "evidence"), "--picture", "digits"])
+    report.appendix_main([str(tmp_path / "evidence"), "--picture", "digits"])
     assert (tmp_path / "evidence/decays.png").stat().st_size > 10_000
 
 
@@ -256,7 +255,7 @@ def test_what_was_not_measured_is_told_with_the_command_and_only_chosen_runs_cou
             folder = grid / f"more{epsilon}-{seed}"
             write_measured(folder, 5, seed=seed, validation_error=validation, **method("apart", epsilon=epsilon))
             if seed == 0:
-                (folder / evaluate.EVALUATION).unlink()
+                (folder / EVALUATION).unlink()
     with pytest.raises(FolderError) as caught:
         make(grid)
     assert "1 of 12 chosen runs on digits have not been measured" in str(caught.value)
@@ -265,17 +264,17 @@ def test_what_was_not_measured_is_told_with_the_command_and_only_chosen_runs_cou
 
 def test_the_chosen_runs_are_measured_where_asked_for(grid, monkeypatch):
     asked = []
-    monkeypatch.setattr(evidence, "evaluate_all", lambda folders, options: asked.append((len(folders), options)))
+    monkeypatch.setattr(report, "evaluate_all", lambda folders, options: asked.append((len(folders), options)))
     make(grid, evaluate=True, samples=7, processes=3)
     ((folders, options),) = asked
     assert (folders, options.samples, options.processes, options.again) == (12, 7, 3, False)
 
 
 def test_errors_alone_need_no_measurement(grid):
-    for evaluation in grid.glob(f"*/{evaluate.EVALUATION}"):
+    for evaluation in grid.glob(f"*/{EVALUATION}"):
         evaluation.unlink()
     assert make(grid, errors_only=True)["APART"]["gain"].strip("*") == gain(PLAIN, TWO_PASSES)
-    assert "withstand" not in appendix.section(numbers_of(grid))
+    assert "withstand" not in report.section(numbers_of(grid))
 
 
 def test_runs_without_plain_training_are_refused(tmp_path):
@@ -301,5 +300,5 @@ def test_the_numbers_of_every_seed_are_written(grid):
 def test_the_appendix_is_what_the_numbers_beside_it_say(tmp_path):
     for path in (*RESULTS.glob("*-evidence.json"), *RESULTS.glob("*-budget.md")):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    appendix.main([str(tmp_path)])
+    report.appendix_main([str(tmp_path)])
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == (RESULTS / "README.md").read_text(encoding="utf-8")

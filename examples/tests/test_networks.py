@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from experiments.datasets import DataSet
+from experiments.datasets import DataSet, InMemory
 from experiments.networks import ANY_WIDTH, NetworkError, drop_features, make_network
-from experiments.splits import InMemory
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

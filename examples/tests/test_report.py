@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from experiments import report
 from experiments.__main__ import main as program
-from experiments.methods import OWN_RULES
-from experiments.paired import PairedDifference, difference_by_key, holm, over_images, paired_difference
+from experiments.analysis import difference_by_key, paired_difference
 from experiments.runs import FolderError
-from experiments.settings import DataSettings, MethodSettings, ModelSettings, Settings, TrainingSettings, as_json
+from experiments.settings import (
+    OWN_RULES,
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    TrainingSettings,
+    as_json,
+)
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -68,7 +73,7 @@ def make(runs: Path, **options) -> dict[str, dict[str, str]]:
     """Report on a folder and read the rows of the Markdown table, by label and column."""
     options = {"out": runs.parent / "report", **options}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    report.main([str(runs), *flags])
+    report.report_main([str(runs), *flags])
     return read_table(next(options["out"].glob("*.md")).read_text(encoding="utf-8"))
 
 
@@ -243,34 +248,6 @@ def test_over_several_splits_the_interval_is_that_of_their_means(runs):
     assert difference_by_key(errors, better) == found
 
 
-def test_holm_multiplies_the_smallest_p_by_all_tests_and_keeps_their_order():
-    """Worked by hand: 0.01 × 4, 0.02 × 3, then 0.03 × 2 which is no more, and 0.5; what is no test stays."""
-    found = [None if p is None else PairedDifference(1, 0, 2, p) for p in (0.5, 0.01, None, 0.03, 0.02)]
-    assert holm(found) == pytest.approx([0.5, 0.04, math.nan, 0.06, 0.06], nan_ok=True)
-
-
-def test_p_is_below_the_level_where_the_interval_excludes_zero():
-    inside, outside = paired_difference([1.0, 2.0, 3.0], [0.0] * 3), paired_difference([2.0, 2.5, 3.0], [0.0] * 3)
-    assert inside.low < 0 < outside.low
-    assert inside.p > 0.05 > outside.p
-    assert math.isnan(paired_difference([1.0], [0.0]).p)
-
-
-def test_an_interval_over_images_speaks_of_images_where_all_splits_agree():
-    generator = np.random.default_rng(0)
-    wrong = (generator.random(400) < 0.1).astype(float)
-    low, high = over_images([wrong] * 5)
-    deviation = 100 * wrong.std() / 400**0.5
-    assert low == pytest.approx(100 * wrong.mean() - 1.96 * deviation, abs=0.3)
-    assert high == pytest.approx(100 * wrong.mean() + 1.96 * deviation, abs=0.3)
-
-
-def test_an_interval_over_images_speaks_of_splits_where_all_images_agree():
-    low, high = over_images([np.full(50, float(split % 2)) for split in range(16)])
-    assert low == pytest.approx(50 - 1.96 * 100 * 0.5 / 4, abs=6)
-    assert high == pytest.approx(50 + 1.96 * 100 * 0.5 / 4, abs=6)
-
-
 def test_a_step_takes_as_long_as_it_does_beside_plain_training_without_waiting_for_data(runs):
     write_run(runs / "a", speed=200)
     write_run(runs / "b", speed=100, **method("apart"))
@@ -382,7 +359,7 @@ def test_unfinished_runs_and_other_folders_are_named_and_left_out(runs, capsys):
     write_run(runs / "a", seed=0)
     write_run(runs / "b", seed=1, finished=False)
     (runs / "notes").mkdir()
-    report.main([*map(str, runs.iterdir()), "--out", str(runs.parent / "report")])
+    report.report_main([*map(str, runs.iterdir()), "--out", str(runs.parent / "report")])
     printed = capsys.readouterr().out.replace("\n", " ")
     assert f"left out: {runs / 'b'} has not finished" in printed
     assert f"left out: {runs / 'notes'} is no run folder" in printed
@@ -391,7 +368,7 @@ def test_unfinished_runs_and_other_folders_are_named_and_left_out(runs, capsys):
 
 def test_a_run_given_twice_counts_once(runs):
     write_run(runs / "a")
-    report.main([str(runs), str(runs / "a"), "--out", str(runs.parent / "report")])
+    report.report_main([str(runs), str(runs / "a"), "--out", str(runs.parent / "report")])
     assert read_table((runs.parent / "report/digits-test.md").read_text(encoding="utf-8"))["plain"]["runs"] == "1"
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from experiments import sweep
-from experiments.logs import COLUMNS, TIMING_COLUMNS
-from experiments.loop import train as train_runs
-from experiments.runs import RunError
+from experiments.runs import COLUMNS, TIMING_COLUMNS, RunError
 from experiments.settings import Settings
 from experiments.sweep import Grid, SweepError, jobs_of, plan
+from experiments.train import train as train_runs
 from safetensors.torch import load_file
 
 EXAMPLES = Path(sweep.__file__).parents[1]
@@ -55,9 +54,11 @@ def test_settings_are_what_the_names_say(tmp_path):
 
 
 def test_options_that_are_not_the_sweep_s_go_to_every_run():
-    options = [*DIGITS, "--lr", "0.03", "--batch-size", "32"]
-    runs = plan(Grid(seeds=1), options)
-    assert {(run.settings.training.lr, run.settings.training.batch_size) for run in runs} == {(0.03, 32)}
+    options = [*DIGITS, "--lr", "0.03", "--workers", "3", "--train-samples", "100"]
+    all_settings = [run.settings for run in plan(Grid(seeds=1), options)]
+    assert {(each.training.lr, each.machine.workers, each.data.train_samples) for each in all_settings} == {
+        (0.03, 3, 100)
+    }
 
 
 def test_any_option_can_be_varied_and_names_what_it_varies():
@@ -65,18 +66,6 @@ def test_any_option_can_be_varied_and_names_what_it_varies():
     assert names(grid)[:4] == [f"plain-epochs{e}-width{w}-2xepochs-seed0" for e in (3, 5) for w in (4, 8)]
     run = plan(grid, DIGITS)[3]
     assert (run.settings.training.epochs, run.settings.model.width) == (2 * 5, 8)
-
-
-def test_epochs_weight_decay_loaders_and_splits_are_reached_from_a_sweep():
-    grid = Grid(("plain",), factors=(1,), seeds=1, vary=("weight-decay=0.001,0.002", "split-seed=0,1"))
-    runs = plan(grid, [*DIGITS, "--workers", "3", "--epochs", "7", "--train-samples", "100"])
-    assert {(run.settings.training.weight_decay, run.settings.data.split_seed) for run in runs} == {
-        (0.001, 0),
-        (0.001, 1),
-        (0.002, 0),
-        (0.002, 1),
-    }
-    assert all(run.settings.machine.workers == 3 and run.settings.data.train_samples == 100 for run in runs)
 
 
 def test_a_run_that_two_ways_lead_to_is_one():
@@ -104,12 +93,6 @@ def test_epsilon_and_rule_are_those_of_one_pass_too_and_a_fraction_is_its_own():
     ]
 
 
-def test_a_single_pass_costs_as_much_as_plain_training_and_a_second_one_as_much_again():
-    grid = Grid(("plain", "one_pass", "apart"), seeds=1, factors=(1,))
-    costs = {run.name: run.passes for run in plan(grid, [*DIGITS, "--epochs", "10"])}
-    assert costs == {"plain-seed0": 10, "one_pass-eps0.1-seed0": 10, "apart-eps0.1-seed0": 20}
-
-
 def test_seeds_of_a_run_are_trained_so_many_together():
     grid = Grid(("plain", "apart"), factors=(1,), seeds=5, together=2)
     groups = [[run.name for run in job.runs] for job in jobs_of(plan(grid, DIGITS), grid.together)]
@@ -123,9 +106,11 @@ def test_a_run_that_has_begun_by_itself_goes_on_by_itself(tmp_path):
     assert [[run.settings.seed for run in job.runs] for job in jobs_of(runs, 3)] == [[0, 2], [1]]
 
 
-def test_the_longer_run_costs_more_and_a_second_pass_does_too():
-    costs = {run.name: run.passes for run in plan(Grid(seeds=1), [*DIGITS, "--epochs", "10", "--ratio", "0.5"])}
-    assert costs == {"plain-seed0": 10, "plain-2xepochs-seed0": 20, "apart-eps0.1-seed0": 15}
+def test_a_longer_run_costs_more_and_so_does_a_second_pass_over_half_of_the_batch():
+    grid = Grid(("plain", "one_pass", "apart"), seeds=1)
+    costs = {run.name: run.passes for run in plan(grid, [*DIGITS, "--epochs", "10", "--ratio", "0.5"])}
+    one_pass = {"one_pass-eps0.1-seed0": 10, "one_pass-eps0.1-2xepochs-seed0": 20}
+    assert costs == {"plain-seed0": 10, "plain-2xepochs-seed0": 20, **one_pass, "apart-eps0.1-seed0": 15}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +174,7 @@ def test_a_sweep_trains_what_train_would_and_does_nothing_twice(tmp_path, capsys
     assert written(grid.out) == before
 
 
-def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
+def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys, in_this_process):
     grid = Grid(("apart",), seeds=3, processes=1, together=2, out=tmp_path / "swept")
     sweep.run(grid, TINY)
     for run in plan(replace(grid, out=tmp_path / "alone"), TINY):
@@ -206,7 +191,7 @@ def test_runs_that_were_trained_together_look_like_any_others(tmp_path, capsys):
     assert written(grid.out) == before
 
 
-def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys):
+def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys, in_this_process):
     with pytest.raises(SystemExit):
         sweep.run(
             Grid(("plain",), factors=(1,), seeds=2, together=2, processes=1, out=tmp_path), [*TINY, "--clip", "1"]
@@ -216,7 +201,7 @@ def test_seeds_that_cannot_be_trained_together_say_what_to_do(tmp_path, capsys):
     assert "alone: the same command with --together 1" in printed
 
 
-def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys):
+def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, capsys, in_this_process):
     grid = Grid(("apart", "plain"), seeds=1, factors=(1,), processes=1, out=tmp_path)
     with pytest.raises(SystemExit) as stopped:
         sweep.run(grid, [*TINY, "--groups", "5"])
@@ -237,27 +222,32 @@ def test_a_folder_of_other_settings_is_refused_before_anything_is_trained(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(tmp_path, kind):
-    arguments = [*DIGITS, "--epochs", "40", "--seeds", "2", "--checkpoint-epochs", "1"]
-    out = tmp_path / "stopped"
-    process = subprocess.Popen([*SWEEP, "--out", str(out), *arguments], cwd=EXAMPLES, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not any(len(metrics(path.parent)) > 5 for path in out.glob("*/metrics.csv")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, kind)
-    assert process.wait(timeout=60) != 0
-    time.sleep(0.5)  # a worker sees that its parent has gone
-    before = written(out)
-    time.sleep(1)
-    assert written(out) == before, "workers train on without their parent"
+def test_a_sweep_that_was_stopped_and_then_killed_goes_on_to_the_same_results(tmp_path, in_this_process):
+    options = [*DIGITS, "--epochs", "20", "--checkpoint-epochs", "1"]
+    grid = Grid(seeds=2, factors=(1,), out=tmp_path / "stopped")
+    command = [*SWEEP, "--seeds", "2", "--factors", "1", "--out", str(grid.out), *options]
 
-    unfinished = [path.parent for path in out.glob("*/config.json") if not (path.parent / "model.safetensors").exists()]
-    assert unfinished
-    for folder in (out, tmp_path / "undisturbed"):
-        subprocess.run([*SWEEP, "--out", str(folder), *arguments], cwd=EXAMPLES, check=True, timeout=300)
-    for run in (tmp_path / "undisturbed").iterdir():
-        assert metrics(out / run.name) == metrics(run)
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (out / run.name, run))
+    def epochs() -> int:
+        return sum(len(metrics(path.parent)) for path in grid.out.glob("*/metrics.csv"))
+
+    for kind in (signal.SIGINT, signal.SIGKILL):
+        before = epochs()
+        process = subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while epochs() < before + 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, kind)
+        assert process.wait(timeout=60) != 0
+        time.sleep(0.5)  # a worker sees that its parent has gone
+        left = written(grid.out)
+        time.sleep(1)
+        assert written(grid.out) == left, "workers train on without their parent"
+    assert any(not (path.parent / "model.safetensors").exists() for path in grid.out.glob("*/config.json"))
+
+    sweep.run(grid, options)
+    for run in plan(replace(grid, out=tmp_path / "undisturbed"), options):
+        train(run.settings)
+        assert metrics(grid.out / run.name) == metrics(run.settings.out)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (grid.out / run.name, run.settings.out))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

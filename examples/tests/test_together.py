@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import learner, loop
-from experiments.learner import NonFiniteError
-from experiments.logs import COLUMNS, TIMING_COLUMNS
-from experiments.loop import train
+from experiments import methods
+from experiments import train as training
 from experiments.machine import Interrupted
-from experiments.runs import TOGETHER
-from experiments.settings import DataSettings, Settings, SettingsError
-from experiments.train import PRESETS
+from experiments.methods import NonFiniteError
+from experiments.runs import COLUMNS, TIMING_COLUMNS, TOGETHER
+from experiments.settings import PRESETS, DataSettings, Settings, SettingsError
+from experiments.train import train
 from folders_on_disk import write_cifar10
 from safetensors.torch import load_file
 from test_train import outcome, rows, stop_at
@@ -26,7 +25,7 @@ SEEDS = (0, 3, 4)
 
 @pytest.fixture(autouse=True)
 def told_every_step(monkeypatch):
-    monkeypatch.setattr(loop, "SHOW_SECONDS", 0)
+    monkeypatch.setattr(training, "SHOW_SECONDS", 0)
 
 
 def tiny(out: Path, seeds: tuple[int, ...] = SEEDS, **changes: Any) -> list[Settings]:
@@ -93,9 +92,9 @@ def test_a_run_is_what_it_would_be_by_itself(changes, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["apart", "one_pass"])
-def test_random_signs_are_drawn_for_every_run_anew(method, tmp_path, monkeypatch):
+def test_every_run_draws_random_signs_of_its_own(method, tmp_path, monkeypatch):
     drawn = []
-    make_step = learner.make_step
+    make_step = methods.make_step
 
     def make_observed_step(*arguments: Any) -> Any:
         step = make_step(*arguments)
@@ -109,7 +108,7 @@ def test_random_signs_are_drawn_for_every_run_anew(method, tmp_path, monkeypatch
 
         return observed
 
-    monkeypatch.setattr(learner, "make_step", make_observed_step)
+    monkeypatch.setattr(methods, "make_step", make_observed_step)
     quietly(tiny(tmp_path, name=method, rule="random_sign", epochs=1))
     assert len(drawn) == 4
     for signs in drawn:
@@ -137,9 +136,8 @@ def test_a_run_tells_its_folder_s_story_as_train_does(tmp_path):
     train([run], show=lambda progress: pytest.fail("it has finished"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["plain", "apart", "one_pass"])
-def test_the_compiled_program_is_the_eager_one(method, tmp_path):
+@pytest.mark.parametrize("method", ["plain", pytest.param("apart", marks=pytest.mark.slow)])
+def test_the_compiled_program_is_the_eager_one(method, tmp_path, traced_alone):
     eager, compiled = (tiny(tmp_path / str(flag), name=method, epochs=1, compile=flag) for flag in (False, True))
     for runs in (eager, compiled):
         quietly(runs)
@@ -168,14 +166,14 @@ def test_runs_that_were_stopped_end_as_the_undisturbed_ones(changes, tmp_path):
 
 def test_runs_that_were_stopped_while_they_were_measured_go_on(tmp_path, monkeypatch):
     stopped, undisturbed = (tiny(tmp_path / name) for name in ("stopped", "undisturbed"))
-    measure = loop._Running._errors
+    measure = training._Running._errors
 
     def stop_while_measuring(running: Any, number: int) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return measure(running, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Running, "_errors", stop_while_measuring)
+        patch.setattr(training._Running, "_errors", stop_while_measuring)
         with pytest.raises(Interrupted):
             quietly(stopped)
     assert [rows(run.out) for run in stopped] == [[]] * len(SEEDS)
@@ -219,7 +217,7 @@ def test_a_step_that_is_not_finite_names_the_seed(tmp_path, monkeypatch):
         for number, (samples, labels) in enumerate(training_batches(data, seed=seed, **keywords)):
             yield (samples * torch.nan if (seed, number) == (3, 1) else samples), labels
 
-    training_batches = loop.training_batches
-    monkeypatch.setattr(loop, "training_batches", spoilt)
+    training_batches = training.training_batches
+    monkeypatch.setattr(training, "training_batches", spoilt)
     with pytest.raises(NonFiniteError, match="step 2 is not finite: with seed 3"):
         quietly(tiny(tmp_path))

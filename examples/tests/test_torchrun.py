@@ -18,14 +18,12 @@ from typing import Any
 import pytest
 import torch
 from experiments import __main__ as program
-from experiments import ranks
-from experiments.datasets import evaluation_batches, load_dataset, training_batches
-from experiments.learner import check_fit
-from experiments.loop import train
+from experiments import machine
+from experiments import train as training
+from experiments.datasets import Share, evaluation_batches, load_dataset, training_batches
 from experiments.machine import Interrupted
-from experiments.methods import initially_carried, make_step
+from experiments.methods import check_fit, initially_carried, make_step
 from experiments.networks import make_network
-from experiments.ranks import Share
 from experiments.runs import read_config
 from experiments.settings import DataSettings, MethodSettings, Settings, SettingsError, TrainingSettings
 from safetensors.torch import load_file
@@ -44,7 +42,7 @@ RANKS, SAMPLES, GROUPS, EPOCHS = 2, 16, 4, 5
 @pytest.fixture
 def two_ranks(monkeypatch):
     """What is looked at before there is anything to communicate."""
-    monkeypatch.setattr(ranks, "count", lambda: RANKS)
+    monkeypatch.setattr(machine, "world_size", lambda: RANKS)
 
 
 # steps of every method
@@ -80,9 +78,9 @@ def on_rank(rank: int, folder: Path) -> None:
         found: dict[str, Any] = {}
         for name, method in METHODS.items():
             found[name] = three_steps(nn.SyncBatchNorm.convert_sync_batchnorm(convolutional()), method, share)
-        found["gathered"] = ranks.gathered(rank), ranks.most(rank, -rank), ranks.total(torch.ones(2))
+        found["gathered"] = machine.gathered(rank), machine.largest(rank, -rank), machine.sum_over_ranks(torch.ones(2))
         try:
-            ranks.from_first(lambda: [][0])
+            machine.from_first(lambda: [][0])
         except IndexError as error:
             found["raised"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
@@ -169,7 +167,7 @@ def counted(samples: Any) -> Counter[tuple[bytes, int]]:
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(two_ranks):
     with pytest.raises(SettingsError, match="a batch of 33 samples cannot be divided among 2 processes"):
-        ranks.training_share(Settings(training=TrainingSettings(batch_size=33)))
+        training.training_share(Settings(training=TrainingSettings(batch_size=33)))
 
 
 def test_runs_that_are_trained_together_are_refused(two_ranks):
@@ -177,10 +175,18 @@ def test_runs_that_are_trained_together_are_refused(two_ranks):
         check_fit([Settings(seed=0), Settings(seed=1)])
 
 
+def test_ghost_groups_that_do_not_divide_a_share_are_refused_by_name(two_ranks):
+    settings = Settings(method=MethodSettings(groups=16), training=TrainingSettings(batch_size=16))
+    with pytest.raises(SettingsError, match="of 2 processes, each with 8 samples of a batch: groups=16 does not"):
+        training.prepared([settings], torch.device("cpu"))
+
+
 def test_ranks_at_other_runs_are_refused_by_what_differs(monkeypatch):
-    monkeypatch.setattr(ranks, "gathered", lambda own: [own, own | {"the labels": "others"}])
+    monkeypatch.setattr(machine, "gathered", lambda own: [own, own | {"the labels": "others"}])
     with pytest.raises(RanksError, match=r"the labels of rank 1 differ from those of rank 0\. Start"):
-        ranks.agree({"the weights": [torch.ones(2)], "the labels": [torch.tensor(3), torch.ones(1)]}, "Start again.")
+        machine.check_ranks_agree(
+            {"the weights": [torch.ones(2)], "the labels": [torch.tensor(3), torch.ones(1)]}, "Start again."
+        )
 
 
 @pytest.mark.parametrize(
@@ -193,22 +199,22 @@ def test_what_cannot_be_synchronised_is_refused(network, changes, message, two_r
         model.append(BatchNormAct2d(4))
     settings = Settings(training=TrainingSettings(sync_batch_norm="on", **changes))
     with pytest.raises(SettingsError, match=message):
-        ranks.synchronised(model, settings, torch.device("cpu"))
+        training.synchronised(model, settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("choice", "device", "converts"), [("auto", "cpu", 0), ("auto", "cuda", 2), ("on", "cpu", 2)])
 def test_batch_norm_is_synchronised_on_gpus_or_by_wish(choice, device, converts, two_ranks):
     settings = Settings(training=TrainingSettings(sync_batch_norm=choice))
-    model = ranks.synchronised(convolutional(), settings, torch.device(device))
+    model = training.synchronised(convolutional(), settings, torch.device(device))
     assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()) == converts
 
 
 def test_the_local_rank_picks_the_gpu_and_one_for_all_is_refused(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert (ranks.device_name("cuda"), ranks.device_name("cpu")) == ("cuda:1", "cpu")
+    assert (machine.local_device_name("cuda"), machine.local_device_name("cpu")) == ("cuda:1", "cpu")
     with pytest.raises(SettingsError, match="not all cuda:0"):
-        ranks.device_name("cuda:0")
+        machine.local_device_name("cuda:0")
 
 
 @pytest.mark.parametrize("command", ["sweep", "evaluate"])
@@ -267,7 +273,7 @@ def undisturbed(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(undisturbed, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    train([replace(read_config(undisturbed / "config.json"), out=out)], lambda progress: None)
+    training.train([replace(read_config(undisturbed / "config.json"), out=out)], lambda progress: None)
     return out
 
 
@@ -312,7 +318,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(stopped, alone):
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        train([settings], stop)
+        training.train([settings], stop)
     assert first < checkpoints(stopped)[-1]
     with start(stopped, "--resume") as process:
         said = process.communicate()[0]
@@ -339,12 +345,3 @@ def test_a_run_comes_back_after_a_rank_was_killed_and_ends_as_the_undisturbed_on
     assert process.returncode == 0, said
     assert "exitcode: -9" in said
     assert outcome(tmp_path / "killed") == outcome(undisturbed)
-
-
-@pytest.mark.slow
-def test_ghost_groups_that_do_not_divide_a_share_are_refused_by_name(tmp_path):
-    with start(tmp_path / "run", "--groups", "16") as process:
-        said = process.communicate()[0]
-    assert process.returncode != 0
-    assert "of 2 processes, each with 8 samples of a batch: groups=16 does not divide" in said
-    assert not (tmp_path / "run").exists()

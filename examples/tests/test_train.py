@@ -21,33 +21,24 @@ from typing import Any
 import pytest
 import torch
 from experiments import __main__ as program
-from experiments import loop
-from experiments import train as command_line
+from experiments import runs
+from experiments import train as training
 from experiments.datasets import NAMES, evaluation_batches, load_dataset
-from experiments.learner import NonFiniteError
-from experiments.logs import COLUMNS, TIMING_COLUMNS, Progress, progress_bar
 from experiments.machine import Interrupted
+from experiments.methods import NonFiniteError
 from experiments.networks import make_network
-from experiments.runs import CheckpointError, RunError, harm, read_config
-from experiments.settings import DataSettings, MethodSettings, Settings, SettingsError, as_json, from_json
-from experiments.train import PRESETS
-from folders_on_disk import write_cifar10, write_cifar100, write_class_folders, write_tiny_imagenet
+from experiments.runs import COLUMNS, TIMING_COLUMNS, CheckpointError, Progress, RunError, progress_bar, read_config
+from experiments.settings import PRESETS, DataSettings, MethodSettings, Settings, SettingsError, as_json, from_json
+from folders_on_disk import WRITERS
 from safetensors.torch import load_file
 from torch import nn
 
 EXAMPLES = Path(program.__file__).parents[1]
-WRITERS = {
-    "cifar10": write_cifar10,
-    "cifar100": write_cifar100,
-    "tiny-imagenet": write_tiny_imagenet,
-    "imagenet": write_class_folders,
-    "folder": write_class_folders,
-}
 
 
 @pytest.fixture(autouse=True)
 def told_every_step(monkeypatch):
-    monkeypatch.setattr(loop, "SHOW_SECONDS", 0)
+    monkeypatch.setattr(training, "SHOW_SECONDS", 0)
 
 
 def tiny(out: Path, **changes: Any) -> Settings:
@@ -64,7 +55,7 @@ def tiny(out: Path, **changes: Any) -> Settings:
 
 
 def train(settings: Settings, show: Callable[[Progress], None] | None, *, resume: bool = True) -> None:
-    loop.train([settings], show, resume=resume)
+    training.train([settings], show, resume=resume)
 
 
 def quietly(settings: Settings) -> Path:
@@ -216,7 +207,7 @@ def test_what_draws_from_the_default_generator_goes_on_too(tmp_path, monkeypatch
         model.head.insert(2, nn.Dropout(0.5))
         return model
 
-    monkeypatch.setattr(loop, "make_network", with_dropout)
+    monkeypatch.setattr(training, "make_network", with_dropout)
     interrupted(tiny(tmp_path / "stopped"), step=3)
     torch.manual_seed(1)
     assert outcome(quietly(tiny(tmp_path / "stopped"))) == outcome(quietly(tiny(tmp_path / "b")))
@@ -231,12 +222,12 @@ def test_a_run_that_was_stopped_while_it_was_measured_goes_on(tmp_path, monkeypa
 
     def stop_while_measuring(*arguments: Any, **keywords: Any) -> Any:
         asked.append(True)
-        return loop_evaluation_batches(*arguments, **keywords)
+        return evaluation_batches_of_a_run(*arguments, **keywords)
 
-    loop_evaluation_batches = loop.evaluation_batches
+    evaluation_batches_of_a_run = training.evaluation_batches
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "noted_signals", noted_signals)
-        patch.setattr(loop, "evaluation_batches", stop_while_measuring)
+        patch.setattr(training, "noted_signals", noted_signals)
+        patch.setattr(training, "evaluation_batches", stop_while_measuring)
         with pytest.raises(Interrupted):
             quietly(tiny(tmp_path / "stopped"))
     assert checkpoints(tmp_path / "stopped") == ["step-000000004.pt"]
@@ -251,7 +242,7 @@ def test_a_run_that_was_killed_before_its_network_was_written_writes_it(tmp_path
     assert outcome(quietly(settings)) == before
 
 
-def test_a_run_without_a_checkpoint_begins_anew_and_repeats_no_row(tmp_path):
+def test_a_run_without_a_checkpoint_starts_again_and_repeats_no_row(tmp_path):
     def fail(progress: Progress) -> None:
         if progress.step == 6:
             raise ZeroDivisionError
@@ -373,7 +364,7 @@ def test_a_high_training_loss_under_a_perturbation_names_the_plain_run_to_compar
     said = capsys.readouterr().err
     assert "warning: the clean training loss is still 2." in said
     (command,) = (line for line in said.splitlines() if line.startswith("  python -m experiments train"))
-    plain = command_line.parse(shlex.split(command)[4:]).settings
+    plain = training.parse(shlex.split(command)[4:]).settings
     assert (plain.method.name, plain.out) == ("plain", tmp_path / "a run-plain")
     settings = read_config(out / "config.json")
     assert plain == replace(settings, method=replace(settings.method, name="plain"), out=plain.out)
@@ -382,20 +373,7 @@ def test_a_high_training_loss_under_a_perturbation_names_the_plain_run_to_compar
 @pytest.mark.parametrize("option", ["--out", "--data-dir"])
 def test_a_folder_whose_name_is_not_utf8_is_named(option, tmp_path):
     with pytest.raises(SettingsError, match=rf"{option} '.*udcff' is not valid UTF-8: rename the folder"):
-        command_line.parse(["--data", "folder", option, f"{tmp_path}/\udcff"])
-
-
-def test_stored_settings_that_are_nested_without_end_are_named(tmp_path):
-    (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(SettingsError, match=r"config\.json cannot be used: .*recursion"):
-        read_config(tmp_path / "config.json")
-
-
-def test_a_low_loss_and_plain_training_are_no_harm():
-    assert harm(Settings(method=MethodSettings("apart")), 2.0, classes=10)
-    assert not harm(Settings(method=MethodSettings("apart")), 0.01, classes=10)
-    assert not harm(Settings(method=MethodSettings("plain")), 2.0, classes=10)
-    assert not harm(Settings(method=MethodSettings("sam", label_smoothing=0.1)), 0.6, classes=10)
+        training.parse(["--data", "folder", option, f"{tmp_path}/\udcff"])
 
 
 def test_a_step_that_is_not_finite_stops_the_run_with_epoch_and_step(tmp_path):
@@ -435,15 +413,13 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 
 def test_the_settings_start_from_the_preset_of_the_data_set():
-    settings = command_line.parse(["--data", "cifar100", "--epochs", "3"]).settings
+    settings = training.parse(["--data", "cifar100", "--epochs", "3"]).settings
     preset = PRESETS["cifar100"]
     assert settings == replace(preset, training=replace(preset.training, epochs=3))
 
 
 def test_another_preset_can_be_named():
-    settings = command_line.parse(
-        ["--data", "folder", "--data-dir", "x", "--preset", "cifar10", "--groups", "2"]
-    ).settings
+    settings = training.parse(["--data", "folder", "--data-dir", "x", "--preset", "cifar10", "--groups", "2"]).settings
     assert settings.training == PRESETS["cifar10"].training
     assert settings.data.name == "folder"
     assert settings.data.folder == Path("x")
@@ -453,7 +429,7 @@ def test_another_preset_can_be_named():
 @pytest.mark.parametrize(("data", "radius", "published"), [("cifar10", 0.2, 0.1), ("imagenet", 0.05, 0.025)])
 def test_one_pass_starts_from_random_signs_and_a_radius_that_suits_them(data: str, radius: float, published: float):
     def method(*flags: str) -> MethodSettings:
-        return command_line.parse(["--data", data, "--method", "one_pass", *flags]).settings.method
+        return training.parse(["--data", data, "--method", "one_pass", *flags]).settings.method
 
     assert (method().rule, method().epsilon) == ("random_sign", pytest.approx(radius))
     assert (method("--rule", "sign").rule, method("--rule", "sign").epsilon) == ("sign", published)
@@ -466,7 +442,7 @@ def test_flags_are_flat():
         --rho 0.05 --epochs 20 --batch-size 64 --compile --amp bf16 --clip 1 --channels-last
         --seed 3 --out runs/x --resume
     """
-    command = command_line.parse(line.split())
+    command = training.parse(line.split())
     assert command.resume
     stored = as_json(command.settings)
     assert stored["data"]["folder"] == "PATH"
@@ -480,24 +456,24 @@ def test_flags_are_flat():
 
 def test_the_original_s_names_of_options_are_understood(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(command_line, "train", lambda runs, resume: trained.extend(runs) or [])
-    monkeypatch.setattr(command_line, "last_errors", lambda out: "")
+    monkeypatch.setattr(training, "train", lambda many, resume: trained.extend(many) or [])
+    monkeypatch.setattr(runs, "last_errors", lambda out: "")
     line = f"""
         --dataset=cifar10 --data_dir PATH --model wideresnet40_2 -b 64 --epochs 100 --num_workers 4 --lr 0.2
         --momentum 0.8 --nesterov --weight_decay 1e-4 --gamma 0.2 -r 0.5 -eps 0.05 -g 8 --rho 0.1 --out {tmp_path}
     """
-    command_line.main(line.split())
+    training.main(line.split())
     (settings,) = trained
-    method, training = settings.method, settings.training
+    method, sgd = settings.method, settings.training
     assert (settings.data.name, settings.data.folder, settings.machine.workers) == ("cifar10", Path("PATH"), 4)
-    assert (training.batch_size, training.lr, training.momentum, training.nesterov) == (64, 0.2, 0.8, True)
-    assert (training.weight_decay, training.gamma) == (1e-4, 0.2)
+    assert (sgd.batch_size, sgd.lr, sgd.momentum, sgd.nesterov) == (64, 0.2, 0.8, True)
+    assert (sgd.weight_decay, sgd.gamma) == (1e-4, 0.2)
     assert (method.ratio, method.epsilon, method.groups, method.rho) == (0.5, 0.05, 8, 0.1)
 
 
 def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit, match="0"):
-        command_line.parse(["--data", "imagenet", "--help"])
+        training.parse(["--data", "imagenet", "--help"])
     shown = capsys.readouterr().out
     flags = re.findall(r"^\W+(--[a-z-]+)", shown, re.MULTILINE)
     assert {"--preset", "--resume", "--data", "--data-dir", "--amp", "--epsilon", "--checkpoint-seconds"} <= set(flags)
@@ -518,7 +494,7 @@ def test_help_explains_every_flag_and_shows_the_presets_values(capsys):
 )
 def test_a_bad_flag_is_refused_with_what_is_expected(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        command_line.parse(arguments)
+        training.parse(arguments)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
@@ -538,27 +514,42 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def progress_bar() -> Iterator[Callable[[Progress], None]]:
+        yield lambda progress: signal.raise_signal(number) if progress.step == 2 else None
+
+    monkeypatch.setattr(runs, "progress_bar", progress_bar)
+    assert program.main(["train", "--epochs", "1", "--workers", "1", "--out", str(tmp_path)]) == 128 + number
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python -m experiments train" in said
+    assert said.rstrip().endswith(f"--workers 1 --out {tmp_path} --resume")
+    assert checkpoints(tmp_path) == ["step-000000002.pt"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_a_stop_before_anything_was_written_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(command_line, "train", interrupt)
+    monkeypatch.setattr(training, "train", interrupt)
     with pytest.raises(SystemExit, match="before anything was written: the same command starts the run"):
-        command_line.main(["--out", str(tmp_path / "run")])
+        training.main(["--out", str(tmp_path / "run")])
 
 
 def test_a_second_ctrl_c_says_from_where_the_run_goes_on(tmp_path, monkeypatch):
     """The second one does not wait for the step, nor for a checkpoint of it."""
     arguments = ["--out", str(tmp_path / "run with blanks"), "--epochs", "1"]
-    settings = command_line.parse(arguments).settings
+    settings = training.parse(arguments).settings
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Running, "to_the_end", interrupt)
+        patch.setattr(training._Running, "to_the_end", interrupt)
         with pytest.raises(
             SystemExit, match=r"stopped; no checkpoint had been written\. Go on with: python -m"
         ) as stop:
-            command_line.main(arguments)
+            training.main(arguments)
     *_, command = str(stop.value).partition(" train ")
     interrupted(settings, step=2)
-    monkeypatch.setattr(loop._Running, "to_the_end", interrupt)
+    monkeypatch.setattr(training._Running, "to_the_end", interrupt)
     with pytest.raises(SystemExit, match="what came after step-000000002 is lost"):
-        command_line.main(shlex.split(command))
+        training.main(shlex.split(command))
 
 
 def test_the_bar_shows_the_test_error_at_80_columns_and_the_end_repeats_it(tmp_path, capsys, monkeypatch):
@@ -685,21 +676,6 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(delay, tmp_path):
         said = process.communicate()[1]
     assert process.returncode != 0
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_program_with_a_checkpoint_and_how_to_go_on(number, tmp_path):
-    with start(tmp_path, "--workers", "1") as process:
-        wait_for_epoch(process, 1)
-        process.send_signal(number)
-        said = process.communicate()[1]
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; a checkpoint is written. Go on with: python -m experiments train" in said
-    assert said.rstrip().endswith("--workers 1 --resume")
-    assert "Traceback" not in said
-    assert checkpoints(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
 
 
 HOLD = """

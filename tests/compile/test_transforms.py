@@ -181,15 +181,24 @@ def test_vmap_over_models_and_radii() -> None:
 # torch.compile
 
 
-@pytest.fixture
-def dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def small_model(width: int) -> nn.Module:
+    """Little to trace: one layer, of some width."""
+    torch.manual_seed(width)
+    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, 3)).double()
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in STEPS), ("two passes", {"microbatches": 2})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("two passes", {}),
+        ("APART-SAM", {}),
+        ("one pass", {}),
+        pytest.param("several steps", {}, marks=pytest.mark.slow),
+        pytest.param("two passes", {"microbatches": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(kind, options):
     model = smooth()
     model[1].momentum = None
@@ -207,7 +216,7 @@ def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(k
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_step_draws_other_signs_in_every_call() -> None:
-    model = convolutional()
+    model = small_model(16)
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     first, second = (compiled(*split_state(model), BATCH, epsilon=torch.tensor(0.2)) for _ in range(2))
@@ -237,13 +246,6 @@ def test_a_compiled_vmapped_step_equals_the_models_one_by_one() -> None:
         assert_same(tree_map(lambda t, i=i: t[i], together), one)
 
 
-def small_model(width: int) -> nn.Module:
-    """Little to trace: one layer, of some width."""
-    torch.manual_seed(width)
-    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(width, 3)).double()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("kind", ["two passes", "one pass"])
@@ -271,7 +273,7 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_sync_batch_norm_that_has_nobody_to_synchronise_with_compiles() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model(4))
     step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

@@ -162,9 +162,9 @@ def test_rows_are_grouped_under_a_transform_as_eagerly(way: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("way", ["consecutive", "function"])
 def test_rows_are_grouped_in_one_compiled_graph(way: str) -> None:
-    torch._dynamo.reset()
     model, batch = network(way), batch_for(way)
     step = make_apart_step(model, F.cross_entropy, groups=4, rows=WAYS[way])
     compiled = torch.compile(step, backend="eager", fullgraph=True)

@@ -105,8 +105,8 @@ def test_a_short_last_batch_is_refused_with_its_likely_cause() -> None:
         drop_in_pass(APART(convolutional(), 0.1, 4), images(6))
 
 
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = convolutional()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -261,15 +261,8 @@ def norm_act() -> nn.Module:
     return model
 
 
-@pytest.fixture
-def _dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize(("build", "ratio"), [(convolutional, 1.0), (convolutional, 0.5), (norm_act, 1.0)])
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize(("build", "ratio"), [(convolutional, 1.0), (norm_act, 0.5)])
 def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build, ratio):
     model = build()
     twin = copy.deepcopy(model)
@@ -296,7 +289,7 @@ def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("_orig_mod."): value for name, value in tree.items()}
 
 
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_model_is_plain_again_outside_the_contexts() -> None:
     model, (x, y) = convolutional(), images()
     counter = CompileCounterWithBackend("aot_eager")
@@ -311,7 +304,7 @@ def test_a_compiled_model_is_plain_again_outside_the_contexts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_dynamo")
+@pytest.mark.usefixtures("dynamo")
 def test_a_model_compiled_by_inductor_steps_like_the_eager_one() -> None:
     model, batch = convolutional(), images()
     compiled = copy.deepcopy(model)

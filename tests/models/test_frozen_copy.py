@@ -152,8 +152,8 @@ def test_its_copy_evaluates_with_the_arguments_and_not_with_the_weights_of_the_c
     torch.testing.assert_close(found, model.eval()(BATCH[0]).detach(), **ROUNDING)
 
 
+@pytest.mark.usefixtures("dynamo")
 def test_a_module_under_two_names_compiles() -> None:
-    torch._dynamo.reset()
     model = twice_registered()
     step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
     expected = step(*state, BATCH)

@@ -238,9 +238,9 @@ def regularised(model: nn.Module) -> Any:
     return lambda o, t: F.cross_entropy(o, t) + sum(p.square().sum() for p in model.parameters())
 
 
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("is_one_pass", [False, True])
 def test_a_compiled_step_refuses_a_loss_that_reaches_parameters_past_its_arguments(is_one_pass: bool) -> None:
-    torch._dynamo.reset()
     model = convolutional()
     make: Any = make_one_pass_step if is_one_pass else make_apart_step
     step = make(model, regularised(model), epsilon=0.1, groups=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forms import STEPS, more_of
-from small import convolutional, images, smooth
+from small import convolutional, images, one_layer, smooth
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, stack_module_state, vmap
@@ -181,13 +181,6 @@ def test_vmap_over_models_and_radii() -> None:
 # torch.compile
 
 
-def small_model(width: int) -> nn.Module:
-    """Little to trace: one layer, of some width."""
-    torch.manual_seed(width)
-    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(width, 3)).double()
-
-
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -216,7 +209,7 @@ def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(k
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_step_draws_other_signs_in_every_call() -> None:
-    model = small_model(16)
+    model = one_layer(16)
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     first, second = (compiled(*split_state(model), BATCH, epsilon=torch.tensor(0.2)) for _ in range(2))
@@ -259,7 +252,7 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
 
     expected_graphs = 0
     for width, side in ((3, 4), (5, 6)):
-        model = small_model(width)
+        model = one_layer(width)
         step, more = STEPS[kind](model), more_of(kind, model)
         compiled = torch.compile(step, backend=backend, fullgraph=True)
         for samples in (8, 12, 8, 12):
@@ -273,7 +266,7 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_sync_batch_norm_that_has_nobody_to_synchronise_with_compiles() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(small_model(4))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(one_layer())
     step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
@@ -291,6 +284,26 @@ def test_a_checkpointed_model_does_not_compile_and_the_compiler_says_why() -> No
     step = make_apart_step(model, F.cross_entropy)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"checkpoint"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(*split_state(model), BATCH)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_module_under_two_names_compiles() -> None:
+    block = nn.Sequential(nn.BatchNorm2d(2), nn.Tanh())
+    model = nn.Sequential(block, block, nn.Flatten(), nn.Linear(32, 3)).double()
+    step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
+    expected = step(*state, BATCH)
+    assert expected.stats["0.0"].mean.shape == (2, 2)  # of two calls
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+def test_a_compiled_step_refuses_a_loss_that_reaches_parameters_past_its_arguments(kind: str) -> None:
+    model = one_layer()
+    step = STEPS[kind](model, loss_fn=lambda o, t: F.cross_entropy(o, t) + model[0].weight.square().sum())
+    with pytest.raises(Exception, match="past the arguments"):  # Dynamo may replace the error's class
+        torch.compile(step, backend="eager", fullgraph=True)(*split_state(model), BATCH, *more_of(kind, model))
 
 
 # The parts.

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from loops import gradients
 from small import convolutional, images
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from apart_func import (
     APART,
@@ -103,24 +102,6 @@ def test_groups_of_one_kind_are_refused_in_the_right_words(fraction: float, whic
 def test_a_short_last_batch_is_refused_with_its_likely_cause() -> None:
     with pytest.raises(BatchError, match=r"groups=4 does not divide the 6.*drop_last=True in the data loader\."):
         drop_in_pass(APART(convolutional(), 0.1, 4), images(6))
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    model = convolutional()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    apart, eager = APART(model, 0.3, 4), APART(convolutional(), 0.3, 4)
-    for seed in range(3):
-        x, y = images(seed=seed)
-        model.zero_grad()
-        torch.manual_seed(seed)
-        with apart.one_pass():
-            F.cross_entropy(compiled(x), y).backward()
-        torch.manual_seed(seed)
-        drop_in_pass(eager, (x, y))
-        torch.testing.assert_close(gradients(model), gradients(eager.model), **ROUNDING)
-    assert counter.frame_count == 1
 
 
 class Freezing(nn.Module):

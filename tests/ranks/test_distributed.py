@@ -418,7 +418,7 @@ def reductions(rank: int) -> dict[str, list[int]]:
     return found
 
 
-@way()
+@way(4)
 def compiled(rank: int) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 3)).double()  # little to trace
@@ -436,7 +436,7 @@ def swept(rank: int) -> Any:
     return mapped, [step(params, buffers, batch, epsilon=radius).grads for radius in radii]
 
 
-@way()
+@way(4)
 def compiled_synchronised(rank: int) -> str:
     model = synchronised()
     step = torch.compile(make_apart_step(model, F.cross_entropy), backend="aot_eager", fullgraph=True)
@@ -816,11 +816,12 @@ def test_a_step_reduces_gradients_once(ranks: Results) -> None:
         }
 
 
-def test_a_step_on_several_ranks_compiles(ranks: Results) -> None:
-    for results in ranks:
+@pytest.mark.slow
+def test_a_step_on_several_ranks_compiles(four_ranks: Results) -> None:
+    for results in four_ranks:
         eager, in_one_graph = results["compiled"]
         torch.testing.assert_close(in_one_graph, eager, **ROUNDING)
-        torch.testing.assert_close(in_one_graph, ranks[0]["compiled"][1], rtol=0, atol=0)
+        torch.testing.assert_close(in_one_graph, four_ranks[0]["compiled"][1], rtol=0, atol=0)
 
 
 def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differentiated(ranks):
@@ -830,8 +831,9 @@ def test_a_step_on_several_ranks_maps_also_over_collective_calls_that_are_differ
             torch.testing.assert_close({name: grad[place] for name, grad in mapped.items()}, grads, **ROUNDING)
 
 
-def test_a_compiler_says_that_it_cannot_synchronise_layers(ranks: Results) -> None:
-    for results in ranks:
+@pytest.mark.slow
+def test_a_compiler_says_that_it_cannot_synchronise_layers(four_ranks: Results) -> None:
+    for results in four_ranks:
         assert "SyncBatchNorm does not compile" in results["compiled_synchronised"]
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from agreement import relative_error
-from loops import both_passes, gradients
+from loops import both_passes, gradients, in_one_pass
 from small import Counting, convolutional, images, one_layer
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -58,14 +57,12 @@ def test_one_pass_is_one_graph_whatever_signs_are_drawn() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     model, twin = convolutional(), convolutional()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    forms = [(APART(model, 0.3, 4), compiled), (APART(twin, 0.3, 4), twin)]
+    forms = APART(compiled, 0.3, 4), APART(twin, 0.3, 4)
     for seed in range(3):
-        x, y = images(seed=seed)
-        for apart, forward in forms:
+        for apart in forms:
             apart.model.zero_grad()
             torch.manual_seed(seed)
-            with apart.one_pass():
-                F.cross_entropy(forward(x), y).backward()
+            in_one_pass(apart, images(seed=seed))
         torch.testing.assert_close(gradients(model), gradients(twin), **ROUNDING)
     assert counter.frame_count == 1
 

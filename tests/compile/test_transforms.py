@@ -1,6 +1,5 @@
 """The step under `torch.func.grad`, `vmap` and `torch.compile`, and its parts."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -43,65 +42,23 @@ def assert_same(one: StepOutput, other: StepOutput) -> None:
     torch.testing.assert_close(one._asdict(), other._asdict(), **ROUNDING)
 
 
-# Sample i is in group i mod G, whoever looks.
-
-GROUPS = 3
-LAYER = nn.Sequential(nn.BatchNorm1d(2)).double()
-SHIFTS = {"0": Perturbation(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.1, 0.4]).double())}
-
-
-def square(output: Tensor, target: Any) -> Tensor:
-    return output.square().mean()
-
-
-def shifted(x: Tensor, groups: int) -> Tensor:
-    """The output of one perturbed layer."""
-    batch = x, torch.zeros(len(x))
-    return adversarial_pass(functionalize(LAYER), square, *split_state(LAYER), batch, SHIFTS, groups=groups).output
-
-
-def grouped_output(x: Tensor) -> Tensor:
-    return shifted(x, GROUPS)
-
-
-def group_by_group(x: Tensor) -> Tensor:
-    """The same for each group by itself."""
-    y = torch.empty_like(x)
-    for g in range(GROUPS):
-        y[g::GROUPS] = shifted(x[g::GROUPS], 1)
-    return y
-
-
-def grouped_rows(samples: int = 12, seed: int = 0) -> Tensor:
-    return torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
-
-
-def test_groups_are_of_every_gth_sample_eagerly() -> None:
-    torch.testing.assert_close(grouped_output(grouped_rows()), group_by_group(grouped_rows()), **ROUNDING)
-
-
-def test_groups_are_of_every_gth_sample_under_vmap() -> None:
-    batches = [grouped_rows(seed=seed) for seed in range(2)]
-    for mapped, x in zip(vmap(grouped_output)(torch.stack(batches)), batches, strict=True):
-        torch.testing.assert_close(mapped, group_by_group(x), **ROUNDING)
-
-
-def test_groups_are_of_every_gth_sample_under_grad() -> None:
-    x, (i, channel) = grouped_rows(), (4, 1)
-    slopes = grad(lambda x: grouped_output(x)[i, channel])(x)
-    reached = [(row, column) for row in range(len(x)) for column in range(2) if slopes[row, column] != 0]
-    assert reached == [(row, channel) for row in range(i % GROUPS, len(x), GROUPS)]
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_groups_are_of_every_gth_sample_in_a_compiled_graph() -> None:
-    fmodel, state, x = functionalize(LAYER), split_state(LAYER), grouped_rows()
-    run = torch.compile(partial(adversarial_pass, fmodel, square, groups=GROUPS), backend="eager", fullgraph=True)
-    output = run(*state, (x, torch.zeros(len(x))), SHIFTS).output
-    torch.testing.assert_close(output, group_by_group(x), **ROUNDING)
-
-
 # torch.func
+
+
+def test_sample_i_is_in_group_i_mod_g_under_grad() -> None:
+    """And eagerly, mapped and compiled, as `properties/test_radius.py` says."""
+    groups, i, channel = 3, 4, 1
+    layer = nn.Sequential(nn.BatchNorm1d(2)).double()
+    shifts = {"0": Perturbation(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.1, 0.4]).double())}
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+
+    def output(x: Tensor) -> Tensor:
+        arguments = functionalize(layer), lambda output, _: output.square().mean(), *split_state(layer)
+        return adversarial_pass(*arguments, (x, torch.zeros(len(x))), shifts, groups=groups).output[i, channel]
+
+    slopes = grad(output)(x)
+    reached = [(row, column) for row in range(len(x)) for column in range(2) if slopes[row, column] != 0]
+    assert reached == [(row, channel) for row in range(i % groups, len(x), groups)]
 
 
 def test_a_step_can_be_differentiated() -> None:
@@ -269,7 +226,7 @@ def test_a_sync_batch_norm_that_has_nobody_to_synchronise_with_compiles() -> Non
     model = nn.SyncBatchNorm.convert_sync_batchnorm(one_layer())
     step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model)
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
     assert_same(compiled(params, buffers, BATCH), step(params, buffers, BATCH))
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from loops import both_passes, gradients
+from loops import both_passes, gradients, in_one_pass
 from oracle import Shift, ShiftTree, oracle_adversarial, oracle_one_pass_step, oracle_proxy
 from small import Parts, convolutional, images
 from torch import Tensor, nn
@@ -123,11 +123,6 @@ def loop(model: nn.Module, batch_of: Batches, backward: Callable[[Any], Any], st
         backward(batch_of(t))
         yield t
         optimizer.step()
-
-
-def in_one_pass(apart: APART, batch: tuple[Tensor, Tensor]) -> None:
-    with apart.one_pass():
-        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
 
 
 # The definition on averaged shards.

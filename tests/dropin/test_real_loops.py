@@ -159,19 +159,6 @@ def test_gradients_accumulate_over_microbatches_that_alternate_between_the_conte
     torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **ROUNDING)
 
 
-def test_the_functional_step_cuts_a_batch_into_microbatches_of_their_own() -> None:
-    model, twin = convolutional(), convolutional()
-    step = make_apart_step(model, F.cross_entropy, microbatches=MICROBATCHES, **OPTIONS)
-    parts = [images(seed=t) for t in range(MICROBATCHES)]
-    out = step(*split_state(model), (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])))
-    perturbations = [
-        {layer: type(shift)(shift.mean[t], shift.scale[t]) for layer, shift in out.perturbation.items()}
-        for t in range(MICROBATCHES)
-    ]
-    torch.testing.assert_close(out.grads, accumulated_definition(twin, perturbations), **ROUNDING)
-    torch.testing.assert_close(out.buffers, dict(twin.named_buffers()), **ROUNDING)
-
-
 # Mixed precision.
 
 # What rounding of activations and their gradients to 8 and 11 bits does to the gradient of this network: 3e-2 and 1e-3

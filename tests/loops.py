@@ -40,6 +40,12 @@ def both_passes(
     return loss.detach(), adversarial_loss.detach(), map_tensors(Tensor.detach, output)
 
 
+def in_one_pass(apart: APART, batch: Any, clean_fraction: float = 0.5) -> None:
+    """The two lines of one pass; gradients add up in the model."""
+    with apart.one_pass(clean_fraction):
+        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """What an optimizer would use, zero where there is nothing."""
     return {

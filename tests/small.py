@@ -28,6 +28,20 @@ def signs_differ(one: Any, other: Any) -> bool:
     return any(bool((a.sign() != b.sign()).any()) for name in one for a, b in zip(one[name], other[name], strict=True))
 
 
+class Counting(nn.Module):
+    """Counts its calls in two buffers: in place, and by putting another tensor there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.tensor(0))
+        self.register_buffer("replaced", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + 1
+        return x
+
+
 def convolutional(momentum: float | None = 0.1, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Two convolutions with batch norm and an in-place activation, seeded, in training mode."""
     torch.manual_seed(0)
@@ -52,6 +66,13 @@ def smooth(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     return model.to(dtype)
+
+
+def one_layer(width: int = 4) -> nn.Sequential:
+    """Little to trace for a compiler: one batch norm, of some width."""
+    torch.manual_seed(width)
+    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES)).double()
 
 
 def images(samples: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[Tensor, Tensor]:

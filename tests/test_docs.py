@@ -13,7 +13,12 @@ from apart_func import split_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
-CODE = [name for name, path in PAGES.items() if "```python" in path.read_text(encoding="utf-8")]
+BLOCKS = {name: grab_code_blocks(path.read_text(encoding="utf-8"), lang="python") for name, path in PAGES.items()}
+CODE = [
+    pytest.param(name, marks=[pytest.mark.slow] if any("torch.compile(" in block for block in blocks) else [])
+    for name, blocks in BLOCKS.items()
+    if blocks
+]
 
 # What the README leaves to the reader: a loader, and the sizes of its batches.
 LOADER = [(torch.randn(32, 3, 32, 32), torch.arange(32))]
@@ -26,13 +31,10 @@ def test_the_code_of_a_page_runs_and_prints_what_is_said(page, monkeypatch, caps
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(key, value)
     namespace = {"__name__": "page", **GIVEN.get(page, {})}
-    text = PAGES[page].read_text(encoding="utf-8")
-    blocks = grab_code_blocks(text, lang="python")
-    assert blocks
-    for number, block in enumerate(blocks, start=1):
+    for number, block in enumerate(BLOCKS[page], start=1):
         exec(compile(block, f"{page}, block {number}", "exec"), namespace)
     printed = without_fractions(capsys.readouterr().out)
-    for block in grab_code_blocks(text, lang="text"):
+    for block in grab_code_blocks(PAGES[page].read_text(encoding="utf-8"), lang="text"):
         assert without_fractions(block).strip() in printed
 
 

@@ -1,13 +1,12 @@
 """The step under `torch.func.grad`, `vmap` and `torch.compile`, and its parts."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from forms import STEPS, more_of
-from small import convolutional, images, signs_differ, smooth
+from small import convolutional, images, one_layer, signs_differ, smooth
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, stack_module_state, vmap
@@ -40,65 +39,23 @@ def assert_same(one: StepOutput, other: StepOutput) -> None:
     torch.testing.assert_close(one._asdict(), other._asdict(), **ROUNDING)
 
 
-# Sample i is in group i mod G, whoever looks.
-
-GROUPS = 3
-LAYER = nn.Sequential(nn.BatchNorm1d(2)).double()
-SHIFTS = {"0": Perturbation(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.1, 0.4]).double())}
-
-
-def square(output: Tensor, target: Any) -> Tensor:
-    return output.square().mean()
-
-
-def shifted(x: Tensor, groups: int) -> Tensor:
-    """The output of one perturbed layer."""
-    batch = x, torch.zeros(len(x))
-    return adversarial_pass(functionalize(LAYER), square, *split_state(LAYER), batch, SHIFTS, groups=groups).output
-
-
-def grouped_output(x: Tensor) -> Tensor:
-    return shifted(x, GROUPS)
-
-
-def group_by_group(x: Tensor) -> Tensor:
-    """The same for each group by itself."""
-    y = torch.empty_like(x)
-    for g in range(GROUPS):
-        y[g::GROUPS] = shifted(x[g::GROUPS], 1)
-    return y
-
-
-def grouped_rows(samples: int = 12, seed: int = 0) -> Tensor:
-    return torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1
-
-
-def test_groups_are_of_every_gth_sample_eagerly() -> None:
-    torch.testing.assert_close(grouped_output(grouped_rows()), group_by_group(grouped_rows()), **ROUNDING)
-
-
-def test_groups_are_of_every_gth_sample_under_vmap() -> None:
-    batches = [grouped_rows(seed=seed) for seed in range(2)]
-    for mapped, x in zip(vmap(grouped_output)(torch.stack(batches)), batches, strict=True):
-        torch.testing.assert_close(mapped, group_by_group(x), **ROUNDING)
-
-
-def test_groups_are_of_every_gth_sample_under_grad() -> None:
-    x, (i, channel) = grouped_rows(), (4, 1)
-    slopes = grad(lambda x: grouped_output(x)[i, channel])(x)
-    reached = [(row, column) for row in range(len(x)) for column in range(2) if slopes[row, column] != 0]
-    assert reached == [(row, channel) for row in range(i % GROUPS, len(x), GROUPS)]
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_groups_are_of_every_gth_sample_in_a_compiled_graph() -> None:
-    fmodel, state, x = functionalize(LAYER), split_state(LAYER), grouped_rows()
-    run = torch.compile(partial(adversarial_pass, fmodel, square, groups=GROUPS), backend="eager", fullgraph=True)
-    output = run(*state, (x, torch.zeros(len(x))), SHIFTS).output
-    torch.testing.assert_close(output, group_by_group(x), **ROUNDING)
-
-
 # torch.func
+
+
+def test_sample_i_is_in_group_i_mod_g_under_grad() -> None:
+    """And eagerly, mapped and compiled, as `properties/test_radius.py` says."""
+    groups, i, channel = 3, 4, 1
+    layer = nn.Sequential(nn.BatchNorm1d(2)).double()
+    shifts = {"0": Perturbation(torch.tensor([0.3, -0.2]).double(), torch.tensor([-0.1, 0.4]).double())}
+    x = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+
+    def output(x: Tensor) -> Tensor:
+        arguments = functionalize(layer), lambda output, _: output.square().mean(), *split_state(layer)
+        return adversarial_pass(*arguments, (x, torch.zeros(len(x))), shifts, groups=groups).output[i, channel]
+
+    slopes = grad(output)(x)
+    reached = [(row, column) for row in range(len(x)) for column in range(2) if slopes[row, column] != 0]
+    assert reached == [(row, channel) for row in range(i % groups, len(x), groups)]
 
 
 def test_a_step_can_be_differentiated() -> None:
@@ -177,15 +134,17 @@ def test_vmap_over_models_and_radii() -> None:
 # torch.compile
 
 
-@pytest.fixture
-def dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize(("kind", "options"), [*((kind, {}) for kind in STEPS), ("two passes", {"microbatches": 2})])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("two passes", {}),
+        ("APART-SAM", {}),
+        ("one pass", {}),
+        pytest.param("several steps", {}, marks=pytest.mark.slow),
+        pytest.param("two passes", {"microbatches": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(kind, options):
     model = smooth()
     model[1].momentum = None
@@ -203,7 +162,7 @@ def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(k
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_step_draws_other_signs_in_every_call() -> None:
-    model = convolutional()
+    model = one_layer(16)
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     first, second = (compiled(*split_state(model), BATCH, epsilon=torch.tensor(0.2)) for _ in range(2))
@@ -233,13 +192,6 @@ def test_a_compiled_vmapped_step_equals_the_models_one_by_one() -> None:
         assert_same(tree_map(lambda t, i=i: t[i], together), one)
 
 
-def small_model(width: int) -> nn.Module:
-    """Little to trace: one layer, of some width."""
-    torch.manual_seed(width)
-    layers = nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(width, 3)).double()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("kind", ["two passes", "one pass"])
@@ -253,7 +205,7 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
 
     expected_graphs = 0
     for width, side in ((3, 4), (5, 6)):
-        model = small_model(width)
+        model = one_layer(width)
         step, more = STEPS[kind](model), more_of(kind, model)
         compiled = torch.compile(step, backend=backend, fullgraph=True)
         for samples in (8, 12, 8, 12):
@@ -267,10 +219,10 @@ def test_models_and_batch_sizes_in_one_process_compile_to_a_graph_each_without_s
 
 @pytest.mark.usefixtures("dynamo")
 def test_a_sync_batch_norm_that_has_nobody_to_synchronise_with_compiles() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(convolutional())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(one_layer())
     step, (params, buffers) = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
     assert any(isinstance(layer, nn.SyncBatchNorm) for layer in model)
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
     assert_same(compiled(params, buffers, BATCH), step(params, buffers, BATCH))
 
 
@@ -285,6 +237,26 @@ def test_a_checkpointed_model_does_not_compile_and_the_compiler_says_why() -> No
     step = make_apart_step(model, F.cross_entropy)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"checkpoint"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(*split_state(model), BATCH)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_module_under_two_names_compiles() -> None:
+    block = nn.Sequential(nn.BatchNorm2d(2), nn.Tanh())
+    model = nn.Sequential(block, block, nn.Flatten(), nn.Linear(32, 3)).double()
+    step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
+    expected = step(*state, BATCH)
+    assert expected.stats["0.0"].mean.shape == (2, 2)  # of two calls
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("kind", ["two passes", "one pass"])
+def test_a_compiled_step_refuses_a_loss_that_reaches_parameters_past_its_arguments(kind: str) -> None:
+    model = one_layer()
+    step = STEPS[kind](model, loss_fn=lambda o, t: F.cross_entropy(o, t) + model[0].weight.square().sum())
+    with pytest.raises(Exception, match="past the arguments"):  # Dynamo may replace the error's class
+        torch.compile(step, backend="eager", fullgraph=True)(*split_state(model), BATCH, *more_of(kind, model))
 
 
 # The parts.

@@ -23,7 +23,7 @@ def pushed(push: Callable[[Shift], Shift]) -> dict[str, Shift]:
     return {layer: push(Shift(*torch.zeros(2, 6).double())) for layer in ("1", "4")}
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(architectures())
 def test_the_proxy_pass_is_plain_training(architecture: Architecture) -> None:
     model, (x, y) = architecture.build()

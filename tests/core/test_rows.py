@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import assert_agree, functional_step, relative_error, take_step
-from loops import drop_in_step, gradients
+from loops import drop_in_step, gradients, in_one_pass
 from oracle import oracle_one_pass_step, oracle_step
 from torch import Tensor, nn
 from torch.func import vmap
@@ -140,8 +140,7 @@ def test_one_pass_groups_rows_by_sample_as_the_definition_says(way: str, groups:
         assert relative_error(getattr(out, field), getattr(expected, field)) < 1e-9, field
 
     apart = APART(model, 0.2, groups, rows=WAYS[way])
-    with apart.one_pass(clean / groups):
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    in_one_pass(apart, batch, clean / groups)
     drawn = oracle_one_pass_step(network(way), F.cross_entropy, batch, apart.perturbation, clean=clean, **options)
     assert relative_error(gradients(model), drawn.grads) < 1e-9
     assert relative_error(apart.stats, drawn.stats) < 1e-9
@@ -162,9 +161,9 @@ def test_rows_are_grouped_under_a_transform_as_eagerly(way: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("way", ["consecutive", "function"])
 def test_rows_are_grouped_in_one_compiled_graph(way: str) -> None:
-    torch._dynamo.reset()
     model, batch = network(way), batch_for(way)
     step = make_apart_step(model, F.cross_entropy, groups=4, rows=WAYS[way])
     compiled = torch.compile(step, backend="eager", fullgraph=True)
@@ -180,16 +179,11 @@ def one_pass(model: nn.Module, batch: Any, **options: Any) -> Any:
     return step(*split_state(model), batch, init_perturbation(model))
 
 
-def drop_in_one_pass(model: nn.Module, batch: Any, groups: int, rows: Any = None) -> None:
-    with APART(model, 0.1, groups, rows=rows).one_pass():
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
-
-
 FORMS: dict[str, Callable[..., Any]] = {
     "functional": functional_step,
     "one pass": one_pass,
     "drop-in": drop_in_step,
-    "drop-in, one pass": drop_in_one_pass,
+    "drop-in, one pass": lambda model, batch, **options: in_one_pass(APART(model, 0.1, **options), batch),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 

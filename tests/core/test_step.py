@@ -98,13 +98,17 @@ def test_what_comes_out_is_like_what_came_in_and_cut_from_every_graph(kind: str,
 
 
 @every_step
-def test_no_argument_is_changed_and_a_second_call_returns_the_same(kind: str) -> None:
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_no_argument_is_written_to_and_a_second_call_returns_the_same(kind: str, microbatches: int) -> None:
     model, batch = smooth(), images()
     held = [model.state_dict(), *split_state(model), batch, *more_of(kind, model)]
-    before, step = copy.deepcopy(held), STEPS[kind](model)
+    before, versions = copy.deepcopy(held), [leaf._version for leaf in tree_leaves(held)]
+    step = STEPS[kind](model, microbatches=microbatches)
     first, second = (step(*held[1:]) for _ in range(2))
     torch.testing.assert_close(held, before, rtol=0, atol=0)
+    assert [leaf._version for leaf in tree_leaves(held)] == versions
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert all("forward" not in vars(module) for module in model.modules())
     torch.testing.assert_close(first._asdict(), second._asdict(), rtol=0, atol=0)
 
 

@@ -1,7 +1,7 @@
 """Canaries: what the library takes for granted of torch without its promise; each says what has changed if it fails."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,12 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from apart_func import _torch
 from apart_func.snapshot import HOOKS
 
-
-@pytest.fixture(autouse=True)
-def _dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def seen_under(transform: Callable[..., Any], look: Callable[[Tensor], Any]) -> Any:

@@ -109,6 +109,7 @@ def on_worker(rank: int, folder: Path) -> None:
     torch.save({kind: taken(kind, step, models[kind]) for kind, step in steps.items()}, folder / "returned.pt")
 
 
+@pytest.mark.slow
 def test_steps_can_be_sent_to_a_spawned_worker(tmp_path: Path) -> None:
     models = {kind: model_of() for kind in KINDS}
     steps = {kind: make(models[kind]) for kind, make in KINDS.items()}
@@ -138,7 +139,7 @@ def test_a_step_says_what_it_does() -> None:
 # Threads.
 
 
-def at_once(works: list[Callable[[], Any]], times: int = 20) -> list[list[Any]]:
+def at_once(works: list[Callable[[], Any]], times: int = 8) -> list[list[Any]]:
     """Results of several functions that threads call over and over at the same time; an error is a result."""
     start = threading.Barrier(len(works))
     results: list[list[Any]] = [[] for _ in works]

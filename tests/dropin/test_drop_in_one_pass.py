@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import gradients
+from loops import gradients, in_one_pass
 from small import convolutional, images, signs_differ
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from apart_func import (
     APART,
@@ -27,12 +26,6 @@ BATCH = images()
 ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
 
 
-def drop_in_pass(apart: APART, batch: Any = BATCH) -> None:
-    apart.model.zero_grad()
-    with apart.one_pass():
-        F.cross_entropy(apart.model(batch[0]), batch[1]).backward()
-
-
 def functional_pass(model: nn.Module, batch: Any = BATCH, **options: Any) -> StepOutput:
     options = {"epsilon": 0.3, "groups": 4} | options
     return make_one_pass_step(model, F.cross_entropy, **options)(*split_state(model), batch)
@@ -46,7 +39,8 @@ def test_it_takes_the_steps_of_the_function_from_the_same_seed() -> None:
         torch.manual_seed(seed)
         out = functional_pass(copy.deepcopy(model), batch)
         torch.manual_seed(seed)
-        drop_in_pass(apart, batch)
+        model.zero_grad()
+        in_one_pass(apart, batch)
         torch.testing.assert_close(apart.perturbation, out.perturbation, rtol=0, atol=0)
         torch.testing.assert_close(gradients(model), out.grads, **ROUNDING)
         torch.testing.assert_close(dict(model.named_buffers()), out.buffers, **ROUNDING)
@@ -56,7 +50,7 @@ def test_it_takes_the_steps_of_the_function_from_the_same_seed() -> None:
 def test_a_rule_of_gradients_is_refused_with_the_step_that_takes_one() -> None:
     apart = APART(convolutional(), groups=4, rule=sign_perturbation)
     with pytest.raises(SettingError, match=r"draws its perturbation.*Leave rule=None, or take make_one_pass_step"):
-        drop_in_pass(apart)
+        in_one_pass(apart, BATCH)
 
 
 def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
@@ -66,7 +60,7 @@ def test_in_one_drop_in_each_context_has_the_rule_that_suits_it() -> None:
             F.cross_entropy(apart.model(BATCH[0]), BATCH[1]).backward()
     found = apart.perturbation
     torch.testing.assert_close(found, sign_perturbation({}, apart.stat_grads, torch.tensor(0.1).double()))
-    drop_in_pass(apart)
+    in_one_pass(apart, BATCH)
     assert apart.stat_grads == {}
     assert signs_differ(found, apart.perturbation)
 
@@ -87,7 +81,7 @@ def test_micro_batches_in_one_context_add_up_under_the_same_signs() -> None:
 @pytest.mark.parametrize("groups", [0, 1])
 def test_it_needs_a_number_of_groups(groups: int) -> None:
     with pytest.raises(SettingError, match=f"groups={groups} makes one of the whole batch.*groups=4"):
-        drop_in_pass(APART(convolutional(), 0.1, groups))
+        in_one_pass(APART(convolutional(), 0.1, groups), BATCH)
 
 
 @pytest.mark.parametrize(("fraction", "which"), [(0.0, "none"), (1.0, "all")])
@@ -101,25 +95,7 @@ def test_groups_of_one_kind_are_refused_in_the_right_words(fraction: float, whic
 
 def test_a_short_last_batch_is_refused_with_its_likely_cause() -> None:
     with pytest.raises(BatchError, match=r"groups=4 does not divide the 6.*drop_last=True in the data loader\."):
-        drop_in_pass(APART(convolutional(), 0.1, 4), images(6))
-
-
-def test_a_compiled_model_is_one_graph_whatever_signs_are_drawn() -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    model = convolutional()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    apart, eager = APART(model, 0.3, 4), APART(convolutional(), 0.3, 4)
-    for seed in range(3):
-        x, y = images(seed=seed)
-        model.zero_grad()
-        torch.manual_seed(seed)
-        with apart.one_pass():
-            F.cross_entropy(compiled(x), y).backward()
-        torch.manual_seed(seed)
-        drop_in_pass(eager, (x, y))
-        torch.testing.assert_close(gradients(model), gradients(eager.model), **ROUNDING)
-    assert counter.frame_count == 1
+        in_one_pass(APART(convolutional(), 0.1, 4), images(6))
 
 
 class Freezing(nn.Module):
@@ -139,6 +115,6 @@ class Freezing(nn.Module):
 def test_a_layer_that_mixes_clean_and_perturbed_samples_is_refused_by_its_name(is_late: bool) -> None:
     message = r"layer 'body.4' \(BatchNorm2d\).*normalises clean and perturbed samples together"
     with pytest.raises(ModelError, match=message):
-        drop_in_pass(APART(Freezing(is_late), 0.1, 2))
+        in_one_pass(APART(Freezing(is_late), 0.1, 2), BATCH)
     with pytest.raises(ModelError, match=message):
         functional_pass(Freezing(is_late), groups=2)

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from agreement import assert_agree, relative_error, take_step
-from loops import both_passes, drop_in_step, gradients
-from small import Parts, convolutional, images
+from agreement import assert_agree, take_step
+from loops import both_passes, drop_in_step
+from small import Counting, Parts, convolutional, images
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.parametrizations import spectral_norm
 
 from apart_func import APART, ApartError, Perturbation, make_apart_step, split_state
@@ -153,18 +152,6 @@ def test_after_a_step_the_model_can_be_copied_pickled_and_evaluated() -> None:
     assert apart.model is model
 
 
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("in_place", torch.tensor(0))
-        self.register_buffer("replaced", torch.tensor(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.in_place += 1
-        self.replaced = self.replaced + 1
-        return x
-
-
 def test_the_adversarial_pass_moves_no_buffer() -> None:
     torch.manual_seed(0)
     layers = [spectral_norm(nn.Conv2d(2, 2, 3)), BatchNormAct2d(2), Counting(), convolutional()]
@@ -248,76 +235,6 @@ def test_a_forward_that_the_user_put_on_a_layer_stays_and_is_used() -> None:
     assert layer.forward is own
     assert len(calls) == 2
     torch.testing.assert_close(step.grads, drop_in_step(convolutional(), (x, y)).grads, rtol=0, atol=0)
-
-
-# A compiled model.
-
-
-def norm_act() -> nn.Module:
-    """`convolutional` with a layer that has a forward and a counter of its own, and one with a buffer."""
-    model = convolutional()
-    model[1] = BatchNormAct2d(4).double()
-    model[2] = Counting()
-    return model
-
-
-@pytest.fixture
-def _dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_dynamo")
-@pytest.mark.parametrize(("build", "ratio"), [(convolutional, 1.0), (convolutional, 0.5), (norm_act, 1.0)])
-def test_a_compiled_model_is_one_graph_for_each_pass_and_never_recompiles(build, ratio):
-    model = build()
-    twin = copy.deepcopy(model)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    apart = APART(compiled, groups=2)
-    eager = APART(twin, groups=2, rule=lambda *_: without_prefix(apart.perturbation))
-    for t in range(4):
-        apart.set_epsilon(0.05 * t)
-        for each in (apart, eager):
-            each.model.zero_grad()
-            both_passes(each, images(16, seed=t), ratio)
-        # Another order of float64 sums, in up to thirty layers, some of which see a few values a channel.
-        assert relative_error(without_prefix(apart.stats), eager.stats) < 1e-9
-        assert relative_error(without_prefix(apart.stat_grads), eager.stat_grads) < 1e-9
-        assert relative_error(gradients(model), gradients(twin)) < 1e-9
-        assert relative_error(dict(model.named_buffers()), dict(twin.named_buffers())) < 1e-9
-        assert counter.frame_count == 2
-        # A graph that is kept would also have to be differentiated.
-        assert not any(part.requires_grad for stats in apart.stats.values() for part in stats)
-
-
-def without_prefix(tree: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("_orig_mod."): value for name, value in tree.items()}
-
-
-@pytest.mark.usefixtures("_dynamo")
-def test_a_compiled_model_is_plain_again_outside_the_contexts() -> None:
-    model, (x, y) = convolutional(), images()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    apart = APART(compiled, groups=2, epsilon=0.5)
-    for _ in range(2):
-        plain = copy.deepcopy(model)
-        torch.testing.assert_close(compiled(x), plain(x), **ROUNDING)
-        torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), **ROUNDING)
-        both_passes(apart, (x, y))
-        assert counter.frame_count == 3
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_dynamo")
-def test_a_model_compiled_by_inductor_steps_like_the_eager_one() -> None:
-    model, batch = convolutional(), images()
-    compiled = copy.deepcopy(model)
-    both_passes(APART(model, groups=2), batch, ratio=0.5)
-    both_passes(APART(torch.compile(compiled, dynamic=False), groups=2), batch, ratio=0.5)
-    torch.testing.assert_close(gradients(compiled), gradients(model), **ROUNDING)
 
 
 # Mistakes.

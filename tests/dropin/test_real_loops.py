@@ -159,19 +159,6 @@ def test_gradients_accumulate_over_microbatches_that_alternate_between_the_conte
     torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), **ROUNDING)
 
 
-def test_the_functional_step_cuts_a_batch_into_microbatches_of_their_own() -> None:
-    model, twin = convolutional(), convolutional()
-    step = make_apart_step(model, F.cross_entropy, microbatches=MICROBATCHES, **OPTIONS)
-    parts = [images(seed=t) for t in range(MICROBATCHES)]
-    out = step(*split_state(model), (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])))
-    perturbations = [
-        {layer: type(shift)(shift.mean[t], shift.scale[t]) for layer, shift in out.perturbation.items()}
-        for t in range(MICROBATCHES)
-    ]
-    torch.testing.assert_close(out.grads, accumulated_definition(twin, perturbations), **ROUNDING)
-    torch.testing.assert_close(out.buffers, dict(twin.named_buffers()), **ROUNDING)
-
-
 # Mixed precision.
 
 # What rounding of activations and their gradients to 8 and 11 bits does to the gradient of this network: 3e-2 and 1e-3
@@ -329,15 +316,15 @@ def test_checkpointed_layers_under_a_transform_are_an_error() -> None:
 
 
 @both_forms
-def test_live_tensors_hooks_and_buffers_are_as_many_after_100_steps_as_after_10(form: Form) -> None:
+def test_live_tensors_hooks_and_buffers_are_as_many_after_30_steps_as_after_10(form: Form) -> None:
     layers = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), BatchNormAct2d(4), nn.Flatten(), nn.Linear(64, 3)
     own = form(nn.Sequential(*layers).double())
     optimizer, batch, counts = torch.optim.SGD(own.model.parameters(), 0.01, momentum=0.9), images(4), []
     older = gc.get_objects()  # held, so that what other tests have left does not die meanwhile
-    for t in range(1, 101):
+    for t in range(1, 31):
         own.backward(batch)
         optimizer.step()
-        if t in (10, 100):
+        if t in (10, 30):
             counts.append(live_objects(own.model))
     del older
     assert counts[0] == counts[1]

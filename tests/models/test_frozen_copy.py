@@ -152,16 +152,6 @@ def test_its_copy_evaluates_with_the_arguments_and_not_with_the_weights_of_the_c
     torch.testing.assert_close(found, model.eval()(BATCH[0]).detach(), **ROUNDING)
 
 
-def test_a_module_under_two_names_compiles() -> None:
-    torch._dynamo.reset()
-    model = twice_registered()
-    step, state = make_apart_step(model, F.cross_entropy, groups=2), split_state(model)
-    expected = step(*state, BATCH)
-    assert expected.stats["0.1"].mean.shape == (2, 2)  # of two calls
-    compiled = torch.compile(step, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*state, BATCH).grads, expected.grads, **ROUNDING)
-
-
 @pytest.mark.parametrize("place", ["body", "forward"])
 def test_a_function_that_holds_somebody_elses_module_is_refused_before_that_one_runs(place: str) -> None:
     model, other = convolutional(), convolutional()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from agreement import assert_agree, relative_error, take_step
 from forms import STEPS, more_of
-from loops import drop_in_step, gradients, weights
+from loops import drop_in_step, gradients, in_one_pass, weights
 from oracle import oracle_step
 from plain import functional_step, plain_step
 from small import Parts, convolutional, images, smooth
@@ -295,8 +295,7 @@ SEGMENTS = {"ends with batch norm": (0, 2), "is a batch norm": (1, 2), "has batc
 
 def one_pass_drop_in(model: nn.Module, batch: Any) -> Any:
     apart = APART(model, 0.3, 2)
-    with apart.one_pass():
-        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    in_one_pass(apart, batch)
     return gradients(model), dict(model.named_buffers()), apart.stats, apart.perturbation
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import CLASSES, convolutional, images
+from small import convolutional, images
 from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
@@ -127,10 +127,10 @@ def test_a_rule_mapped_over_the_radius_is_the_rule_at_each_radius(rule: Rule) ->
         torch.testing.assert_close(tree_map(lambda t, i=i: t[i], together), one, **TIGHT)
 
 
+@pytest.mark.usefixtures("dynamo")
 @every_rule
 def test_a_rule_compiles_to_one_graph(rule: Rule) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(rule, backend="eager", fullgraph=True)
     arguments = random_stats(0, torch.float64), random_tree(0, torch.float64), torch.tensor(0.1).double()
     torch.manual_seed(0)
     out = compiled(*arguments)
@@ -331,53 +331,3 @@ def test_exchanging_samples_between_groups_does_change_gradients() -> None:
         for order in (torch.arange(8), torch.tensor([1, 0, 2, 3, 4, 5, 6, 7]))
     )
     assert (out.grads["0.weight"] - other.grads["0.weight"]).abs().max() > 1e-4
-
-
-@settings(max_examples=10)
-@given(
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-    groups=st.sampled_from([0, 2, -1]),
-    ratio=st.sampled_from([0.5, 1.0]),
-)
-def test_keys_shapes_dtypes_and_devices_of_every_output_match_its_input(dtype, groups, ratio):
-    model = convolutional(dtype=dtype)
-    params, buffers = split_state(model)
-    out = make_apart_step(model, F.cross_entropy, groups=groups, ratio=ratio)(params, buffers, images(dtype=dtype))
-    for given_tree, returned in ((params, out.grads), (buffers, out.buffers)):
-        assert list(given_tree) == list(returned)
-        for name, tensor in given_tree.items():
-            assert (returned[name].shape, returned[name].dtype, returned[name].device) == (
-                tensor.shape,
-                tensor.dtype,
-                tensor.device,
-            )
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for tree in (out.stats, out.stat_grads, out.perturbation):
-        assert list(tree) == ["1", "4"]
-        assert {part.dtype for pair in tree.values() for part in pair} == {wide}
-        assert [part.shape for pair in tree.values() for part in pair] == [(4,), (4,), (5,), (5,)]
-    assert out.output.shape == (8, CLASSES)
-
-
-# Purity.
-
-
-@settings(max_examples=10)
-@given(groups=st.sampled_from([0, 2, 4]), ratio=st.sampled_from([0.5, 1.0]), microbatches=st.sampled_from([1, 2]))
-def test_no_argument_and_no_module_is_changed_by_a_step(groups: int, ratio: float, microbatches: int) -> None:
-    if groups == 4 and ratio == 0.5 and microbatches == 2:
-        groups = 2  # two samples a micro-batch
-    model = convolutional()
-    params, buffers = split_state(model)
-    batch = images()
-    held = [model.state_dict(), params, buffers, batch]
-    before = tree_map(lambda leaf: leaf.clone(), held)
-    versions = [leaf._version for leaf in tree_leaves(held)]
-    step = make_apart_step(model, F.cross_entropy, groups=groups, ratio=ratio, microbatches=microbatches)
-    first, second = step(params, buffers, batch), step(params, buffers, batch)
-    assert [leaf._version for leaf in tree_leaves(held)] == versions
-    torch.testing.assert_close(held, before, rtol=0, atol=0)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all("forward" not in vars(module) for module in model.modules())
-    # No hidden state either: the second call returns what the first did.
-    torch.testing.assert_close(first._asdict(), second._asdict(), rtol=0, atol=0)

@@ -335,7 +335,7 @@ def cases(draw: Any, layout: str, *, one_pass: bool = False, trained: bool = Tru
 
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-few = settings(max_examples=8)  # of every layout
+few = settings(max_examples=5)  # of every layout
 
 
 @every_layout
@@ -429,19 +429,19 @@ def test_two_models_mapped_together_at_radii_of_their_own(layout: str, passes: i
 
 
 def compiled_call(step: Any, *state: Any) -> Any:
-    torch._dynamo.reset()
     return torch.compile(step, backend="aot_eager", fullgraph=True)(*state)
 
 
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize(("form", "layout"), [(two_passes, "points: consecutive"), (one_pass, "channels_last")])
 def test_a_compiled_step(form: Callable[..., Any], layout: str) -> None:
     case = Case(layout, calls=2)
     assert_on_the_radius(case, form(case, compiled_call).perturbation)
 
 
+@pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("form", [drop_in, one_pass_drop_in])
 def test_a_compiled_model_in_the_drop_in(form: Callable[..., APART]) -> None:
-    torch._dynamo.reset()
     case = Case("images", calls=2)
     assert_on_the_radius(case, form(case, compiled=True).perturbation)
 

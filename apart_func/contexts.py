@@ -163,7 +163,7 @@ def lent_state(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for register in (module._parameters, *(() if id(module) in stock else (module._buffers,)))
         for key, tensor in register.items()
-        if tensor is not None and not tensor.requires_grad
+        if tensor is not None and not (tensor.requires_grad and tensor.is_leaf)
     ]
     copies: dict[int, Any] = {id(tensor): tensor.clone() for _, _, tensor in originals}
     for register, key, tensor in originals:

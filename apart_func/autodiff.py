@@ -98,12 +98,14 @@ class LentLeaves:
         tensors = [tensor.detach() for tree in inputs for _, tensor in _leaves(tree)]
         self._leaves = [_lent(tensor.clone() if are_copies else tensor) for tensor in tensors]
         self._versions = [leaf._version for leaf in self._leaves]
+        self._originals = tensors if are_copies else self._leaves
         self.trees = _filled(inputs, self._leaves)
 
     def backward(self, loss: Tensor, aux: Any) -> Gradient:
         """Differentiate a loss by the leaves, if nothing has rewritten one, and it depends on no other parameters."""
-        for name, leaf, version in zip(self._names, self._leaves, self._versions, strict=True):
-            if _is_rewritten(leaf, version):
+        known = zip(self._names, self._leaves, self._versions, self._originals, strict=True)
+        for name, leaf, version, original in known:
+            if _is_rewritten(leaf, version) or (leaf is not original and _differs(leaf.detach(), original)):
                 raise StateError(
                     f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm "
                     "that is forced on weights, or p.data = ... do). In a step that is a function, parameters are "
@@ -152,6 +154,11 @@ def _is_rewritten(leaf: Tensor, version: int) -> bool:
     """Return whether somebody has written to a leaf since it had a version, or to a copy that its `.data` gave."""
     seen = vars(leaf)
     return leaf._version != version or "replaced" in seen or any(copy._version for copy in seen.get("copies", ()))
+
+
+def _differs(copy: Tensor, original: Tensor) -> bool:
+    """Return whether a copy has other values, as after writing to its memory by numpy or `view.data`; NaN is equal."""
+    return bool(((copy != original) & (original == original)).any())
 
 
 def is_unreached(grad: Tensor) -> bool:

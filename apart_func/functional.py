@@ -133,6 +133,7 @@ class FunctionalModel:
         return list(self.training.layers.values())
 
     def __getstate__(self) -> dict[str, Any]:
+        self.update()
         return {"training": self.training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -281,22 +281,24 @@ class Pass:
         layers = PerturbedLayers(shifts, grouping, record, backward_task())
 
         def body(stateless: StatelessModule) -> Any:
-            # Copies, since a forward may change its input in place.
-            args, kwargs = module_arguments(copied(self._inputs))
+            # Copies, since a forward may change its input in place, and a loss its target.
+            inputs, target = copied((self._inputs, self._target))
+            args, kwargs = module_arguments(inputs)
             with self._autocast():
                 try:
                     output = stateless.module(*args, **kwargs)
                 except TypeError as error:
                     check_arguments(stateless.module, args, kwargs, error)
                     raise
-                check_unchanged((args, kwargs))
+                check_unchanged((args, kwargs), "the model's forward changes its input")
                 if layers.mixes:
                     check_output(output, self.samples)
-                loss, aux = loss_and_aux(self._loss_fn(output, self._target))
+                loss, aux = loss_and_aux(self._loss_fn(output, target))
+                check_unchanged(target, "loss_fn changes its target")
                 parts = loss, loss
                 if layers.mixes:
                     known = self._fmodel.coupled
-                    parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
+                    parts = losses_by_part(self._loss_fn, loss, output, target, grouping.groups, clean, known)
             layers.check_rows()
             moved = stateless.buffers(self._buffers)
             results = Results(loss, *parts, output, aux, moved, record.clean_stats(), record.perturbed_stats())

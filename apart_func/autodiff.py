@@ -81,16 +81,17 @@ def gradients(
     """
     if is_traced():
         return _under_transforms(compute, inputs, name_of)
-    names, tensors = zip(*((name, leaf.detach()) for tree in inputs for name, leaf in _leaves(tree)), strict=True)
+    names, given = zip(*((name, leaf.detach()) for tree in inputs for name, leaf in _leaves(tree)), strict=True)
+    tensors = given
     if proof is not None and not proof.is_given:  # copies: what rewrites them is refused all the same
-        tensors = tuple(tensor.clone() for tensor in tensors)
+        tensors = tuple(tensor.clone() for tensor in given)
     leaves = [LentLeaf(tensor) if type(tensor) is Tensor else tensor.requires_grad_() for tensor in tensors]
     versions = [leaf._version for leaf in leaves]
     trees = _filled(inputs, leaves)
 
     def backward(loss: Tensor, aux: Any) -> Gradients:
-        for name, leaf, version in zip(names, leaves, versions, strict=True):
-            if _is_rewritten(leaf, version):
+        for name, leaf, version, lent in zip(names, leaves, versions, given, strict=True):
+            if _is_rewritten(leaf, version) or (given is not tensors and _differs(leaf.detach(), lent)):
                 raise StateError(
                     f"the forward rewrites {name!r}, which is trained, in place (as max_norm of an embedding, a norm "
                     "that is forced on weights, or p.data = ... do). In a step that is a function, parameters are "
@@ -145,6 +146,11 @@ def _is_rewritten(leaf: Tensor, version: int) -> bool:
     """Return whether somebody has written to a leaf since it had a version, or to a copy that its `.data` gave."""
     seen = vars(leaf)
     return leaf._version != version or "replaced" in seen or any(copy._version for copy in seen.get("copies", ()))
+
+
+def _differs(copy: Tensor, original: Tensor) -> bool:
+    """Return whether a copy has other values, as after writing to its memory by numpy or `view.data`; NaN is equal."""
+    return bool(((copy != original) & (original == original)).any())
 
 
 def is_unreached(grad: Tensor) -> bool:

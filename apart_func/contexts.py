@@ -151,7 +151,8 @@ def lent_state(model: nn.Module) -> AbstractContextManager[None]:
     modules: list[Any] = list(model.modules())
     registers = [module._parameters for module in modules]
     registers += [module._buffers for module in modules if not is_stock(module)]
-    lent = [(r, key, t) for r in registers for key, t in r.items() if t is not None and not t.requires_grad]
+    tensors = [(r, key, t) for r in registers for key, t in r.items() if t is not None]
+    lent = [(r, key, t) for r, key, t in tensors if not (t.requires_grad and t.is_leaf)]
     copies = {id(tensor): tensor.clone() for *_, tensor in lent}
     return replaced([(register, key, copies[id(tensor)]) for register, key, tensor in lent])
 

@@ -58,13 +58,13 @@ def check_arguments(module: Any, args: Any, kwargs: Any, error: TypeError) -> No
         return
 
 
-def check_unchanged(inputs: Any) -> None:
-    """Raise a BatchError if a forward has changed the copies of its inputs: the second pass would get them changed."""
-    for place, tensor in enumerate(tensors_of(inputs)):
+def check_unchanged(copies: Any, what: str) -> None:
+    """Raise a BatchError if copies of a part of the batch have been changed: the second pass would get them changed."""
+    for place, tensor in enumerate(tensors_of(copies)):
         if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
             raise BatchError(
-                f"the model's forward changes its input in place (tensor {place}, of shape {tuple(tensor.shape)}), and "
-                "a step changes none of its arguments. Say x = x.clone() first, or inplace=False in the first layer."
+                f"{what} in place (tensor {place}, of shape {tuple(tensor.shape)}), and a step changes none of its "
+                "arguments. Say x = x.clone() first, or inplace=False in the first layer."
             )
 
 
@@ -117,6 +117,7 @@ class FunctionalModel:
         return layers
 
     def __getstate__(self) -> dict[str, Any]:
+        self.update()
         return {"training": self.training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -226,22 +226,24 @@ class Pass:
         autocast, scale = self._precision
 
         def body(stateless: StatelessModule) -> Any:
-            # Copies, since a forward may change its input in place.
-            args, kwargs = module_arguments(copied(self._inputs))
+            # Copies, since a forward may change its input in place, and a loss its target.
+            inputs, target = copied((self._inputs, self._target))
+            args, kwargs = module_arguments(inputs)
             with nullcontext() if autocast is None else torch.autocast(self._device.type, dtype=autocast):
                 try:
                     output = stateless.module(*args, **kwargs)
                 except TypeError as error:
                     check_arguments(stateless.module, args, kwargs, error)
                     raise
-                check_unchanged((args, kwargs))
+                check_unchanged((args, kwargs), "the model's forward changes its input")
                 if layers.mixes:
                     check_output(output, self.samples)
-                loss, aux = loss_and_aux(self._loss_fn(output, self._target))
+                loss, aux = loss_and_aux(self._loss_fn(output, target))
+                check_unchanged(target, "loss_fn changes its target")
                 parts = loss, loss
                 if layers.mixes:
                     known = self.fmodel.coupled
-                    parts = losses_by_part(self._loss_fn, loss, output, self._target, grouping.groups, clean, known)
+                    parts = losses_by_part(self._loss_fn, loss, output, target, grouping.groups, clean, known)
             layers.check_rows()
             found = loss, parts, output, stateless.buffers(self._buffers), aux
             value, (clean_loss, other_loss), output, moved, aux = detach_if_eager(found)

@@ -12,9 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import chain
-from operator import is_
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ HOOKS = frozenset(
 )
 # Changed by training itself, and taken from the arguments of a call: of these, only the names count.
 REGISTERS = ("_parameters", "_buffers")
-SCALARS = frozenset([bool, int, float, complex, str, bytes, type(None)])
 
 
 def check_model(model: Any) -> None:
@@ -62,6 +59,12 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             inner = _closed_over(function)
             held = [value for value in inner if isinstance(value, nn.Module)]
             _check_foreign(name, module, place, [m for m in held if id(m) not in own])
+            if isinstance(function, weakref.ref) and held:
+                raise ModelError(
+                    f"{place!r} of layer {name!r} ({type(module).__name__}) holds a weak reference to a "
+                    f"{type(held[0]).__name__}, which in a copy would still be the original. Pass that module, or what "
+                    "is needed of it, to the forward."
+                )
             if any(id(m) in own for m in held):
                 functions = [f for f in (function, *inner) if isinstance(f, FunctionType) and id(f) not in memo]
                 memo.update((id(f), _with_empty_cells(f)) for f in functions)
@@ -87,12 +90,11 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def _functions_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the functions that stand on a module, and the attribute that each is in."""
+    """Yield the functions and weak references that a module holds, and the attribute that each is in."""
     for place, value in vars(module).items():
-        if place in HOOKS:
-            yield from ((place, hook) for hook in value.values())
-        elif isinstance(value, (FunctionType, MethodType, partial)):
-            yield place, value
+        kinds = object if place in HOOKS else (FunctionType, MethodType, partial, weakref.ref)
+        inside = value.values() if place in HOOKS else _reached([value])
+        yield from ((place, found) for found in inside if isinstance(found, kinds))
 
 
 def _closed_over(function: Any) -> list[Any]:
@@ -103,6 +105,8 @@ def _closed_over(function: Any) -> list[Any]:
         value = waiting.pop()
         if isinstance(value, partial):
             inner: list[Any] = [*value.args, *value.keywords.values(), value.func]
+        elif isinstance(value, weakref.ref):
+            inner = [value()]
         elif isinstance(value, FunctionType):
             inner = [*(value.__defaults__ or ()), *_cell_contents(value)]
         else:
@@ -165,60 +169,64 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places = [vars(module) for module in model.modules()]  # which do not keep the model itself alive
-        self._attributes = [dict(place) for place in self._places]
-        self._registers = [place[name] for place in self._places for name in REGISTERS]
+        self._parts = [module for module in model.modules() if module is not model]  # which is not kept alive
+        self._kinds = list(map(type, self._parts))
+        places = [vars(module) for module in model.modules()]
+        self._registers = [place[name] for place in places for name in REGISTERS]
         self._names = [list(register) for register in self._registers]
-        own = set(map(id, self._registers))
-        self._containers = [held for held in _containers(self._attributes) if id(held) not in own]
-        self._contents = list(map(_content, self._containers))
-        self._sizes = list(map(len, chain(self._places, self._registers, self._containers)))
-        self._values = [*map(dict.values, self._attributes), *self._contents]
+        known = set(map(id, self._registers + places))
+        held: list[Any] = [*places, *(place[name] for place in places for name in HOOKS if name in place)]
+        reached = _reached(places, into_modules=True)
+        held += [one for one in reached if isinstance(one, (dict, list, set, deque)) and id(one) not in known]
+        self._empty, self._held = [one for one in held if not one], [one for one in held if one]
+        self._before = list(map(copy.copy, self._held))
 
     def is_current(self) -> bool:
-        """Return whether everything is as it was: the same objects, or equal numbers and strings."""
-        if list(map(len, chain(self._places, self._registers, self._containers))) != self._sizes:
+        """Return whether everything is as it was: the same objects, or equal ones."""
+        if any(self._empty) or list(map(len, self._registers)) != list(map(len, self._names)):
             return False
-        now = [*map(dict.values, self._places), *map(_content, filter(None, self._containers))]
-        if all(map(is_, chain.from_iterable(now), chain.from_iterable(self._values))):
-            return True
-        pairs = zip(chain.from_iterable(now), chain.from_iterable(self._values), strict=True)
-        return all(a is b or (type(a) is type(b) and type(a) in SCALARS and a == b) for a, b in pairs)
+        if list(map(type, self._parts)) != self._kinds:
+            return False
+        try:
+            return self._held == self._before
+        except Exception:  # tensors and arrays that are not the same do not say whether they are equal
+            return False
 
     def restore(self) -> None:
         """Undo what has changed, such as the lists and counters that a forward fills."""
         if self.is_current():
             return
-        for place, attributes in zip(self._places, self._attributes, strict=True):
-            place.clear()
-            place.update(attributes)
         for register, names in zip(self._registers, self._names, strict=True):
             register.clear()
             register.update(dict.fromkeys(names))
-        for container, content in zip(self._containers, self._contents, strict=True):
-            container.clear()
-            if isinstance(container, dict):
-                container.update(zip(content[::2], content[1::2], strict=True))
-            elif isinstance(container, set):
-                container.update(content)
-            else:
-                container.extend(content)
+        for held in self._empty:
+            held.clear()
+        for held, before in zip(self._held, self._before, strict=True):
+            held.clear()
+            held.extend(before) if isinstance(held, (list, deque)) else held.update(before)
 
 
-def _content(container: Any) -> tuple[Any, ...]:
-    return tuple(chain.from_iterable(container.items())) if isinstance(container, dict) else tuple(container)
-
-
-def _containers(attributes: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
-    """Yield the containers in some attributes, also those in others."""
-    waiting = [value for of_module in attributes for value in of_module.values()]
-    seen: set[int] = set()
+def _reached(values: Iterable[Any], into_modules: bool = False) -> Iterator[Any]:
+    """Yield values, and what is in containers and plain objects, as dataclasses, among them; hooks are the caller's."""
+    waiting, seen = list(values), set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, (dict, list, set, deque)) and id(value) not in seen:
-            seen.add(id(value))
-            yield value
-            waiting += value.values() if isinstance(value, dict) else value
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, (dict, list, tuple, set, deque)):
+            waiting += [value[key] for key in value if key not in HOOKS] if isinstance(value, dict) else value
+        elif _is_plain_object(value) if not isinstance(value, nn.Module) else into_modules:
+            waiting.append(vars(value))
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return whether copying an object copies its attributes."""
+    kind: Any = type(value)
+    is_plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    is_shared = isinstance(value, (type, FunctionType, ModuleType)) or hasattr(kind, "__deepcopy__")
+    return (is_plain or kind is SimpleNamespace) and not is_shared and hasattr(value, "__dict__")
 
 
 class HiddenTensors:
@@ -232,13 +240,20 @@ class HiddenTensors:
         originals = memo.get(id(memo), [])  # copy.deepcopy keeps what it has copied alive there
         pairs = [(original, memo[id(original)]) for original in originals if _is_array(original)]
         self._pairs = [(weakref.ref(one), other, copy.deepcopy(other)) for one, other in pairs if other is not one]
+        for _, copied, _ in self._pairs:
+            if isinstance(copied, Tensor) and copied.layout == torch.strided and 0 in copied.stride():
+                copied.data = copied.contiguous()  # an expanded one cannot be written to
 
     @torch.no_grad()
     def follow(self) -> None:
         """Give the copies the values of the originals, or those they began with if the originals are gone."""
         for reference, copied, kept in self._pairs:
             original = reference()
-            copied[...] = kept if original is None else original
+            source = kept if original is None else original
+            if isinstance(copied, Tensor):
+                copied.copy_(source)
+            else:
+                copied[...] = source
 
 
 def _is_array(value: Any) -> bool:

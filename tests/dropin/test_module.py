@@ -190,6 +190,17 @@ def fail(model: nn.Module, x: Tensor | None = None) -> None:
     raise UserError
 
 
+def test_a_buffer_that_a_forward_gives_a_graph_moves_in_the_proxy_pass_alone() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        m.total = m.total + m.body[8].weight.sum()
+        return m.body(x)
+
+    model = Parts(forward, body=convolutional())
+    model.register_buffer("total", torch.zeros((), dtype=torch.float64))
+    both_passes(APART(model), images())
+    torch.testing.assert_close(model.total, model.body[8].weight.sum(), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:to_proxy.. was entered again with no to_adver:UserWarning")
 @pytest.mark.parametrize("after_forward", [False, True])
 @pytest.mark.parametrize("failing", ["to_proxy", "to_adver"])

@@ -6,6 +6,8 @@ import pickle
 import weakref
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,15 +50,17 @@ class Scaled(nn.Module):
 
 
 class ByFunction(nn.Module):
-    """Reaches a layer through a function that stands on the module."""
+    """Reaches a layer through a function that stands on the module, or in a container there."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_inside: bool = False) -> None:
         super().__init__()
         self.body = convolutional()
-        self.normalise = lambda x: self.body[1](x)
+        normalise = lambda x: self.body[1](x)  # noqa: E731  # what users write
+        self.normalise: Any = [{"first": (normalise,)}] if is_inside else normalise
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body[2:](self.normalise(self.body[0](x)))
+        normalise = self.normalise if callable(self.normalise) else self.normalise[0]["first"][0]
+        return self.body[2:](normalise(self.body[0](x)))
 
 
 def in_list() -> nn.Module:
@@ -106,7 +110,10 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "an array": lambda: Scaled(np.array([0.1, 0.2, 0.7])),
     "tensors in a list": lambda: Scaled([torch.tensor([0.1, 0.2, 0.7]).double()]),
     "arrays in a dict": lambda: Scaled({"prior": np.array([0.1, 0.2, 0.7])}),
+    "a sparse tensor": lambda: Scaled([0.5, torch.eye(3).to_sparse()]),
+    "an expanded tensor": lambda: Scaled(torch.tensor(0.5).double().expand(3)),
     "a function of a layer": ByFunction,
+    "a function in a container": lambda: ByFunction(is_inside=True),
     "a hook of a layer": hooked,
     "weights in a list": in_list,
     "parametrized": with_layer(parametrizations.weight_norm),
@@ -162,7 +169,19 @@ def test_a_function_that_holds_somebody_elses_module_is_refused_before_that_one_
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_weak_reference_to_a_module_is_refused_since_a_copy_would_run_the_original() -> None:
+    model = convolutional()
+    vars(model[5])["previous"] = [weakref.ref(model[4])]
+    with pytest.raises(ModelError, match=r"'previous' of layer '5' \(ReLU\) holds a weak reference to a BatchNorm2d"):
+        make_apart_step(model, F.cross_entropy)
+
+
 # What changes afterwards.
+
+
+@dataclass
+class Options:
+    power: float = 1.0
 
 
 class Scheduled(nn.Module):
@@ -172,11 +191,12 @@ class Scheduled(nn.Module):
         super().__init__()
         self.body, self.drop = convolutional(), nn.Dropout(0.0)
         self.rate, self.gates, self.options = 0.0, [1.0], {"power": 1.0}
+        self.config, self.namespace = (Options(),), SimpleNamespace(power=1.0)
         self.hidden = [torch.ones(3).double()]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop(self.body(x)) * (1 - self.rate) * self.gates[0] * self.hidden[0]
-        return y + self.options["power"] * y.square()
+        return y + self.options["power"] * self.config[0].power * self.namespace.power * y.square()
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -184,6 +204,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a list": lambda model: model.gates.__setitem__(0, 2.0),
     "a dict": lambda model: model.options.update(power=0.1),
     "a tensor in a list": lambda model: model.hidden[0].mul_(2),
+    "a dataclass": lambda model: setattr(model.config[0], "power", 0.1),
+    "a namespace": lambda model: setattr(model.namespace, "power", 0.1),
+    "a class": lambda model: setattr(model.body[5], "__class__", nn.Sigmoid),
     "a momentum": lambda model: setattr(model.body[4], "momentum", 0.5),
     "eps": lambda model: setattr(model.body[4], "eps", 0.1),
     "a mode": lambda model: model.body[4].eval(),
@@ -221,6 +244,15 @@ def test_what_a_training_script_changes_is_seen_at_the_next_call_and_not_by_copi
     for each in taken:
         torch.manual_seed(0)
         torch.testing.assert_close(each(*state, BATCH)._asdict(), before, rtol=0, atol=0)
+
+
+def test_a_copy_of_a_step_whose_model_has_changed_is_of_the_changed_one() -> None:
+    model = Scheduled()
+    step = make_apart_step(model, F.cross_entropy)
+    model.rate = 0.5
+    taken = [copy.deepcopy(step), pickle.loads(pickle.dumps(step))]
+    for each in taken:
+        torch.testing.assert_close(tensors(each, model), tensors(step, model), rtol=0, atol=0)
 
 
 def test_a_module_that_is_added_wants_its_parameters() -> None:
@@ -262,6 +294,7 @@ class Keeps(nn.Module):
         self.unique: set[Tensor] = set()
         self.last: deque[Tensor] = deque()
         self.nested: dict[str, list[Tensor]] = {"deep": []}
+        self.fixed: tuple[list[Tensor], ...] = ([],)
         self.calls, self.latest = 0, None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -271,6 +304,7 @@ class Keeps(nn.Module):
         self.unique.add(y)
         self.last.append(y)
         self.nested["deep"].append(y)
+        self.fixed[0].append(y)
         self.calls, self.latest = self.calls + 1, y
         ALIVE.append(weakref.ref(y))
         return y * (1 + self.calls)

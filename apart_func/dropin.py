@@ -230,7 +230,6 @@ class APART:
 
     @contextmanager
     def _opened(self, context: Context) -> Iterator[None]:
-        """Lead the layers to the handler of a context while open."""
         # Reuse the interception while the layers are the same: torch.compile guards on its identity.
         if self._interception is None or self._interception.layers != context.layers:
             self._interception = Interception(context.layers)
@@ -245,7 +244,7 @@ class APART:
         """Return the gradients that backward() left of the proxy pass, if what came between allows it."""
         proxy = self._proxy
         if proxy is None:
-            problem = "to_adver() was entered with no proxy pass since the last adversarial one, and gets its δ there"
+            problem = "to_adver() takes δ from a proxy pass, and there was no proxy pass since the last adversarial one"
             raise UsageError(f"{problem}. Run the model, and backward(), under `with apart.to_proxy():` first.")
         replaced = sorted({name for name, _ in layers.items() ^ proxy.layers.items()})
         moved = [name for name, layer in layers.items() if layer.training != proxy.modes.get(name)]
@@ -261,7 +260,7 @@ class APART:
             raise UsageError(f"{problem}, whose gradients add up. Call it once a step, before to_proxy().")
         if proxy.has_graph and not has_gradients:
             if is_cleared or proxy.versions == gradient_versions(self.model):
-                problem = "to_adver() was entered with no backward() since the proxy pass, so its gradients are missing"
+                problem = "to_adver() takes δ from gradients, and there was no backward() since the proxy pass"
                 raise UsageError(f"{problem}. Call backward() on the loss of to_proxy(), in the context or after it.")
             warnings.warn(
                 "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "

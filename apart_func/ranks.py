@@ -221,7 +221,7 @@ class Synchronisation:
     def __call__(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Return the moments over all ranks, from those of this one."""
         if is_compiling():
-            problem = "SyncBatchNorm does not compile with other ranks: torch.func differentiates no collective there"
+            problem = "SyncBatchNorm does not compile with other ranks: torch.func cannot differentiate collectives"
             raise ModelError(f"{problem}. Take the step eagerly, or use BatchNorm layers.")
         wide = mean.to(torch.float64)  # exact enough for float32; a float64 variance loses (μ/σ)² roundings
         moments = torch.cat([wide.reshape(-1), (var + wide.square()).reshape(-1), wide.new_ones(1)])
@@ -248,7 +248,7 @@ def synchronisation(layer: nn.Module, x: Tensor, groups: int) -> Synchronisation
 def check_groups(groups: int, layers: Iterable[nn.Module]) -> None:
     """Raise a SettingError if every sample is a group, and layers unite the groups of ranks."""
     if isinstance(groups, int) and groups == -1 and any(map(is_synchronised, layers)):
-        problem = "groups=-1 makes a group of every sample, and SyncBatchNorm unites groups of ranks of unlike sizes"
+        problem = "groups=-1 makes a group of every sample; SyncBatchNorm unites ranks' groups, maybe not as many"
         raise SettingError(f"{problem}. Say how many groups there are, or use BatchNorm layers.")
 
 

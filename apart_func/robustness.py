@@ -115,10 +115,7 @@ def shifted_running_stats(
 ) -> StatTree:
     """Return running statistics under which batch norm sees μ(1 + δμ) and s/(1 + δσ), of the layers in `perturbation`.
 
-    Args:
-        stats: running statistics by layer; where δ is zero they come back bit for bit.
-        perturbation: relative shifts, of some of these layers or all; |δσ| < 1.
-        eps: BN's constant, one for all layers or one for each.
+    |δσ| < 1; where δ is zero, `stats` come back bit for bit. `eps` is BN's constant, one for all layers or for each.
     """
     if unknown := sorted(set(perturbation) - set(stats)):
         raise StateError(f"{unknown} are shifted and keep no running statistics. These do: {sorted(stats)}.")
@@ -166,10 +163,8 @@ def evaluation_gradients(model: nn.Module, loss_fn: LossFunction, batches: Batch
 def accuracy_under_shift(model: nn.Module, perturbations: Sequence[PerturbationTree], batches: Batches) -> Tensor:
     """Measure accuracies in evaluation mode, as fractions in float64, one for each shift of the running statistics.
 
-    Args:
-        model: as in `robustness`; its output is class scores `(N, classes, ...)`.
-        perturbations: relative shifts by layer; layers that one leaves out stay as they are.
-        batches: of `(input, target)`; the target is class indices `(N, ...)`.
+    Layers that a perturbation leaves out stay as they are. The model's output is class scores `(N, classes, ...)`, and
+    the target of every batch `(input, target)` class indices `(N, ...)`.
     """
     copy = copy_model(model).eval()
     layers, stats = _tracking_layers(copy), running_stats(model)
@@ -191,7 +186,6 @@ def accuracy_under_shift(model: nn.Module, perturbations: Sequence[PerturbationT
 
 
 def _tracking_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the batch-norm layers with running statistics, each under its first name."""
     layers = batch_norm_layers(model)
     tracking = {name: layer for name, layer in layers.items() if layer.running_mean is not None}
     if not tracking:

@@ -82,7 +82,7 @@ class _ApartCallback(Callback):
             weight, args = next(self._open)
             output = plain_step(*args)
             if gradient_versions(pl_module) != before:
-                problem = "training_step called backward(), and Lightning clears that: half of a gradient would be lost"
+                problem = "training_step called backward(), and Lightning clears it: half of a gradient would be lost"
                 raise UsageError(f"{problem}. Return the plain loss; the callback runs both passes.")
             if _loss_of(output) is None:  # Lightning skips this batch
                 self._open.close()

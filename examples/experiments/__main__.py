@@ -31,13 +31,16 @@ COMMANDS = {
     "appendix": ("report", "appendix_main"),
 }
 
+# Options that have nothing to switch off any more: scripts that say them go on working.
+FORMER = ("--no-tensorboard",)
+
 
 def main(arguments: Sequence[str]) -> int | str | None:
     """Run a command. An error that a user can mend is one line; what is none is raised."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    command, *options = arguments
+    command, *options = (argument for argument in arguments if argument not in FORMER)
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."

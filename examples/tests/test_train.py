@@ -510,6 +510,13 @@ def test_an_unknown_command_is_named(given, advice):
     assert str(program.main([given])).startswith(f"error: there is no command '{given}': {advice}")
 
 
+def test_options_with_nothing_left_to_switch_off_are_taken(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        program.main(["train", "--no-tensorboard", "--help"])
+    assert ended.value.code == 0
+    assert "--data" in capsys.readouterr().out
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 

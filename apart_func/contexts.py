@@ -5,7 +5,7 @@ Nobody says how many samples a forward of the user's loop has: hooks on the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from apart_func.groups import Grouping, Rows, number_of_groups
 from apart_func.intercept import BatchNormCall, batch_norm_layers, is_stock, no_training_layer
 from apart_func.layers import PerturbedLayers, Record, in_groups
 from apart_func.running import copy_into_buffer
-from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, leaves, tensors_of
+from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, dense_values, leaves, tensors_of
 
 
 class Context:
@@ -120,6 +120,10 @@ class Context:
                 f"{sorted(self._waiting)} again as plain batch norm. Call backward() inside the context."
             )
 
+    def skipped_all(self) -> bool:
+        """Return whether the model has run without calling a layer, as with stochastic depth."""
+        return bool(self._forwards) and not self._was_called
+
     def has_gradients(self) -> bool:
         """Return whether backward() has left statistic gradients."""
         return any(leaf.grad is not None for leaf in leaves(self._point))
@@ -149,6 +153,11 @@ class _Hook:
 def versions(model: nn.Module) -> list[tuple[int, int]]:
     """Return which gradients the parameters have: a backward() changes some, by another tensor or in place."""
     return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
+
+
+def are_zero(grads: Iterable[Tensor]) -> bool:
+    """Return whether gradients are seen to be zero, without waiting for a device."""
+    return all(grad.device.type == "cpu" and not bool(dense_values(grad).any()) for grad in grads)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apart_func.calls import find_perturbation
 from apart_func.checks import check_epsilon, check_perturbation, clean_groups, scalar
-from apart_func.contexts import Context, lent_state, versions
+from apart_func.contexts import Context, are_zero, lent_state, versions
 from apart_func.errors import SettingError, UsageError
 from apart_func.functional import counted_layers
 from apart_func.groups import Rows
@@ -277,21 +277,23 @@ class APART:
             advice = "Leave the model's structure and modes alone between to_proxy() and to_adver()"
             raise UsageError(f"the {kind} are not those of the proxy pass: {changed}. {advice}.")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        is_cleared, has_gradients = all(parameter.grad is None for parameter in trained), proxy.has_gradients()
+        grads, has_gradients = [p.grad for p in trained if p.grad is not None], proxy.has_gradients()
+        is_cleared = not grads or (are_zero(grads) and not are_zero(leaves(proxy.stat_grads())))
         if has_gradients and trained and is_cleared:
             problem = "the proxy pass's gradients are gone: zero_grad() was called between to_proxy() and to_adver()"
             raise UsageError(f"{problem}, whose gradients add up. Call it once a step, before to_proxy().")
-        if proxy.has_graph and not has_gradients:
+        if not has_gradients and not proxy.skipped_all():
             if is_cleared or proxy.versions == versions(self.model):
                 raise UsageError(
                     "to_adver() was entered with no backward() since the proxy pass, so there are no statistic "
                     "gradients. Call backward() on the loss of the pass under to_proxy(), in the context or after it."
                 )
-            warnings.warn(
-                "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
-                "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
-                stacklevel=4,
-            )
+            if proxy.has_graph:  # not frozen features without one
+                warnings.warn(
+                    "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
+                    "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
+                    stacklevel=4,
+                )
         return proxy.stat_grads()
 
 

@@ -52,15 +52,15 @@ WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
     """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
 
-    Tensors without a dimension, numbers, strings, and lists of another length are passed whole. A BatchError says what
-    cannot be cut.
+    Tensors without a dimension that are no entry of such a list, numbers, strings, and lists of another length are
+    passed whole. A BatchError says what cannot be cut.
     """
     if isinstance(tree, Tensor):
         return _cut_tensor(tree, which) if tree.dim() else tree
     parts = children(tree)
     if parts is not None:
         is_one_a_sample = isinstance(tree, (tuple, list)) and len(tree) == samples and not hasattr(tree, "_fields")
-        if is_one_a_sample and not tensors_of(tree):
+        if is_one_a_sample and not any(leaf.dim() for leaf in tensors_of(tree)):
             return type(tree)(tree[i] for i in _indices(which, samples))
         return with_children(tree, [cut_samples(part, which, samples) for part in parts])
     if isinstance(tree, WHOLE):
@@ -69,8 +69,8 @@ def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
         return tree[_indices(which, samples)] if len(tree.shape) and tree.shape[0] == samples else tree
     raise BatchError(
         f"the batch or the output holds a {type(tree).__name__}, of which only some samples are wanted here, and "
-        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or ratio=1.0 "
-        "in two passes, where the whole batch is used."
+        "nobody knows how to cut it. Use tensors, lists with an entry a sample, or dataclasses of them; or two passes "
+        "with ratio=1.0 and microbatches=1, where the whole batch is used."
     )
 
 
@@ -78,8 +78,8 @@ def _cut_tensor(tensor: Tensor, which: slice | GroupRange) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_nested:
         raise BatchError(
             f"the batch or the output holds a tensor of layout {tensor.layout}, of which only some samples are wanted "
-            "here, and PyTorch cannot slice it. Use a dense tensor, or ratio=1.0 in two passes, where the whole batch "
-            "is used."
+            "here, and PyTorch cannot slice it. Use a dense tensor, or two passes with ratio=1.0 and microbatches=1, "
+            "where the whole batch is used."
         )
     if isinstance(which, slice):
         return tensor[which]

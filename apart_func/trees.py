@@ -348,8 +348,19 @@ def _stacked(*tensors: Tensor) -> Tensor:
 
 
 def concatenate(trees: Sequence[Any]) -> Any:
-    """Return one tree of tensors joined on dim 0, from trees of one structure; 0-d tensors are stacked."""
-    return map_tensors(lambda *parts: torch.cat(parts) if parts[0].dim() else torch.stack(parts), *trees)
+    """Return one tree of tensors joined on dim 0, from trees of one structure; 0-d tensors are stacked.
+
+    Lists without tensors are joined, and numbers that differ become a list. Other leaves are those of the first tree.
+    """
+    first, parts = trees[0], children(trees[0])
+    if isinstance(first, Tensor):
+        return torch.cat(list(trees)) if first.dim() else torch.stack(list(trees))
+    if parts is None:
+        return list(trees) if isinstance(first, (int, float)) and any(other != first for other in trees) else first
+    if isinstance(first, list) and not tensors_of(first):
+        return [entry for tree in trees for entry in tree]
+    of_trees = [[tree[key] for key in first] if isinstance(first, Mapping) else children(tree) or [] for tree in trees]
+    return with_children(first, [concatenate(same) for same in zip(*of_trees, strict=True)])
 
 
 def dense_values(tensor: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if find_spec("hypothesis"):  # which the tests of CUDA do without
     from hypothesis import settings
 
-    settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
+    settings.register_profile(
+        "deterministic",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        max_examples=int(os.environ.get("EXAMPLES", 100)),
+    )
     settings.load_profile("deterministic")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every process that they start as well.

@@ -56,7 +56,6 @@ def check(architecture: Architecture, take: Any) -> None:
 
 
 @pytest.mark.parametrize("take", [functional_step, drop_in_step])
-@settings(max_examples=100)
 @given(architectures())
 def test_a_step_of_any_architecture_is_what_the_definition_says(take: Any, architecture: Architecture) -> None:
     check(architecture, take)

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from apart_func._torch import backward_task, specialize
-from apart_func.autodiff import ForeignParametersError, detach_if_eager, foreign_parameters, gradients
+from apart_func.autodiff import (
+    ForeignParametersError,
+    detach_if_eager,
+    detach_unless_differentiated,
+    foreign_parameters,
+    gradients,
+    is_unreached,
+)
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
@@ -225,8 +232,9 @@ class Pass:
         precision: Precision,
     ) -> None:
         self._fmodel, self._loss_fn, self._precision = fmodel, loss_fn, precision
-        self._params, self._buffers = params, buffers
-        self._inputs, self._target = input_and_target(batch)
+        # Of the arguments, params alone are differentiated by, whatever the others require.
+        self._params, (self._buffers, pair) = params, detach_unless_differentiated((buffers, input_and_target(batch)))
+        self._inputs, self._target = pair
         self.samples = batch_size(batch)
         self.dtype, self.device = statistics_kind(params)
         specialize([*params.values(), *buffers.values(), *tensors_of(batch)])
@@ -269,7 +277,7 @@ class Pass:
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[0], grads[1] if by_shifts else {}
         if scale is not None:
-            of_params = {name: grad / scale for name, grad in of_params.items()}
+            of_params = {name: grad if is_unreached(grad) else grad / scale for name, grad in of_params.items()}
             of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
         return of_params, {name: StatGrads(*pair) for name, pair in of_shifts.items()}, results
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import is_compiling, is_differentiated, is_traced, register_tree, unwrapped
+from apart_func._torch import is_compiling, is_concrete, is_differentiated, is_traced, register_tree, unwrapped
 from apart_func.errors import StateError, UsageError
 from apart_func.trees import Tensors, check_named_tensors, detached, tensors_of, with_tensors
 
@@ -150,7 +150,8 @@ def _is_rewritten(leaf: Tensor, version: int) -> bool:
 
 def _differs(copy: Tensor, original: Tensor) -> bool:
     """Return whether a copy has other values, as after writing to its memory by numpy or `view.data`; NaN is equal."""
-    return bool(((copy != original) & (original == original)).any())
+    is_readable = is_concrete(copy) and copy.device.type == "cpu"  # without waiting for a device
+    return is_readable and bool(((copy != original) & (original == original)).any())
 
 
 def is_unreached(grad: Tensor) -> bool:

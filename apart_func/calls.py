@@ -165,7 +165,7 @@ def joined(outputs: Sequence[StepOutput]) -> StepOutput:
         grads = interpolate(grads, out.grads, 1 / count)
     of: dict[str, Any] = dict(zip(StepOutput._fields, zip(*outputs, strict=True), strict=True))
     joined: dict[str, Any] = {name: torch.stack(of[name]).mean() for name in ("loss", "adversarial_loss")}
-    joined |= {name: concatenate(of[name]) for name in ("output", "aux")}
+    joined |= {"output": concatenate(of["output"]), "aux": concatenate(of["aux"], lists_numbers=True)}
     joined |= {name: stack_by_layer(of[name]) for name in ("stats", "stat_grads", "perturbation", "adversarial_stats")}
     finite = torch.stack(of["all_finite"]).all()
     return StepOutput(grads=grads, buffers=outputs[-1].buffers, all_finite=finite, **joined)

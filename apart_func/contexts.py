@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from apart_func.groups import Grouping, Rows, number_of_groups
 from apart_func.intercept import BatchNormCall, is_stock, no_training_layer
 from apart_func.layers import PerturbedLayers, Record, in_groups
 from apart_func.running import copy_into_buffer
-from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, leaves, tensors_of
+from apart_func.trees import PerturbationTree, StatGrads, StatGradTree, dense_values, leaves, tensors_of
 
 
 @dataclass(eq=False)
@@ -112,6 +112,10 @@ class Context:
             self._waiting.add(call.name)
         return y
 
+    def skipped_all(self) -> bool:
+        """Return whether the model has run without calling a layer, as with stochastic depth."""
+        return bool(self._forwards) and not self._was_called
+
     def has_gradients(self) -> bool:
         """Return whether backward() has left statistic gradients."""
         return any(leaf.grad is not None for leaf in leaves(self.point))
@@ -141,6 +145,11 @@ class _Hook:
 def gradient_versions(model: nn.Module) -> list[tuple[int, int]]:
     """Return which gradients the parameters have: a backward() changes some, by another tensor or in place."""
     return [(id(p.grad), p.grad._version) for p in model.parameters() if p.grad is not None]
+
+
+def are_zero(grads: Iterable[Tensor]) -> bool:
+    """Return whether gradients are seen to be zero, without waiting for a device."""
+    return all(grad.device.type == "cpu" and not bool(dense_values(grad).any()) for grad in grads)
 
 
 def lent_state(model: nn.Module) -> AbstractContextManager[None]:

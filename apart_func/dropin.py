@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apart_func.calls import find_perturbation
 from apart_func.checks import check_epsilon, check_perturbation, clean_groups, scalar
-from apart_func.contexts import Context, gradient_versions, lent_state
+from apart_func.contexts import Context, are_zero, gradient_versions, lent_state
 from apart_func.errors import SettingError, UsageError
 from apart_func.functional import counted_layers
 from apart_func.groups import Rows
@@ -253,20 +253,22 @@ class APART:
             changed = f"{replaced} came, went, or were replaced" if replaced else f"{moved} came or went"
             advice = "Leave the model's structure and modes alone between to_proxy() and to_adver()"
             raise UsageError(f"the {kind} are not those of the proxy pass: {changed}. {advice}.")
-        grads = [parameter.grad for parameter in self.model.parameters() if parameter.requires_grad]
-        is_cleared, has_gradients = all(grad is None for grad in grads), proxy.has_gradients()
-        if has_gradients and grads and is_cleared:
+        trained = [parameter.grad for parameter in self.model.parameters() if parameter.requires_grad]
+        grads, has_gradients = [grad for grad in trained if grad is not None], proxy.has_gradients()
+        is_cleared = not grads or (are_zero(grads) and not are_zero(leaves(proxy.stat_grads())))
+        if has_gradients and trained and is_cleared:
             problem = "the proxy pass's gradients are gone: zero_grad() was called between to_proxy() and to_adver()"
             raise UsageError(f"{problem}, whose gradients add up. Call it once a step, before to_proxy().")
-        if proxy.has_graph and not has_gradients:
+        if not has_gradients and not proxy.skipped_all():
             if is_cleared or proxy.versions == gradient_versions(self.model):
                 problem = "to_adver() takes δ from gradients, and there was no backward() since the proxy pass"
                 raise UsageError(f"{problem}. Call backward() on the loss of to_proxy(), in the context or after it.")
-            warnings.warn(
-                "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
-                "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
-                stacklevel=4,
-            )
+            if proxy.has_graph:  # not frozen features without one
+                warnings.warn(
+                    "the proxy pass left no statistic gradients, so the adversarial pass has no perturbation: "
+                    "torch.autograd.grad and backward(inputs=...) leave none. Call loss.backward().",
+                    stacklevel=4,
+                )
         found = proxy.stat_grads().items()
         return {name: grads for name, grads in found if layers[name].training or name in self.stats}
 

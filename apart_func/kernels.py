@@ -74,7 +74,7 @@ class KernelBatchNorm(torch.autograd.Function):
         invstd = (var + eps).rsqrt_()
         ratio = mean * invstd
         slope = torch.addcmul(gamma, gamma, scaled)
-        slope = slope.expand_as(mean).contiguous()
+        slope = slope.expand_as(mean).contiguous() if mean.dim() > slope.dim() else slope
         offset = torch.addcmul(beta, slope * shifted, ratio, value=-1)
         layout.apply(x, y, mean, var, slope, offset, eps)
         ctx.eps, ctx.layout = eps, layout

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apart_func._torch import backward_task, specialize
-from apart_func.autodiff import detach_if_eager, gradients
+from apart_func._torch import backward_task, is_differentiated, specialize
+from apart_func.autodiff import detach_if_eager, gradients, is_unreached
 from apart_func.checks import check_clean, check_perturbation
 from apart_func.functional import FunctionalModel, check_arguments, check_call, check_unchanged, module_arguments
 from apart_func.groups import Grouping, Rows, check_rows, number_of_groups
@@ -34,6 +34,7 @@ from apart_func.trees import (
     StatGrads,
     Tensors,
     copied,
+    detached,
     input_and_target,
     replace,
     statistics_kind,
@@ -187,8 +188,10 @@ class Pass:
         precision: Precision,
     ) -> None:
         self.fmodel, self._loss_fn, self._precision = fmodel, loss_fn, precision
-        self._params, self._buffers = params, buffers
-        self._inputs, self._target = input_and_target(batch)
+        # Of the arguments, params alone are differentiated by, whatever the others require.
+        given: Any = buffers, input_and_target(batch)
+        self._params, (self._buffers, pair) = params, given if is_differentiated() else detached(given)
+        self._inputs, self._target = pair
         self.samples = batch_size(batch)
         self._dtype, self._device = statistics_kind(params)
         specialize([*params.values(), *buffers.values(), *tensors_of(batch)])
@@ -211,7 +214,7 @@ class Pass:
         scale = self._precision.loss_scale
         of_params, of_shifts = grads[-1], grads[0] if by_shifts else {}
         if scale is not None:
-            of_params = {name: grad / scale for name, grad in of_params.items()}
+            of_params = {name: grad if is_unreached(grad) else grad / scale for name, grad in of_params.items()}
             of_shifts = {name: (mean / scale, var / scale) for name, (mean, var) in of_shifts.items()}
         stat_grads = {name: StatGrads(*pair) for name, pair in of_shifts.items()}
         made: MixedOutput = replace(out, grads=of_params, stat_grads=stat_grads)

@@ -45,15 +45,15 @@ WHOLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
     """Cut every per-sample part of a tree: tensors with a dimension, arrays and lists with an entry a sample.
 
-    Tensors without a dimension, numbers, strings, and lists of another length are passed whole. A BatchError says what
-    cannot be cut.
+    Tensors without a dimension that are no entry of such a list, numbers, strings, and lists of another length are
+    passed whole. A BatchError says what cannot be cut.
     """
     if isinstance(tree, Tensor):
         return _cut_tensor(tree, which) if tree.dim() else tree
     parts = children(tree)
     if parts is not None:
         is_one_a_sample = isinstance(tree, (tuple, list)) and len(tree) == samples and not hasattr(tree, "_fields")
-        if is_one_a_sample and not tensors_of(tree):
+        if is_one_a_sample and not any(leaf.dim() for leaf in tensors_of(tree)):
             return type(tree)(tree[i] for i in _indices(which, samples))
         return with_children(tree, [cut_samples(part, which, samples) for part in parts])
     if isinstance(tree, WHOLE):
@@ -66,8 +66,8 @@ def cut_samples(tree: Any, which: slice | GroupRange, samples: int) -> Any:
 
 def _uncuttable(what: str, advice: str) -> BatchError:
     return BatchError(
-        f"the batch or the output holds {what}, of which only some samples are wanted here, and {advice}; or ratio=1.0 "
-        "in two passes, where the whole batch is used."
+        f"the batch or the output holds {what}, of which only some samples are wanted here, and {advice}; or two "
+        "passes with ratio=1.0 and microbatches=1, where the whole batch is used."
     )
 
 

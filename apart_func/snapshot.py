@@ -62,8 +62,8 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             if isinstance(function, weakref.ref) and held:
                 raise ModelError(
                     f"{place!r} of layer {name!r} ({type(module).__name__}) holds a weak reference to a "
-                    f"{type(held[0]).__name__}, which in a copy would still be the original. Pass that module, or what "
-                    "is needed of it, to the forward."
+                    f"{type(held[0]).__name__}, which in a copy would still be the original. Pass what is "
+                    "needed of that module to the forward."
                 )
             if any(id(m) in own for m in held):
                 functions = [f for f in (function, *inner) if isinstance(f, FunctionType) and id(f) not in memo]
@@ -223,8 +223,9 @@ def _reached(values: Iterable[Any], into_modules: bool = False) -> Iterator[Any]
 
 def _is_plain_object(value: Any) -> bool:
     """Return whether copying an object copies its attributes."""
-    kind: Any = type(value)
-    is_plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    kind = type(value)
+    reducers: Any = kind.__reduce_ex__, kind.__reduce__
+    is_plain = reducers == (object.__reduce_ex__, object.__reduce__)
     is_shared = isinstance(value, (type, FunctionType, ModuleType)) or hasattr(kind, "__deepcopy__")
     return (is_plain or kind is SimpleNamespace) and not is_shared and hasattr(value, "__dict__")
 

@@ -77,6 +77,8 @@ def load_state_(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping
     check_tensors({name: tuple(target.shape) for name, target in targets.items()}, tensors)
     for name, target in targets.items():
         _check_copy(name, tensors[name], target)
+        if tensors[name].layout != target.layout:
+            raise StateError(f"{name!r} has layout {tensors[name].layout}, and the model's {target.layout}.")
     for name, target in targets.items():
         target.copy_(tensors[name])
 
@@ -117,6 +119,8 @@ def assign_grads_(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: 
 
 
 def _check_copy(name: str, tensor: Tensor, target: Tensor) -> None:
+    if tensor.is_quantized and not target.is_quantized:
+        raise StateError(f"{name!r} is quantized, and the model's is {target.dtype}. Pass its .dequantize().")
     if tensor.is_meta and not target.is_meta:
         raise StateError(f"{name!r} is on the meta device, where tensors have no values. Pass one that has.")
     if tensor.is_complex() and not target.is_complex():

@@ -312,7 +312,7 @@ def with_tensors(tree: Any, tensors: list[Any]) -> Any:
 
 def detached(tree: Any) -> Any:
     """Return a tree of the same tensors, cut from every graph."""
-    return map_tensors(torch.Tensor.detach, tree)
+    return map_tensors(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, tree)
 
 
 def copied(tree: Any) -> Any:
@@ -349,9 +349,20 @@ def _stacked(*tensors: Tensor) -> Tensor:
     return torch.cat([tensor if tensor.dim() == dims else tensor.unsqueeze(0) for tensor in tensors])
 
 
-def concatenate(trees: Sequence[Any]) -> Any:
-    """Return one tree of tensors joined on dim 0, from trees of one structure; 0-d tensors are stacked."""
-    return map_tensors(lambda *parts: torch.cat(parts) if parts[0].dim() else torch.stack(parts), *trees)
+def concatenate(trees: Sequence[Any], lists_numbers: bool = False) -> Any:
+    """Return one tree of tensors joined on dim 0, from trees of one structure; 0-d tensors are stacked.
+
+    Lists without tensors are joined, and numbers become lists if wanted. Other leaves are those of the first tree.
+    """
+    first, parts = trees[0], children(trees[0])
+    if isinstance(first, Tensor):
+        return torch.cat(list(trees)) if first.dim() else torch.stack(list(trees))
+    if parts is None:
+        return list(trees) if lists_numbers and type(first) in (int, float) else first
+    if isinstance(first, list) and not tensors_of(first):
+        return [entry for tree in trees for entry in tree]
+    of_trees = [[tree[key] for key in first] if isinstance(first, Mapping) else children(tree) or [] for tree in trees]
+    return with_children(first, [concatenate(same, lists_numbers) for same in zip(*of_trees, strict=True)])
 
 
 def dense_values(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A failing example shows an `Architecture`, which is all that is needed to build the same model and batch again.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,6 +14,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+# How many networks a test tries: EXAMPLES=1000 python -m pytest -k any_architecture tests/core
+EXAMPLES = int(os.environ.get("EXAMPLES", 60))
 CLASSES = 3
 ORDERS = ("consecutive", "interleaved", "function", "uneven")
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # by number of position axes

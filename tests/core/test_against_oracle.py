@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import TOLERANCE, assert_agree, functional_step, relative_error, take_step
-from architectures import Architecture, Block, Norm, architectures
+from architectures import EXAMPLES, Architecture, Block, Norm, architectures
 from hypothesis import given, settings
 from loops import drop_in_step
 from oracle import Adversarial, oracle_adversarial
@@ -56,14 +56,14 @@ def check(architecture: Architecture, take: Any) -> None:
 
 
 @pytest.mark.parametrize("take", [functional_step, drop_in_step])
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(architectures())
 def test_a_step_of_any_architecture_is_what_the_definition_says(take: Any, architecture: Architecture) -> None:
     check(architecture, take)
 
 
 @pytest.mark.slow
-@settings(max_examples=500)
+@settings(max_examples=max(500, EXAMPLES))
 @given(architectures())
 def test_a_step_of_five_hundred_other_architectures_is_what_the_definition_says(architecture: Architecture) -> None:
     check(architecture, functional_step)

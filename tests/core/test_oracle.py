@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import Architecture, architectures
+from architectures import EXAMPLES, Architecture, architectures
 from golden.models import conv1d
 from hypothesis import given, settings
 from oracle import Shift, oracle_adversarial, oracle_proxy, oracle_step
@@ -23,7 +23,7 @@ def pushed(push: Callable[[Shift], Shift]) -> dict[str, Shift]:
     return {layer: push(Shift(*torch.zeros(2, 6).double())) for layer in ("1", "4")}
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(architectures())
 def test_the_proxy_pass_is_plain_training(architecture: Architecture) -> None:
     model, (x, y) = architecture.build()

@@ -14,7 +14,7 @@ from small import Parts, convolutional, images
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from apart_func import APART, BatchError, ModelError, SettingError
+from apart_func import APART, BatchError, ModelError, SettingError, UsageError
 
 BATCH = images()
 ROUNDING = {"rtol": 1e-10, "atol": 1e-13}
@@ -316,3 +316,20 @@ def test_selective_checkpoints_change_no_number(take: Any, kept: set[Any]) -> No
     take(APART(own, 0.3, 2))
     take(APART(plain, 0.3, 2))
     assert_same_training(own, plain)
+
+
+def test_gradients_that_are_filled_with_zeros_between_the_contexts_are_missed() -> None:
+    apart = APART(convolutional())
+    with apart.to_proxy():
+        loss_of(apart.model).backward()
+    apart.model.zero_grad(set_to_none=False)
+    with pytest.raises(UsageError, match=r"zero_grad\(\) was called between"), apart.to_adver():
+        pytest.fail("entered")
+
+
+def test_a_proxy_context_in_which_nothing_was_differentiated_is_said_to_lack_its_backward() -> None:
+    apart = APART(convolutional())
+    with apart.to_proxy(), torch.no_grad():
+        apart.model(BATCH[0])
+    with pytest.raises(UsageError, match=r"no backward\(\) since"), apart.to_adver():
+        pytest.fail("entered")

@@ -254,3 +254,23 @@ def test_the_generator_of_a_pair_trains_once_the_discriminator_is_frozen_as_the_
     discriminator.requires_grad_(False)
     out = functional_step(generator, BATCH, loss_fn=loss_fn, epsilon=0.0)
     torch.testing.assert_close(out.grads, expected.grads, **ROUNDING)
+
+
+def test_a_parameter_that_the_loss_does_not_reach_has_no_gradient_whatever_the_scale_of_the_loss() -> None:
+    model = Parts(lambda m, x: m.body(x), body=convolutional(), spare=nn.Linear(2, 2))
+    out = make_apart_step(model, F.cross_entropy)(*split_state(model), images(), loss_scale=8.0)
+    assign_grads_(model, out.grads)
+    assert model.spare.weight.grad is None
+    assert model.body[0].weight.grad is not None
+
+
+def test_buffers_and_batch_may_require_gradients_which_nobody_takes() -> None:
+    """As the model's own frozen parts of a probe, and images that an attack has made."""
+    model, (x, y) = convolutional(), images()
+    named = dict(model.named_parameters())
+    head = {name: p for name, p in named.items() if name.startswith("8.")}
+    others = {name: p for name, p in named.items() if name not in head} | dict(model.named_buffers())
+    out = make_apart_step(model, F.cross_entropy)(head, others, (nn.Parameter(x), y))
+    expected = make_apart_step(model, F.cross_entropy)(*split_state(model), (x, y)).grads
+    torch.testing.assert_close(out.grads, {name: expected[name] for name in head}, rtol=0, atol=0)
+    assert all(p.grad is None for p in named.values())

@@ -145,7 +145,7 @@ def test_a_sparse_input_is_taken_whole_and_refused_where_a_part_of_it_is_wanted(
     expected = plain_step(copy.deepcopy(model), ((x, dense), Y))
     out = make_apart_step(model, F.cross_entropy, epsilon=0.0)(*split_state(model), batch)
     torch.testing.assert_close(out.grads, expected.grads, **ROUNDING)
-    with pytest.raises(BatchError, match=rf"layout {layout}.*or ratio=1.0"):
+    with pytest.raises(BatchError, match=rf"layout {layout}.*with ratio=1.0"):
         make_apart_step(model, F.cross_entropy, ratio=0.5)(*split_state(model), batch)
 
 
@@ -218,3 +218,28 @@ def test_a_network_that_reads_sequences_has_the_definitions_gradients_at_every_n
     for name, grad in out.grads.items():
         if name != "conv.bias":  # which batch norm cancels
             torch.testing.assert_close(grad.double(), expected.grads[name], rtol=tolerance, atol=tolerance)
+
+
+def test_a_list_with_a_tensor_without_dimensions_for_every_sample_is_cut() -> None:
+    model, (x, y) = convolutional(), images()
+    out = make_apart_step(model, lambda o, t: F.cross_entropy(o, torch.stack(t)), ratio=0.5)(
+        *split_state(model), (x, list(y))
+    )
+    expected = make_apart_step(model, F.cross_entropy, ratio=0.5)(*split_state(model), (x, y))
+    torch.testing.assert_close(out.grads, expected.grads, rtol=0, atol=0)
+
+
+def test_a_loss_of_pairs_without_curvature_is_reported_of_the_whole_batch() -> None:
+    model = convolutional()
+    step = make_one_pass_step(model, lambda o, _: (o[:6] - o[6:]).abs().mean(), epsilon=0.1, groups=4)
+    out = step(*split_state(model), images(12))
+    whole = (out.output[:6] - out.output[6:]).abs().mean()
+    torch.testing.assert_close((out.loss, out.adversarial_loss), (whole, whole), rtol=0, atol=0)
+
+
+def test_lists_and_numbers_that_a_loss_returns_besides_are_there_of_every_part_of_a_batch() -> None:
+    model, (x, y) = convolutional(), images()
+    aux = lambda t: {"labels": t.tolist(), "count": len(t), "name": "digits"}  # noqa: E731  # what users write
+    step = make_apart_step(model, lambda o, t: (F.cross_entropy(o, t), aux(t)), microbatches=2)
+    half = len(y) // 2
+    assert step(*split_state(model), (x, y)).aux == {"labels": y.tolist(), "count": [half, half], "name": "digits"}

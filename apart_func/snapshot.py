@@ -58,7 +58,8 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         for place, function in _functions_of(module):
             inner = _closed_over(function)
             held = [value for value in inner if isinstance(value, nn.Module)]
-            _check_foreign(name, module, place, [m for m in held if id(m) not in own])
+            if place in HOOKS or vars(module)[place] is function:  # as factories in a qconfig are not
+                _check_foreign(name, module, place, [m for m in held if id(m) not in own])
             if isinstance(function, weakref.ref) and held:
                 raise ModelError(
                     f"{place!r} of layer {name!r} ({type(module).__name__}) holds a weak reference to a "

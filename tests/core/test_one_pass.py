@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import TOLERANCE, Comparison, assert_agree, relative_error
-from architectures import architectures, group_counts
-from hypothesis import assume, given
+from architectures import EXAMPLES, architectures, group_counts
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loops import gradients
 from oracle import Shift, ShiftTree, oracle_one_pass_step, oracle_proxy
@@ -52,6 +52,7 @@ def take_step(model: nn.Module, batch: Any = BATCH, perturbation: Any = None, **
 # The definition.
 
 
+@settings(max_examples=EXAMPLES)
 @given(architectures(), st.data())
 def test_a_step_of_any_architecture_is_what_the_definition_says(architecture, data):
     # A layer that evaluates by the statistics of the batch mixes clean and perturbed samples, and is refused.

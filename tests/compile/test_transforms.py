@@ -141,7 +141,6 @@ def test_vmap_over_models_and_radii() -> None:
         ("two passes", {}),
         ("APART-SAM", {}),
         ("one pass", {}),
-        pytest.param("several steps", {}, marks=pytest.mark.slow),
         pytest.param("two passes", {"microbatches": 2}, marks=pytest.mark.slow),
     ],
 )

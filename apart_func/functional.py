@@ -106,7 +106,7 @@ class FunctionalModel:
         """Copy the model as it is now."""
         self._seen: Snapshot | None = Snapshot(model)
         self.training = StatelessModule(model)
-        self._evaluation: StatelessModule | None = None
+        self._evaluation = self.training.evaluating()  # now: a compiler could not make it
         self.coupled: dict[Any, tuple[Any, bool]] = {}  # what a mixed pass has seen of losses
         self._of_caller = {id(p): (weakref.ref(p), name) for name, p in model.named_parameters()}
 
@@ -118,10 +118,10 @@ class FunctionalModel:
 
     def __getstate__(self) -> dict[str, Any]:
         self.update()
-        return {"training": self.training, "_source": None, "_evaluation": None, "_of_caller": {}, "coupled": {}}
+        return {"training": self.training, "_source": None, "_of_caller": {}, "coupled": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, _lock=threading.RLock(), _evaluation=state["training"].evaluating())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.training.module).__name__}, {counted_layers(len(self.layers))})"
@@ -173,7 +173,7 @@ class FunctionalModel:
 
         Parameters are lent as they are; of buffers it is copies, since a forward may change them. No handler evaluates.
         """
-        stateless = self.training if handler is not None else self._evaluating()
+        stateless = self.training if handler is not None else self._evaluation
         kept = stateless.never_written if is_compiling() else ()
         held = {**params, **{name: tensor if name in kept else tensor.clone() for name, tensor in buffers.items()}}
         lent = {f"module.{place}": held[name] for place, name in stateless.first.items()}
@@ -191,11 +191,6 @@ class FunctionalModel:
                 stateless.interception.handler = outer
                 if outer is None:
                     stateless.snapshot.restore()
-
-    def _evaluating(self) -> StatelessModule:
-        if self._evaluation is None:
-            self._evaluation = self.training.evaluating()
-        return self._evaluation
 
     def check_state(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Raise a StateError if `params` and `buffers` are not the model's, by their keys, shapes and dtypes."""

@@ -160,6 +160,16 @@ def test_a_compiled_step_is_one_graph_over_many_steps_and_equals_the_eager_one(k
 
 
 @pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_was_never_run_compiles_as_a_function(training: bool) -> None:
+    model, (x, _) = one_layer(), images()
+    compiled = torch.compile(functionalize(model), fullgraph=True, backend="aot_eager")
+    state = split_state(model)
+    expected = functionalize(model)(*state, x, training=training)
+    torch.testing.assert_close(compiled(*state, x, training=training), expected, **ROUNDING)
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_a_compiled_step_draws_other_signs_in_every_call() -> None:
     model = one_layer(16)
     step = make_one_pass_step(model, F.cross_entropy, epsilon=0.3, groups=4)

@@ -282,7 +282,7 @@ def oracle_adversarial(
     return Adversarial(loss.detach(), dict(zip(params, gradients_of(loss, list(params.values())), strict=True)))
 
 
-# The rule of several steps.
+# Projected ascent by several gradients.
 
 
 def oracle_ascent(

@@ -44,7 +44,7 @@ Gradient = Callable[[Tensors, Tensors, Batch], StepOutput]
 # The adversarial loss is that of the second pass or the perturbed groups, and NaN where there is neither.
 Step = Callable[[Tensors, Tensors, Batch, Carried], tuple[StepOutput, Carried]]
 
-ONE_GRADIENT_RULES: dict[str, apart.Rule] = {
+RULES: dict[str, apart.Rule] = {
     "sign": apart.sign_perturbation,
     "random_sign": apart.random_sign_perturbation,
     "l2": apart.l2_perturbation,
@@ -71,7 +71,7 @@ def make_step(model: nn.Module, settings: MethodSettings, autocast_dtype: torch.
     shared: dict[str, Any] = {
         "epsilon": settings.epsilon,
         "groups": settings.groups,
-        "rule": ONE_GRADIENT_RULES[settings.rule],
+        "rule": RULES[settings.rule],
         "autocast_dtype": autocast_dtype,
         "process_group": machine.process_group(),
     }

@@ -424,8 +424,11 @@ def test_state_is_loaded_whatever_wrappers_are_around_either_model(source: str, 
         (lambda p: p, lambda b: None),
         (lambda p: {**p, "8.bias": p["8.bias"].to("meta")}, lambda b: b),
         (lambda p: {name: tensor + 1j for name, tensor in p.items()}, lambda b: b),
+        (lambda p: {**p, "8.bias": p["8.bias"].to_sparse()}, lambda b: b),
+        (lambda p: {**p, "8.bias": torch.quantize_per_tensor(p["8.bias"].float(), 0.1, 0, torch.qint8)}, lambda b: b),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*quantiz")  # PyTorch's own, of its old quantised tensors
 def test_a_state_that_does_not_fit_is_refused_and_changes_no_tensor(params, buffers):
     model = convolutional()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

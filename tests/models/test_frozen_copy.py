@@ -169,6 +169,14 @@ def test_a_function_that_holds_somebody_elses_module_is_refused_before_that_one_
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
 
 
+def test_a_factory_in_a_container_may_hold_a_module_that_was_replaced() -> None:
+    """As in a `qconfig` of quantisation-aware training, whose factories ask the original for its device."""
+    model, former = convolutional(), nn.BatchNorm2d(2)
+    model.settings = [lambda: next(former.parameters()).device]
+    out = make_apart_step(model, F.cross_entropy)(*split_state(model), BATCH)
+    assert out.all_finite
+
+
 def test_a_weak_reference_to_a_module_is_refused_since_a_copy_would_run_the_original() -> None:
     model = convolutional()
     vars(model[5])["previous"] = [weakref.ref(model[4])]

@@ -127,7 +127,8 @@ class LentLeaf(nn.Parameter):
     `.data` would let it write without a trace, so that is a copy here.
     """
 
-    def __new__(cls, tensor: Tensor) -> LentLeaf:  # noqa: D102  # described by its class
+    def __new__(cls, tensor: Tensor) -> LentLeaf:
+        """Make a leaf on the memory of a tensor."""
         return super().__new__(cls, tensor, requires_grad=True)
 
     @property

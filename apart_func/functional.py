@@ -58,13 +58,13 @@ def check_arguments(module: Any, args: Any, kwargs: Any, error: TypeError) -> No
         return
 
 
-def check_unchanged(copies: Any, what: str) -> None:
+def check_unchanged(copies: Any, what: str, advice: str) -> None:
     """Raise a BatchError if copies of a part of the batch have been changed: the second pass would get them changed."""
     for place, tensor in enumerate(tensors_of(copies)):
         if is_concrete(tensor) and tensor._version and tensor.layout == torch.strided:
             raise BatchError(
                 f"{what} in place (tensor {place}, of shape {tuple(tensor.shape)}), and a step changes none of its "
-                "arguments. Say x = x.clone() first, or inplace=False in the first layer."
+                f"arguments. Say {advice}."
             )
 
 

@@ -119,7 +119,7 @@ def adversarial_pass(
     grouping = _grouping(run, groups, rows)
     check_perturbation(fmodel.layers, perturbation, grouping.groups)
     out = run.at(perturbation, grouping, clean=0, by_shifts=stat_grads)
-    return AdversarialOutput(out.loss, out.output, out.grads, out.adversarial_stats, out.aux, out.stat_grads)
+    return AdversarialOutput(out.loss, out.output, out.grads, out.adversarial_stats, out.stat_grads, out.aux)
 
 
 def mixed_pass(
@@ -238,11 +238,12 @@ class Pass:
                 except TypeError as error:
                     check_arguments(stateless.module, args, kwargs, error)
                     raise
-                check_unchanged((args, kwargs), "the model's forward changes its input")
+                advice = "x = x.clone() first, or inplace=False in the first layer"
+                check_unchanged((args, kwargs), "the model's forward changes its input", advice)
                 if layers.mixes:
                     check_output(output, self.samples)
                 loss, aux = loss_and_aux(self._loss_fn(output, target))
-                check_unchanged(target, "loss_fn changes its target")
+                check_unchanged(target, "loss_fn changes its target", "target = target.clone() first")
                 parts = loss, loss
                 if layers.mixes:
                     known = self.fmodel.coupled

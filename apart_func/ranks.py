@@ -116,7 +116,8 @@ def _all_reduce(tree: Tree, group: Any, divisor: int = 1) -> Tree:
             flat = _Sum.apply(flat, group)
         for place, part in zip(places, flat.split([found[place].numel() for place in places]), strict=True):
             found[place] = part.view(found[place].shape)
-    return with_tensors(tree, found)  # type: ignore[no-any-return]  # of the tree's own type
+    reduced: Tree = with_tensors(tree, found)
+    return reduced
 
 
 def mean_over_ranks(stat_grads: StatGradTree, group: dist.ProcessGroup | None = None) -> StatGradTree:

@@ -85,7 +85,10 @@ def sign_perturbation(stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor
 
 @rule_kind(is_bounded=True, draws=True, needs_gradients=False)
 def random_sign_perturbation(
-    stats: StatTree, stat_grads: StatGradTree, epsilon: Tensor, generator: torch.Generator | None = None
+    stats: StatTree,
+    stat_grads: Mapping[str, StatGrads | Perturbation],
+    epsilon: float | Tensor,
+    generator: torch.Generator | None = None,
 ) -> PerturbationTree:
     """Push every statistic to its radius, up or down at random.
 
@@ -140,7 +143,7 @@ def random_signs(
     check_epsilon(epsilon, is_bounded=True)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise SettingError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None.")
-    return random_sign_perturbation({}, layers, epsilon, generator)  # type: ignore[arg-type]  # of any pairs
+    return random_sign_perturbation({}, layers, epsilon, generator)
 
 
 @rule_kind(draws=False)

@@ -141,16 +141,16 @@ class AdversarialOutput(NamedTuple):
         grads: ∇L_a, keyed as `params`.
         stats: batch statistics of every ghost group of every layer that was called, `(G, C)`: `perturbed_stats(stats,
             δ)` is what the pass normalised by.
-        aux: what the loss function returned besides the loss; () if nothing.
         stat_grads: ∂L_a/∂δ at δ, of its shape; empty if they were not wanted.
+        aux: what the loss function returned besides the loss; () if nothing.
     """
 
     loss: Tensor
     output: Any
     grads: Tensors
     stats: StatTree
+    stat_grads: StatGradTree
     aux: Any = ()
-    stat_grads: StatGradTree = {}  # noqa: RUF012  # nobody writes to it
 
 
 @summarised
@@ -408,4 +408,5 @@ def where_tree(condition: Tensor, new: Tree, old: Tree) -> Tree:
     def of_leaf(one: Tensor, other: Tensor) -> Tensor:
         return one if one is other else torch.where(condition, one, other)
 
-    return map_tensors(of_leaf, new, old)  # type: ignore[no-any-return]  # of the trees' own type
+    chosen: Tree = map_tensors(of_leaf, new, old)
+    return chosen

@@ -210,7 +210,8 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """What was measured on a run: the content of its `evaluation.json`."""
     path = folder / EVALUATION
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except (OSError, ValueError, RecursionError) as error:
         again = f"python -m experiments evaluate --again {folder}"
         raise FolderError(f"{path} cannot be read ({error}): {again}") from error

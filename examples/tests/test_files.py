@@ -18,7 +18,6 @@ from folders_on_disk import (
     coloured,
     load_dataset,
     random_images,
-    write_all,
     write_cifar10,
     write_cifar100,
     write_class_folders,
@@ -27,13 +26,6 @@ from folders_on_disk import (
     write_tiny_imagenet,
 )
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each data set on disk, never changed."""
-    return write_all(tmp_path_factory.mktemp("data"))
-
 
 # CIFAR
 
